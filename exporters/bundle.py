@@ -1,0 +1,227 @@
+"""Checkpoint -> bundle directory: graphs with streamed weights, tokenizer, chat template, numbers, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..models import manifest
+from ..models.config import ModelConfig, Preprocessing
+from ..models.errors import CheckpointError
+from ..models.version import __version__
+from . import graphs
+from .checkpoint import Checkpoint
+from .dialects import DIALECTS, Dialect
+from .prune import prune_graph
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+FIXED_RAM = 900 << 20  # torch, the exporter and one traced graph
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will do and what it needs."""
+
+    checkpoint: Checkpoint
+    precision: str
+    dialect: str
+    preprocessing: Preprocessing
+    disk: int  # bytes the bundle takes
+    ram: int  # bytes of memory at the peak
+    notices: tuple[str, ...]  # what the user should know
+
+
+def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Plan:
+    """Open and check a checkpoint and estimate what its bundle needs. Raises CheckpointError.
+
+    ``precision`` "auto" keeps the dtype of the checkpoint, which loses nothing.
+    """
+    checkpoint = Checkpoint.open(path)
+    precision = FROM_DTYPE[checkpoint.dtype] if precision == "auto" else precision
+    if precision not in BYTES:
+        raise CheckpointError(f"precision is {precision!r}, expected auto, {', '.join(BYTES)}")
+    if dialect not in DIALECTS:
+        raise CheckpointError(f"dialect is {dialect!r}, expected one of: {', '.join(DIALECTS)}")
+    notices: list[str] = []
+    pre = _preprocessing(checkpoint, notices)
+    if not (checkpoint.path / "tokenizer.json").is_file():
+        hint = ""
+        if (checkpoint.path / "vocab.json").is_file():
+            hint = " (vocab.json alone is not read; save the tokenizer with transformers to get a tokenizer.json)"
+        notices.append(f"no tokenizer.json: the bundle takes token ids only{hint}")
+    elif _chat_template(checkpoint) is None:
+        notices.append("no chat template: using the one of the family")
+    sizes = [
+        _count(weight.shape) for table in checkpoint.family.weights(checkpoint.config).values() for weight in table.values()
+    ]
+    disk = int(sum(sizes) * BYTES[precision] * 1.01) + (32 << 20)
+    # the largest tensor: as mapped, as read, as converted
+    ram = FIXED_RAM + max(sizes) * (2 * 4 if checkpoint.dtype == "F32" else 2 * 2) + max(sizes) * BYTES[precision]
+    return Plan(checkpoint, precision, dialect, pre, disk, ram, tuple(notices))
+
+
+def export(plan: Plan, directory: Path, progress: Progress) -> None:
+    """Write the bundle's files into an existing empty directory; bundle.json comes last."""
+    checkpoint, dialect = plan.checkpoint, DIALECTS[plan.dialect]
+    config = checkpoint.config
+    progress("trace", 0, 3)
+    models = {"prune": prune_graph(config.vision.block, dialect)}
+    for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
+        progress("trace", i + 1, 3)
+        models[name] = build(config, dialect, plan.precision)
+    progress("trace", 3, 3)
+    ir.save(models["prune"], directory / "prune.onnx")
+    for name in ("vision", "language"):
+        graphs.attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)
+        _save(models[name], directory, name, progress)
+    interface = _copy_text(checkpoint, directory)
+    files = _hash(directory, "hash bundle", progress)
+    sources = {file.name: file for file in checkpoint.files()}
+    progress("hash checkpoint", 0, len(sources))
+    hashes = {}
+    for i, (name, file) in enumerate(sources.items()):
+        hashes[name] = sha256(file)
+        progress("hash checkpoint", i + 1, len(sources))
+    manifest.write(_manifest(plan, dialect, config, interface, files, hashes), directory)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in blocks."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def _manifest(
+    plan: Plan,
+    dialect: Dialect,
+    config: ModelConfig,
+    interface: str,
+    files: dict[str, manifest.FileRecord],
+    hashes: dict[str, str],
+) -> manifest.Manifest:
+    return manifest.Manifest(
+        schema=manifest.SCHEMA,
+        family=config.family,
+        source=manifest.Source(plan.checkpoint.path.resolve().name, hashes),
+        precision=plan.precision,
+        compute=graphs.compute_precision(plan.precision, dialect),
+        interface=interface,
+        graphs={name: manifest.Graph(f"{name}.onnx", dialect.name) for name in ("prune", "vision", "language")},
+        model=config,
+        preprocessing=plan.preprocessing,
+        prune=manifest.PruneDefaults(),
+        context=config.text.context,
+        stop_tokens=_stop_tokens(plan.checkpoint),
+        versions={
+            "ppexport": __version__,
+            **{p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")},
+        },
+        files=files,
+    )
+
+
+def _save(model: ir.Model, directory: Path, name: str, progress: Progress) -> None:
+    """Write name.onnx and name.onnx.data, one weight at a time."""
+    stage = f"{name} weights"
+
+    def step(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        progress(stage, info.index, info.total)
+
+    path = directory / f"{name}.onnx"
+    ir.save(model, path, external_data=f"{path.name}.data", alignment=4096, align_threshold=4096, callback=step)
+    progress(stage, 1, 1)
+
+
+def _hash(directory: Path, stage: str, progress: Progress) -> dict[str, manifest.FileRecord]:
+    paths = sorted(p for p in directory.iterdir() if p.is_file())
+    records = {}
+    for i, path in enumerate(paths):
+        progress(stage, i, len(paths))
+        records[path.name] = manifest.FileRecord(path.stat().st_size, sha256(path))
+    progress(stage, len(paths), len(paths))
+    return records
+
+
+def _copy_text(checkpoint: Checkpoint, directory: Path) -> str:
+    """Copy tokenizer.json and write chat_template.jinja; returns the bundle's interface, "text" or "tokens"."""
+    tokenizer = checkpoint.path / "tokenizer.json"
+    if not tokenizer.is_file():
+        return "tokens"
+    shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    template = _chat_template(checkpoint) or checkpoint.family.CHAT_TEMPLATE
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return "text"
+
+
+def _chat_template(checkpoint: Checkpoint) -> str | None:
+    """The checkpoint's chat template, from wherever transformers keeps it."""
+    file = checkpoint.path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = (checkpoint.optional_json(name) or {}).get("chat_template")
+        if isinstance(template, list):  # several named templates
+            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, else of config.json."""
+    eos = (checkpoint.optional_json("generation_config.json") or {}).get("eos_token_id")
+    if isinstance(eos, int):
+        return (eos,)
+    return tuple(eos) if isinstance(eos, list) else checkpoint.config.eos_tokens
+
+
+def _preprocessing(checkpoint: Checkpoint, notices: list[str]) -> Preprocessing:
+    """Image numbers of preprocessor_config.json, or the family's where it is absent."""
+    raw = checkpoint.optional_json("preprocessor_config.json")
+    default: Preprocessing = checkpoint.family.PREPROCESSING
+    if raw is None:
+        notices.append(
+            f"no preprocessor_config.json: using the family's {default.min_pixels} to {default.max_pixels} pixels"
+        )
+        return default
+    vision = checkpoint.config.vision
+    for key, wanted in (("patch_size", vision.patch), ("merge_size", vision.merge)):
+        if raw.get(key, wanted) != wanted:
+            raise CheckpointError(f"preprocessor_config.json: {key} is {raw[key]}, expected {wanted} as in config.json")
+    if raw.get("resample", 3) != 3:
+        raise CheckpointError(f"preprocessor_config.json: resample is {raw['resample']}, expected 3 (bicubic)")
+    size: dict[str, Any] = raw.get("size") or {}
+    try:
+        return Preprocessing(
+            min_pixels=int(raw.get("min_pixels") or size.get("shortest_edge") or default.min_pixels),
+            max_pixels=int(raw.get("max_pixels") or size.get("longest_edge") or default.max_pixels),
+            mean=_triple(raw.get("image_mean") or default.mean),
+            std=_triple(raw.get("image_std") or default.std),
+        )
+    except (TypeError, ValueError) as err:
+        raise CheckpointError(f"preprocessor_config.json: {err}; found {json.dumps(raw)[:200]}") from err
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    r, g, b = (float(v) for v in values)
+    return r, g, b
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total

@@ -1,0 +1,162 @@
+"""A Hugging Face checkpoint directory, read one tensor at a time.
+
+Layout: config.json, then model.safetensors or model.safetensors.index.json with its shards; optional
+generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..models import family_of
+from ..models.config import ModelConfig, Weight
+from ..models.errors import CheckpointError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises CheckpointError if it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise CheckpointError(f"{path.name} cannot be read: {err}") from err
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name}: found {type(value).__name__}, expected a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a safetensors file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # "F32", "F16" or "BF16"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its parsed configuration and where each tensor lies. No tensor is loaded yet."""
+
+    path: Path
+    family: ModuleType
+    config: ModelConfig
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read config.json and the headers of the safetensors files, and check every weight against the family's table.
+
+        Raises CheckpointError with the name of what is missing, extra, truncated or of the wrong shape.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such directory; expected a Hugging Face checkpoint with config.json")
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path}: found no config.json; expected a Hugging Face checkpoint directory")
+        raw = read_json(path / "config.json")
+        family = family_of(raw)
+        config = family.parse_config(raw)
+        entries = _entries(path)
+        _check(entries, family, config)
+        return cls(path, family, config, entries)
+
+    @property
+    def dtype(self) -> str:
+        """The widest dtype among the weights: "F32", "F16" or "BF16"."""
+        kinds = {entry.dtype for entry in self.entries.values()}
+        return "F32" if len(kinds) > 1 else kinds.pop()
+
+    def optional_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the checkpoint, or None where it is absent."""
+        file = self.path / name
+        return read_json(file) if file.is_file() else None
+
+    def files(self) -> list[Path]:
+        """config.json and the weight files."""
+        return [self.path / "config.json", *sorted({entry.file for entry in self.entries.values()})]
+
+    def read(self, weight: Weight) -> torch.Tensor:
+        """One tensor, laid out as the graph wants it (see Weight), in the checkpoint's dtype.
+
+        The file is opened for this one read, so that its mapped pages do not stay in memory.
+        """
+        with safe_open(self.entries[weight.source].file, framework="pt") as file:
+            tensor = file.get_tensor(weight.source)
+            if weight.layout == "transpose":
+                return tensor.t().contiguous()
+            if weight.layout == "patch":
+                merged = tensor.float().sum(2).permute(2, 3, 1, 0)  # [D, C, F, p, p] -> [p, p, C, D]
+                return merged.reshape(-1, tensor.shape[0]).contiguous()
+            return tensor.clone()
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    """Tensor name -> where it lies, from the headers of all weight files."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{index.name}: found no weight_map, expected tensor names and their shards")
+        files = [path / name for name in sorted(set(names.values()))]
+    elif single.is_file():
+        files, names = [single], {}
+    else:
+        hint = " PyTorch .bin files are not read; convert them to safetensors." if list(path.glob("*.bin")) else ""
+        raise CheckpointError(f"{path}: found no model.safetensors and no model.safetensors.index.json.{hint}")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        entries.update(_header(file))
+    for name, shard in names.items():
+        if name not in entries or entries[name].file.name != shard:
+            raise CheckpointError(f"{shard}: tensor '{name}' is missing, which {index.name} promises")
+    return entries
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    """Shapes and dtypes in one safetensors file; the library checks that the file is as long as its header says."""
+    if not file.is_file():
+        raise CheckpointError(f"{file.name}: the file is missing; the download may be incomplete")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            entries = {name: Entry(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as err:
+        raise CheckpointError(
+            f"{file.name}: not a complete safetensors file ({err}); copy or download it again"
+        ) from err
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{file.name}: '{name}' has dtype {entry.dtype}, expected F32, F16 or BF16; "
+                "build from the checkpoint that is not quantized"
+            )
+    return entries
+
+
+def _check(entries: Mapping[str, Entry], family: ModuleType, config: ModelConfig) -> None:
+    """Every weight of the table is there with its shape, and nothing else is."""
+    table = {w.source: w for graph in family.weights(config).values() for w in graph.values()}
+    missing = sorted(set(table) - set(entries))
+    if missing:
+        raise CheckpointError(f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'")
+    extra = sorted(set(entries) - set(table) - family.ignored_weights(config))
+    if extra:
+        raise CheckpointError(
+            f"{len(extra)} weights are not part of a {config.family} model of this configuration, "
+            f"the first is '{extra[0]}'"
+        )
+    for name, weight in table.items():
+        if entries[name].shape != weight.shape:
+            raise CheckpointError(
+                f"weight '{name}' has shape {list(entries[name].shape)}, expected {list(weight.shape)}"
+            )

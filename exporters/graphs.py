@@ -1,0 +1,176 @@
+"""torch module -> onnx_ir model without any weight in memory, in one dialect; then the weights, lazily."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    IdentityEliminationPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+from ..models.config import ModelConfig, Preprocessing, Weight
+from ..models.errors import CheckpointError
+from . import language, vision
+from .checkpoint import Checkpoint
+from .dialects import Dialect, lower
+
+PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def compute_precision(precision: str, dialect: Dialect) -> str:
+    """What a graph computes in. The ``ort`` dialect stores weights in 16 bits but computes in float32 (on a CPU there
+    is nothing faster); ``standard`` graphs are strongly typed and compute in what they store."""
+    return "fp32" if dialect.name == "ort" else precision
+
+
+def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32") -> ir.Model:
+    """The vision tower: inputs image, keep; outputs embeds, deepstack_0 ... (see VisionTower.forward)."""
+    c = config.vision
+    with FakeTensorMode():
+        tower = vision.VisionTower(c, dialect.cast_first, TORCH[compute_precision(precision, dialect)])
+        args = (torch.empty(3 * c.block, 4 * c.block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
+    shapes = ({0: c.block * Dim("rows", max=4096), 1: c.block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
+    outputs = ["embeds", *(f"deepstack_{i}" for i in range(len(c.deepstack)))]
+    model = _export(tower, args, shapes, ["image", "keep"], outputs, dialect)
+    return _name_axes(model, {"image": ("H", "W", 3)})
+
+
+def language_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32") -> ir.Model:
+    """The decoder: inputs and outputs as in Decoder.forward; caches are key_0, value_0, ... and new_key_0, ..."""
+    c, levels = config.text, len(config.vision.deepstack)
+    dtype = TORCH[compute_precision(precision, dialect)]
+    B, S, P, K, M = (Dim(name, min=1, max=1 << 20) for name in "BSPKM")
+    with FakeTensorMode():
+        decoder = language.Decoder(c, config.image_token, dtype)
+        caches = [torch.empty(2, c.kv_heads, 11, c.head_dim, dtype=dtype) for _ in range(2 * c.layers)]
+        args = (
+            torch.empty(2, 7, dtype=torch.int32),
+            torch.empty(5, c.width, dtype=dtype),
+            torch.empty(levels, 5, c.width, dtype=dtype),
+            torch.empty(3, 2, 7, dtype=torch.int32),
+            torch.empty(2, dtype=torch.int32),
+            torch.empty(2, 3, dtype=torch.int32),
+            caches,
+        )
+    shapes = ({0: B, 1: S}, {0: K}, {1: K}, {1: B, 2: S}, {0: B}, {0: B, 1: P}, [{0: B, 2: M} for _ in caches])
+    names = [f"{kind}_{i}" for i in range(c.layers) for kind in ("key", "value")]
+    inputs = ["input_ids", "embeds", "deepstack", "position_ids", "start", "logits_at", *names]
+    return _export(decoder, args, shapes, inputs, ["logits", *(f"new_{n}" for n in names)], dialect)
+
+
+def _export(
+    module: torch.nn.Module, args: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str], dialect: Dialect
+) -> ir.Model:
+    """torch.onnx.export on fake tensors (shapes without memory), then the dialect's nodes and the clean-up passes."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # it warns that torchvision is not installed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
+            program = torch.onnx.export(
+                module.eval(),
+                args,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=inputs,
+                output_names=outputs,
+                optimize=False,
+                opset_version=18,
+                verbose=False,
+            )
+    finally:
+        registration.setLevel(level)
+    assert program is not None
+    model = program.model
+    lower(model, dialect)
+    clean(model)
+    model.graph.name, model.producer_name, model.producer_version = "ppexport", "ppexport", ""
+    return model
+
+
+def clean(model: ir.Model) -> None:
+    """Merge equal nodes (each layer computes its mask and positions anew), drop what nobody reads and trace notes."""
+    for step in (CommonSubexpressionEliminationPass(), IdentityEliminationPass(), RemoveUnusedNodesPass()):
+        step(model)
+    RemoveUnusedOpsetsPass()(model)
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _name_axes(model: ir.Model, axes: Mapping[str, tuple[str | int, ...]]) -> ir.Model:
+    """Give the dynamic axes of graph inputs the project's dimension letters."""
+    for value in model.graph.inputs:
+        if value.name in axes:
+            value.shape = ir.Shape(axes[value.name])
+    return model
+
+
+def attach(
+    model: ir.Model, checkpoint: Checkpoint, graph: str, pre: Preprocessing, dialect: Dialect, precision: str
+) -> None:
+    """Give every initializer its value: constants now, weights as lazy tensors read when the graph is saved.
+
+    Raises CheckpointError naming an initializer that neither the weight table nor the constants know.
+    """
+    table: dict[str, Weight] = checkpoint.family.weights(checkpoint.config)[graph]
+    c = checkpoint.config
+    fixed = vision.constants(c.vision, pre) if graph == "vision" else language.constants(c.text)
+    stored, computed = PRECISIONS[precision], PRECISIONS[compute_precision(precision, dialect)]
+    for name, value in list(model.graph.initializers.items()):
+        if name in fixed:
+            value.const_value = ir.tensor(fixed[name], name=name)
+        elif name in table:
+            shape = [int(n) for n in value.shape]  # type: ignore[union-attr, arg-type]
+            dtype = stored if len(shape) > 1 else computed
+            value.const_value = ir.LazyTensor(
+                _reader(checkpoint, table[name], dtype), dtype=dtype, shape=ir.Shape(shape), name=name
+            )
+            if dtype != computed:
+                cast_after_load(model, value, dtype, computed)
+        elif value.const_value is None or value.const_value.size > 64:
+            raise CheckpointError(f"the {graph} graph has an initializer '{name}' that no weight table names")
+
+
+def cast_after_load(model: ir.Model, weight: ir.Value, stored: ir.DataType, computed: ir.DataType) -> None:
+    """Pass: ``weight`` is stored as ``stored``; a Cast gives its readers ``computed``, as before."""
+    users = list(weight.uses())
+    weight.type = ir.TensorType(stored)
+    node = ir.Node("", "Cast", [weight], {"to": ir.AttrInt64("to", int(computed))}, num_outputs=1)
+    cast = node.outputs[0]
+    cast.name, cast.type, cast.shape = f"{weight.name}.{computed.name.lower()}", ir.TensorType(computed), weight.shape
+    model.graph.insert_before(model.graph[0], node)
+    for user, index in users:
+        user.replace_input_with(index, cast)
+
+
+def _reader(checkpoint: Checkpoint, weight: Weight, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
+    torch_dtype = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}.get(dtype, torch.bfloat16)
+
+    def read() -> ir.TensorProtocol:
+        tensor = checkpoint.read(weight).to(torch_dtype)
+        if torch_dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"weight '{weight.source}' does not fit float16; build with --precision bf16")
+        if torch_dtype == torch.bfloat16:
+            return ir.Tensor(tensor.view(torch.uint16).numpy().view(dtype.numpy()), dtype=dtype)
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=dtype)
+
+    return read

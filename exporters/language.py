@@ -1,0 +1,126 @@
+"""The Qwen3-VL decoder: one graph for prefill and decode, with image embeddings put in by token id.
+
+Source of the architecture: transformers ``models/qwen3_vl`` (interleaved mRoPE, q/k norm, deepstack).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.config import TextConfig
+from . import ops
+from .layers import Linear
+
+
+class Layer(nn.Module):
+    """Pre-norm decoder layer: grouped-query attention over the cache, gated MLP."""
+
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.c = c
+        self.norm1, self.norm2 = nn.Parameter(torch.empty(c.width)), nn.Parameter(torch.empty(c.width))
+        self.q, self.o = Linear(c.width, c.heads * c.head_dim, False), Linear(c.heads * c.head_dim, c.width, False)
+        self.k, self.v = (Linear(c.width, c.kv_heads * c.head_dim, False) for _ in range(2))
+        self.q_norm, self.k_norm = nn.Parameter(torch.empty(c.head_dim)), nn.Parameter(torch.empty(c.head_dim))
+        self.gate, self.up = (Linear(c.width, c.ffn, False) for _ in range(2))
+        self.down = Linear(c.ffn, c.width, False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, own: Tensor, entries: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> x [B, S, D] and the updated caches [B, kv_heads, M, Dh]."""
+        c = self.c
+        B, S, _ = x.shape
+        h = ops.rms_norm(x, self.norm1, c.norm_eps)
+        q = ops.rms_norm(self.q(h).reshape(B, S, c.heads, c.head_dim), self.q_norm, c.norm_eps)
+        k = ops.rms_norm(self.k(h).reshape(B, S, c.kv_heads, c.head_dim), self.k_norm, c.norm_eps)
+        v = self.v(h).reshape(B, S, c.kv_heads, c.head_dim)
+        q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+        out, k_cache, v_cache = ops.cached_attention(q, k, v, k_cache, v_cache, own, entries, c.head_dim**-0.5)
+        x = x + self.o(out.reshape(B, S, c.heads * c.head_dim))
+        h = ops.rms_norm(x, self.norm2, c.norm_eps)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h)), k_cache, v_cache
+
+
+class Decoder(nn.Module):
+    """Token ids and image embeddings in, logits at the wanted positions out, caches updated."""
+
+    def __init__(self, c: TextConfig, image_token: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.c, self.image_token, self.dtype = c, image_token, dtype
+        self.token_table = nn.Parameter(torch.empty(c.vocab, c.width))
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.norm = nn.Parameter(torch.empty(c.width))
+        self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.width))
+        self.register_buffer("axis_freq", torch.empty(3, c.head_dim // 2))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        embeds: Tensor,
+        deepstack: Tensor,
+        position_ids: Tensor,
+        start: Tensor,
+        logits_at: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Run S more tokens of each row.
+
+        input_ids int32 [B, S]; embeds [K, D] and deepstack [L, K, D]: the k-th image placeholder of this call (in
+        row order) takes entry k, so K is at least their number (and at least 1: a row of zeros where there is no
+        image); position_ids int32 [3, B, S] (temporal, height, width); start int32 [B], entries already in the cache;
+        logits_at int32 [B, P], positions in S; caches: key, value per layer, [B, kv_heads, M, Dh] each.
+        Returns logits float32 [B, P, V] and the caches in the same order.
+        """
+        B, S = input_ids.shape
+        is_image = input_ids == self.image_token
+        entry = torch.cumsum(is_image.reshape(-1).to(torch.int32), 0, dtype=torch.int32) - 1
+        entry = torch.minimum(entry.clamp(min=0), torch.full_like(entry, embeds.shape[0] - 1))
+        is_image = is_image.unsqueeze(2)
+
+        def placed(table: Tensor) -> Tensor:
+            return table.index_select(0, entry).reshape(B, S, -1)
+
+        x = torch.where(is_image, placed(embeds), F.embedding(input_ids, self.token_table))
+        image_gate = is_image.to(self.dtype)
+        cos, sin = self.rotary_tables(position_ids)
+        own = start.unsqueeze(1) + torch.arange(S, device=start.device, dtype=torch.int32)
+        entries = torch.arange(caches[0].shape[2], device=start.device, dtype=torch.int32)
+        new_caches = []
+        for i, layer in enumerate(self.layers):
+            x, k, v = layer(x, cos, sin, caches[2 * i], caches[2 * i + 1], own, entries)
+            new_caches += [k, v]
+            if i < deepstack.shape[0]:
+                x = x + placed(deepstack.select(0, i)) * image_gate
+        return self.logits(x, logits_at), *new_caches
+
+    def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, Dh / 2]; frequency i turns with the axis that ``axis_freq`` gives it."""
+        angles = (position_ids.unsqueeze(3).float() * self.axis_freq.unsqueeze(1).unsqueeze(1)).sum(0)
+        return torch.cos(angles).to(self.dtype), torch.sin(angles).to(self.dtype)
+
+    def logits(self, x: Tensor, logits_at: Tensor) -> Tensor:
+        """Hidden states x [B, S, D] -> float32 logits [B, P, V] at the wanted positions only."""
+        B, S, D = x.shape
+        first = torch.arange(B, device=x.device, dtype=torch.int32).unsqueeze(1) * S
+        wanted = x.reshape(-1, D).index_select(0, (first + logits_at).reshape(-1))
+        table = self.token_table if self.head is None else self.head
+        out = F.linear(ops.rms_norm(wanted, self.norm, self.c.norm_eps), table)
+        return out.float().reshape(B, -1, self.c.vocab)
+
+
+def constants(c: TextConfig) -> dict[str, np.ndarray]:
+    """Values of the decoder's buffers: ``axis_freq`` float32 [3, Dh / 2].
+
+    Interleaved mRoPE: frequency i belongs to height if i % 3 == 1 and to width if i % 3 == 2, as long as it lies in
+    the first 3 * section frequencies of that axis, else to time; the other two rows are zero.
+    """
+    half = c.head_dim // 2
+    inv_freq = 1.0 / c.rope_theta ** (np.arange(half, dtype=np.float32) * 2 / c.head_dim)
+    axis = np.zeros(half, np.int64)
+    for a in (1, 2):
+        axis[a : 3 * c.mrope_section[a] : 3] = a
+    return {"axis_freq": np.where(axis == np.arange(3)[:, None], inv_freq, 0).astype(np.float32)}

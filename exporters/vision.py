@@ -1,0 +1,151 @@
+"""The Qwen3-VL vision tower with a variable kept-token axis, from the uint8 image to embeddings.
+
+What is dropped is never gathered, normalised or embedded: the graph reads the pixel rows of the kept blocks only.
+Source of the architecture: transformers ``models/qwen3_vl``. T = K * merge**2 patches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.config import Preprocessing, VisionConfig
+from . import ops
+from .layers import LayerNorm, Linear
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with full attention and two-dimensional rotary positions."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads, self.head_dim = c.heads, c.head_dim
+        self.norm1, self.norm2 = LayerNorm(c.width, c.norm_eps), LayerNorm(c.width, c.norm_eps)
+        self.qkv, self.proj = Linear(c.width, 3 * c.width), Linear(c.width, c.width)
+        self.fc1, self.fc2 = Linear(c.width, c.ffn), Linear(c.ffn, c.width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, width]; cos, sin [1, T, Dh / 2] -> [T, width]."""
+        width = self.heads * self.head_dim
+        qkv = self.qkv(self.norm1(x))
+        q, k, v = (qkv.narrow(1, i * width, width).reshape(1, -1, self.heads, self.head_dim) for i in range(3))
+        q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+        x = x + self.proj(ops.attention(q, k, v, self.head_dim**-0.5).reshape(-1, width))
+        return x + self.fc2(ops.gelu(self.fc1(self.norm2(x)), "tanh"))
+
+
+class Merger(nn.Module):
+    """merge x merge patches -> one token of the language model's width; normalises before or after merging."""
+
+    def __init__(self, c: VisionConfig, norm_merged: bool):
+        super().__init__()
+        self.merged, self.norm_merged = c.width * c.merge**2, norm_merged
+        self.norm = LayerNorm(self.merged if norm_merged else c.width, c.norm_eps)
+        self.fc1, self.fc2 = Linear(self.merged, self.merged), Linear(self.merged, c.out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, width] -> [K, D]."""
+        if self.norm_merged:
+            x = self.norm(x.reshape(-1, self.merged))
+        else:
+            x = self.norm(x).reshape(-1, self.merged)
+        return self.fc2(ops.gelu(self.fc1(x), "none"))
+
+
+class VisionTower(nn.Module):
+    """Image and kept indices in, embeddings and deepstack levels out.
+
+    Constants (``scale``, ``shift``, ``inv_freq``) are buffers filled by ``constants``: on the meta device, where
+    exports run, they have no values.
+    """
+
+    def __init__(self, c: VisionConfig, cast_first: bool = False, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.c, self.cast_first, self.dtype = c, cast_first, dtype
+        self.patch_embed = Linear(c.patch * c.patch * c.channels, c.width)
+        self.positions = nn.Parameter(torch.empty(c.positions, c.width))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.merger = Merger(c, norm_merged=False)
+        self.deepstack = nn.ModuleList(Merger(c, norm_merged=True) for _ in c.deepstack)
+        self.register_buffer("scale", torch.empty(c.patch * c.patch * c.channels))
+        self.register_buffer("shift", torch.empty(c.patch * c.patch * c.channels))
+        self.register_buffer("inv_freq", torch.empty(c.head_dim // 4))
+
+    def forward(self, image: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+        """image uint8 [H, W, 3], H and W multiples of the block; keep int32 [K], rising indices into the N blocks.
+
+        Returns embeds [K, D] and one [K, D] per deepstack level.
+        """
+        c = self.c
+        rows, cols = image.shape[0] // c.block, image.shape[1] // c.block
+        row = torch.div(keep, cols, rounding_mode="floor")
+        col = keep - row * cols
+        pixels = self.gather_blocks(image, row, col, cols)
+        y, x = self.patch_coordinates(row), self.patch_coordinates(col).transpose(1, 2)
+        y, x = (t.expand(-1, c.merge, c.merge).reshape(-1).float() for t in (y, x))
+        hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype))
+        hidden = hidden + self.position_embedding(y, x, rows * c.merge, cols * c.merge).to(self.dtype)
+        cos, sin = self.rotary_tables(y, x)
+        levels = []
+        for i, block in enumerate(self.blocks):
+            hidden = block(hidden, cos, sin)
+            if i in c.deepstack:
+                levels.append(self.deepstack[len(levels)](hidden))
+        return self.merger(hidden), *levels
+
+    def gather_blocks(self, image: Tensor, row: Tensor, col: Tensor, cols: int) -> Tensor:
+        """Pixels of the kept blocks, patch by patch: float32 [T, patch * patch * 3], 0..255.
+
+        The image is a table of segments, one per pixel row of a block: block * 3 bytes each, contiguous.
+        """
+        c = self.c
+        segments = image.reshape(-1, c.block * c.channels)
+        if self.cast_first:
+            segments = segments.to(self.dtype)
+        line = torch.arange(c.block, device=image.device, dtype=torch.int32)
+        index = (row.unsqueeze(1) * c.block + line) * cols + col.unsqueeze(1)
+        kept = segments.index_select(0, index.reshape(-1))
+        kept = kept.reshape(-1, c.merge, c.patch, c.merge, c.patch * c.channels).transpose(2, 3)
+        return kept.reshape(-1, c.patch * c.patch * c.channels).float()
+
+    def patch_coordinates(self, block: Tensor) -> Tensor:
+        """Patch coordinates inside each block along one axis. block [K] -> [K, merge, 1]."""
+        within = torch.arange(self.c.merge, device=block.device, dtype=torch.int32)
+        return (block.unsqueeze(1) * self.c.merge + within).unsqueeze(2)
+
+    def position_embedding(self, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+        """The learned square grid, interpolated bilinearly (corners aligned) to the grid of height x width patches.
+
+        y, x float32 [T] -> float32 [T, width of the tower].
+        """
+        side = round(self.c.positions**0.5)
+        y, x = y * (side - 1) / (height - 1), x * (side - 1) / (width - 1)
+        top, left = torch.floor(y), torch.floor(x)
+        down, right = (y - top).unsqueeze(1), (x - left).unsqueeze(1)
+        bottom, far = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
+        table = self.positions
+
+        def at(row: Tensor, col: Tensor) -> Tensor:
+            return F.embedding((row * side + col).to(torch.int32), table).float()
+
+        upper = at(top, left) * (1 - right) + at(top, far) * right
+        lower = at(bottom, left) * (1 - right) + at(bottom, far) * right
+        return upper * (1 - down) + lower * down
+
+    def rotary_tables(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, T, Dh / 2]: the first half of the frequencies turns with y, the second with x."""
+        angles = torch.cat((y.unsqueeze(1) * self.inv_freq, x.unsqueeze(1) * self.inv_freq), dim=1).unsqueeze(0)
+        return torch.cos(angles).to(self.dtype), torch.sin(angles).to(self.dtype)
+
+
+def constants(c: VisionConfig, pre: Preprocessing) -> dict[str, np.ndarray]:
+    """Values of the tower's buffers, float32: pixel scale and shift (mean and std folded), rotary frequencies."""
+    mean, std = np.array(pre.mean), np.array(pre.std)
+    half = c.head_dim // 2
+    return {
+        "scale": np.tile(1 / (255 * std), c.patch * c.patch).astype(np.float32),
+        "shift": np.tile(-mean / std, c.patch * c.patch).astype(np.float32),
+        "inv_freq": (1.0 / c.rope_theta ** (np.arange(0, half, 2, dtype=np.float32) / half)).astype(np.float32),
+    }

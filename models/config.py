@@ -1,0 +1,94 @@
+"""What a vision-language model is made of, as numbers: the family-neutral configuration of the graphs.
+
+Dimension letters used in the whole project:
+    B batch, S sequence, K kept merged tokens, N merged tokens of the full grid, P positions whose logits are wanted,
+    H, W image height and width in pixels, D width of the language model, V vocabulary, M cache capacity,
+    L deepstack levels, T patches in the vision tower (K * merge**2)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower over patches of ``patch`` x ``patch`` pixels, ``merge`` x ``merge`` of which become one token."""
+
+    depth: int  # transformer blocks
+    width: int  # hidden size of the tower
+    heads: int  # attention heads
+    ffn: int  # inner width of the MLP
+    patch: int  # pixels per patch side
+    merge: int  # patches per merged-token side
+    temporal_patch: int  # frames per patch; a still image is repeated
+    positions: int  # entries of the learned position table (a square grid)
+    out_width: int  # D of the language model
+    deepstack: tuple[int, ...]  # blocks whose output is merged and handed to the first language layers
+    channels: int = 3
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def block(self) -> int:
+        """Pixels per side of a merged token."""
+        return self.patch * self.merge
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Decoder with grouped-query attention, q/k norm and multimodal rotary positions."""
+
+    layers: int
+    width: int  # D
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int  # V
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # rotary frequencies for temporal, height, width; sums to head_dim / 2
+    context: int  # longest sequence the checkpoint was made for
+    tied_head: bool  # the output head is the embedding table
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: both towers and the token ids that tie them together."""
+
+    family: str  # Hugging Face ``model_type``
+    vision: VisionConfig
+    text: TextConfig
+    image_token: int  # placeholder, one per merged token of the full grid
+    vision_start: int
+    vision_end: int
+    eos_tokens: tuple[int, ...]  # used where generation_config.json is absent
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the uint8 array that the graphs take."""
+
+    min_pixels: int  # the resized image has at least this many pixels
+    max_pixels: int  # and at most this many
+    mean: tuple[float, float, float]  # on pixels in [0, 1]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where an initializer of a graph comes from in the checkpoint, and how it is laid out there.
+
+    ``layout`` is ``"same"``, ``"transpose"`` (a linear layer stored [out, in], used as [in, out]) or ``"patch"``
+    (a Conv3d kernel [D, C, F, p, p], used as [p * p * C, D]: the frames are summed, a still image repeats itself).
+    """
+
+    source: str  # tensor name in the checkpoint
+    shape: tuple[int, ...]  # shape in the checkpoint
+    layout: str = "same"

@@ -1,0 +1,95 @@
+"""bundle.json: what a bundle says of itself. Written by the exporter, read by the runtime, checked strictly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ModelConfig, Preprocessing
+from .errors import BundleError
+from .strict import StrictError, from_json, to_json
+
+SCHEMA = 1
+FILE = "bundle.json"
+SMALL_FILE = 16 << 20  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX graph of the bundle."""
+
+    file: str  # the graph; its weights lie beside it in ``file`` + ".data", if it has any
+    dialect: str  # see exporters/dialects.py
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a bundle was made from."""
+
+    name: str  # name of its directory
+    sha256: dict[str, str]  # config.json and weight files -> hash
+
+
+@dataclass(frozen=True)
+class PruneDefaults:
+    """How images are pruned when a request does not say (see runtime/prune.py)."""
+
+    method: str = "pred_2d"
+    metric: str = "max"
+    tau: float = 0.0
+    anchored: bool = True
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of bundle.json."""
+
+    schema: int
+    family: str
+    source: Source
+    precision: str  # of the weights: "fp32", "fp16" or "bf16"
+    compute: str  # what the graphs calculate in
+    interface: str  # "text" (tokenizer and chat template are there) or "tokens"
+    graphs: dict[str, Graph]  # "prune", "vision", "language"
+    model: ModelConfig
+    preprocessing: Preprocessing
+    prune: PruneDefaults
+    context: int  # longest sequence in tokens, prompt and answer together
+    stop_tokens: tuple[int, ...]  # generation ends at any of these
+    versions: dict[str, str]  # of the tools that made the bundle
+    files: dict[str, FileRecord]  # every other file of the bundle
+
+
+def write(manifest: Manifest, directory: Path) -> None:
+    """Write bundle.json."""
+    text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False)
+    (directory / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read(directory: Path) -> Manifest:
+    """Read bundle.json; raises BundleError if it is absent, damaged or of another schema version."""
+    path = directory / FILE
+    if not path.is_file():
+        raise BundleError(f"{directory}: found no {FILE}; expected a bundle made by 'ppexport build'")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise BundleError(f"{path}: is damaged ({err}); build the bundle again") from err
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        todo = "upgrade ppexport" if newer else "build the bundle again with this version of ppexport"
+        raise BundleError(f"{path}: found schema version {schema!r}, expected {SCHEMA}; {todo}")
+    try:
+        return from_json(Manifest, data)
+    except StrictError as err:
+        raise BundleError(f"{path}: {err}; build the bundle again") from err

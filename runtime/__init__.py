@@ -1,0 +1,1 @@
+"""Runs a bundle: image -> prune -> vision -> language -> text. No torch, no transformers, no onnx."""
