@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which a selector graph ships with the package
+
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -1,1 +1,77 @@
-"""ppexport"""
+"""ppexport: vision-language models, exported with pruning inside, run without torch.
+
+    pipe = ppexport.load("my.bundle")
+    for piece in (answer := pipe.generate("What is the total?", images=["screenshot.png"])):
+        print(piece, end="")
+    print(answer.stats)
+
+Everything is imported when it is first used, so ``import ppexport`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .models.version import __version__
+
+if TYPE_CHECKING:
+    from .models.errors import (
+        BackendError,
+        BundleError,
+        CheckpointError,
+        ImageError,
+        PpexportError,
+        RequestError,
+        SpaceError,
+    )
+    from .runtime.language import Sampling
+    from .runtime.pipeline import Answer, Encoded, Pipeline, Stats, Step, load
+    from .runtime.prune import Prune, Selection, select
+
+_WHERE = {
+    "runtime.pipeline": ("Answer", "Encoded", "Pipeline", "Stats", "Step", "load"),
+    "runtime.prune": ("Prune", "Selection", "select"),
+    "runtime.language": ("Sampling",),
+    "models.errors": (
+        "BackendError",
+        "BundleError",
+        "CheckpointError",
+        "ImageError",
+        "PpexportError",
+        "RequestError",
+        "SpaceError",
+    ),
+}
+_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "Answer",
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "Encoded",
+    "ImageError",
+    "Pipeline",
+    "PpexportError",
+    "Prune",
+    "RequestError",
+    "Sampling",
+    "Selection",
+    "SpaceError",
+    "Stats",
+    "Step",
+    "__version__",
+    "load",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'ppexport' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

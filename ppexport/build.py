@@ -1,0 +1,105 @@
+"""``ppexport build``: check, estimate, export into a temporary directory, rename when everything is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .models.errors import BackendError, BundleError, SpaceError
+
+if TYPE_CHECKING:
+    from .exporters.bundle import Plan, Progress
+
+
+def build(
+    checkpoint: str | Path,
+    output: str | Path,
+    precision: str = "auto",
+    dialect: str = "ort",
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Path:
+    """Make a bundle directory from a Hugging Face checkpoint directory; returns its path.
+
+    ``precision``: of the stored weights, "auto" (the checkpoint's), "fp32", "fp16" or "bf16". ``on_plan`` is told what
+    will be done before anything is written. Raises CheckpointError, SpaceError (disk or memory would not suffice),
+    BundleError (the output exists), BackendError (the export packages are not installed). On any error or
+    interruption nothing is left behind.
+    """
+    output = Path(output)
+    if output.exists() or output.is_symlink():
+        raise BundleError(f"{output}: already exists; remove it or choose another name")
+    exporter = _exporter()
+    plan = exporter.plan(checkpoint, precision, dialect)
+    on_plan(plan)
+    _check_space(plan, output)
+    created = _make_parents(output.parent)
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+        try:
+            exporter.export(plan, work, progress)
+            work.chmod(0o755)
+            if output.exists():
+                raise BundleError(f"{output}: appeared while the bundle was being built; choose another name")
+            work.rename(output)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    except BaseException as err:
+        for parent in created:
+            parent.rmdir()
+        if isinstance(err, OSError) and not isinstance(err, (BundleError, SpaceError)):
+            raise SpaceError(f"{output}: cannot be written: {err}; nothing was left behind") from err
+        raise
+    return output
+
+
+def _exporter():  # type: ignore[no-untyped-def]  # a module, imported here because it imports torch
+    try:
+        from .exporters import bundle
+    except ImportError as err:
+        raise BackendError(
+            f"{err.name} is not installed, expected for 'ppexport build'; install it with: "
+            "pip install 'ppexport[export]'"
+        ) from err
+    return bundle
+
+
+def _check_space(plan: Plan, output: Path) -> None:
+    """Raise SpaceError if the disk or the memory that is free is less than the plan's estimate."""
+    existing = next(p for p in [output.absolute().parent, *output.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < plan.disk:
+        raise SpaceError(f"{existing}: {_mb(free)} free, expected at least {_mb(plan.disk)} for the bundle; make room")
+    memory = available_memory()
+    if memory is not None and memory < plan.ram:
+        raise SpaceError(
+            f"{_mb(memory)} of memory are available, expected at least {_mb(plan.ram)} to build; close other programs"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be taken without swapping, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _make_parents(directory: Path) -> list[Path]:
+    """Create missing directories; returns those created, innermost first."""
+    missing = [p for p in [directory, *directory.parents] if not p.exists()]
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as err:
+        raise SpaceError(f"{directory}: cannot be created: {err}") from err
+    return missing
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

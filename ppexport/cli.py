@@ -1,0 +1,156 @@
+"""The command line: parses, calls one plain function, prints. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .models.errors import PpexportError
+from .models.version import __version__
+
+
+class Group(click.Group):
+    """Prints the errors users can cause as one line and exits with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except PpexportError as err:
+            raise click.ClickException(str(err)) from err
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Export vision-language models with pixel-space token pruning inside, and run them without torch."""
+
+
+def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how to prune and at which size."""
+    for option in reversed(
+        [
+            click.option(
+                "--tau",
+                type=click.FloatRange(0, 1),
+                default=None,
+                help="Largest byte difference, as a share of 255, at which two tokens count as equal. "
+                "Default: what the bundle says (0: exact repetitions only).",
+            ),
+            click.option(
+                "--sliding", is_flag=True, help="With --tau over 0: compare with the raw neighbour (errors can add up)."
+            ),
+            click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."),
+            click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _prune(tau: float | None, sliding: bool) -> Any:
+    from .runtime.prune import Prune
+
+    return Prune(tau=tau or 0.0, anchored=not sliding)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="The bundle directory to make.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="How weights are stored; auto keeps the checkpoint's dtype. ONNX Runtime on CPU computes in float32.",
+)
+@click.option(
+    "--dialect",
+    type=click.Choice(["ort", "standard"]),
+    default="ort",
+    show_default=True,
+    help="ort: for ONNX Runtime. standard: plain ONNX opset 24, for TensorRT.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no notices.")
+def build(checkpoint: str, output: str, precision: str, dialect: str, quiet: bool) -> None:
+    """Make a bundle from the Hugging Face CHECKPOINT directory."""
+    from . import progress
+    from .build import build as build_bundle
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    with progress.Bar(quiet) as bar:
+        path = build_bundle(checkpoint, output, precision, dialect, bar.plan, bar.update)
+    if not quiet:
+        click.echo(f"built {path}")
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@main.command()
+@click.argument("bundle", type=click.Path())
+@click.argument("prompt")
+@click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
+@prune_options
+@click.option("--no-prune", is_flag=True, help="Keep every token.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 means all tokens.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Per graph; 0: one per core.")
+@click.option("--verify", is_flag=True, help="Check the hashes of the large files too.")
+@click.option("--overlay", type=click.Path(), help="Write a picture of what was pruned of the first image.")
+@click.option("--json", "as_json", is_flag=True, help="Answer and statistics as one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="The answer only.")
+def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> None:
+    """Ask BUNDLE a question (PROMPT) about images. The answer goes to stdout, the statistics to stderr."""
+    from .run import run as run_bundle
+
+    run_bundle(bundle, prompt, images, **options)
+
+
+@main.command()
+@click.argument("image", type=click.Path())
+@prune_options
+@click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
+@click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, the kept indices included.")
+@click.option("--overlay", type=click.Path(), help="Write a picture of what is kept and what is dropped.")
+def inspect(
+    image: str,
+    tau: float | None,
+    sliding: bool,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    patch: int,
+    merge: int,
+    as_json: bool,
+    overlay: str | None,
+) -> None:
+    """Show what would be pruned of IMAGE, without a model (sizes as for Qwen3-VL)."""
+    from . import inspect as view
+    from .runtime.prune import select
+
+    limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
+    selection = select(image, _prune(tau, sliding), patch, merge, **limits)
+    if overlay:
+        view.write_overlay(image, selection, overlay)
+    if as_json:
+        click.echo(json.dumps(view.as_json(selection)))
+        return
+    click.echo(f"image   {selection.width} x {selection.height} pixels after resizing")
+    click.echo(f"grid    {selection.rows} x {selection.cols} = {selection.total} tokens")
+    click.echo(f"kept    {selection.kept} ({selection.share:.1%})" + (f", {selection.reason}" if selection.reason else ""))
+    if overlay:
+        click.echo(f"overlay {overlay}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

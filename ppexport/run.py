@@ -1,0 +1,80 @@
+"""``ppexport run``: one question to a bundle, the answer as it comes, then what it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from .inspect import write_overlay
+from .runtime.pipeline import PruneLike, Stats, load
+from .runtime.prune import Prune
+
+STAGES = ("image", "prune", "text", "vision", "prefill", "decode")
+
+
+def run(
+    bundle: str,
+    prompt: str,
+    images: Sequence[str],
+    tau: float | None = None,
+    sliding: bool = False,
+    no_prune: bool = False,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    threads: int = 0,
+    verify: bool = False,
+    overlay: str | None = None,
+    as_json: bool = False,
+    quiet: bool = False,
+    **generation: Any,
+) -> None:
+    """Load the bundle, stream the answer to stdout, print the statistics to stderr (or all of it as JSON)."""
+    prune: PruneLike = "default"
+    if no_prune:
+        if tau is not None or sliding:
+            raise click.UsageError("--no-prune goes with neither --tau nor --sliding")
+        prune = None
+    elif tau is not None or sliding:
+        prune = Prune(tau=tau or 0.0, anchored=not sliding)
+    if overlay and not images:
+        raise click.UsageError("--overlay needs an image (-i)")
+    answer = load(bundle, min_pixels, max_pixels, threads, verify).generate(prompt, images, prune, **generation)
+    for piece in answer:
+        if not as_json:
+            click.echo(piece, nl=False)
+    if overlay:
+        write_overlay(images[0], answer.stats.images[0], overlay)
+    if as_json:
+        click.echo(json.dumps({"answer": answer.text(), **as_dict(answer.stats)}, ensure_ascii=False))
+        return
+    click.echo()
+    if not quiet:
+        for line in summary(answer.stats):
+            click.echo(line, err=True)
+
+
+def as_dict(stats: Stats) -> dict[str, Any]:
+    """The statistics as plain JSON types, the images without their indices."""
+    images = [
+        {"width": s.width, "height": s.height, "tokens": s.total, "kept": s.kept, "reason": s.reason}
+        for s in stats.images
+    ]
+    numbers = {key: value for key, value in asdict(stats).items() if key != "images"}
+    return {"images": images, "kept": stats.kept, "tokens": stats.total, "ttft_ms": stats.ttft, **numbers}
+
+
+def summary(stats: Stats) -> list[str]:
+    """The statistics in a few lines for a person."""
+    lines = []
+    for s in stats.images:
+        why = f" ({s.reason})" if s.reason else ""
+        lines.append(f"image   {s.width} x {s.height}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}")
+    pruned = stats.prompt_tokens_full - stats.prompt_tokens
+    lines.append(f"prompt  {stats.prompt_tokens} tokens ({pruned} pruned), answer {stats.generated_tokens}, {stats.finish}")
+    times = "  ".join(f"{name} {stats.milliseconds[name]:.1f}" for name in STAGES if name in stats.milliseconds)
+    lines.append(f"ms      {times}  (first token after {stats.ttft:.1f})")
+    return lines

@@ -1,0 +1,153 @@
+"""Any image file or array -> uint8 [H, W, 3] at the size the vision tower takes.
+
+Size and resampling are those of transformers' PIL image processor for Qwen2-VL and Qwen3-VL (``smart_resize``, then
+PIL's bicubic filter), bit for bit. Transparent pixels are put on white, as paper and most screens are.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..models.errors import ImageError, RequestError
+
+ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
+
+MAX_FILE_BYTES = 256 << 20
+MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused before it is decoded
+MAX_ASPECT = 200  # as in transformers
+MIN_SIDE = 2  # a 1 x 1 image is a tracking pixel or a failed capture, not a document
+
+
+def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> np.ndarray:
+    """Read and resize: uint8 [H, W, 3], H and W multiples of ``block``, contiguous.
+
+    Raises ImageError if the image cannot be read or its size is outside the limits, RequestError for a wrong type,
+    dtype or shape.
+    """
+    source = read(image)
+    width, height = source.size
+    H, W = smart_resize(height, width, block, min_pixels, max_pixels)
+    if (W, H) != source.size:
+        source = source.resize((W, H), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(source))
+
+
+def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width, both multiples of ``block``, near the given ones, with min_pixels <= H * W <= max_pixels.
+
+    Source: transformers ``models/qwen2_vl/image_processing_pil_qwen2_vl.py``. Raises ImageError for a side under
+    MIN_SIDE or an aspect ratio over MAX_ASPECT, RequestError for impossible limits.
+    """
+    if not 0 < min_pixels <= max_pixels or max_pixels < block * block:
+        raise RequestError(
+            f"min_pixels is {min_pixels} and max_pixels {max_pixels}, expected 0 < min_pixels <= max_pixels and "
+            f"max_pixels of at least {block * block} (one {block} x {block} block)"
+        )
+    if min(height, width) < MIN_SIDE:
+        raise ImageError(f"the image is {width} x {height} pixels, expected at least {MIN_SIDE} on each side")
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise ImageError(
+            f"the image is {width} x {height} pixels, an aspect ratio of {max(height, width) / min(height, width):.0f}, "
+            f"expected at most {MAX_ASPECT}; cut it into pieces"
+        )
+    H, W = round(height / block) * block, round(width / block) * block
+    if H * W > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        H = max(block, math.floor(height / shrink / block) * block)
+        W = max(block, math.floor(width / shrink / block) * block)
+    elif H * W < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        H = math.ceil(height * grow / block) * block
+        W = math.ceil(width * grow / block) * block
+    return H, W
+
+
+def read(image: ImageLike) -> Image.Image:
+    """An RGB PIL image from a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3] or [H, W]."""
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        return _to_rgb(image, "the image")
+    if isinstance(image, bytes):
+        return _decode(image, "the image")
+    if isinstance(image, (str, os.PathLike)):
+        path = Path(image)
+        return _decode(_file_bytes(path), str(path))
+    raise RequestError(
+        f"an image is a {type(image).__name__}, expected a path, the bytes of a file, a PIL image or a uint8 array"
+    )
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        raise RequestError(
+            f"an image array has dtype {array.dtype} and shape {array.shape}, expected uint8 [H, W, 3] or [H, W]"
+        )
+    if 0 in array.shape:
+        raise ImageError(f"an image array has shape {array.shape}, expected at least {MIN_SIDE} pixels on each side")
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def _file_bytes(path: Path) -> bytes:
+    if not path.exists():
+        raise ImageError(f"{path}: no such file")
+    if not path.is_file():
+        raise ImageError(f"{path}: is not a file, expected an image file")
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"{path}: has {size} bytes, expected at most {MAX_FILE_BYTES}")
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise ImageError(f"{path}: cannot be read: {err}") from err
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise ImageError(f"{name}: is empty (0 bytes), expected an image file")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as err:
+        raise ImageError(f"{name}: is not an image that Pillow can read, expected PNG, JPEG, WebP, ...") from err
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as err:
+        raise ImageError(f"{name}: cannot be opened: {err}") from err
+    return _to_rgb(image, name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """First frame, upright, 8 bits per channel, opaque, RGB."""
+    width, height = image.size
+    if width * height > MAX_SOURCE_PIXELS:
+        raise ImageError(
+            f"{name}: has {width} x {height} pixels, expected at most {MAX_SOURCE_PIXELS}; scale it down first"
+        )
+    try:
+        if getattr(image, "n_frames", 1) > 1:
+            image.seek(0)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _to_8_bits(image)
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(paper, layer)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as err:
+        raise ImageError(f"{name}: is damaged or cut off: {err}") from err
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit (and wider) gray, 0..65535, or float gray, 0..255, scaled to 8 bits."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).astype(np.uint8))
+    wide = np.clip(values.astype(np.int64), 0, 65535)
+    return Image.fromarray(((wide + 128) // 257).astype(np.uint8))

@@ -1,0 +1,161 @@
+"""Prompt and image features -> tokens: positions, prefill, decode with the cache in place, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..models.config import TextConfig
+from ..models.errors import RequestError
+from .prune import Selection
+from .session import Backend, Binding, Buffer, Session
+from .vision import Features
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the decoder takes it: dropped tokens are gone, kept ones have their positions in the full grid."""
+
+    ids: np.ndarray  # int32 [S]
+    positions: np.ndarray  # int32 [3, S]: temporal, height, width
+    next_position: int  # of the first generated token, as if nothing had been pruned
+    full_length: int  # tokens before pruning
+
+
+def build_prompt(input_ids: np.ndarray, image_token: int, selections: Sequence[Selection]) -> Prompt:
+    """Compute multimodal rotary positions over the full grids, then drop the placeholders of dropped tokens.
+
+    input_ids int32 [S'], every image as a run of its N placeholders. Text after an image goes on at the largest
+    position so far + 1 (as transformers' ``get_rope_index``). Raises RequestError if runs and images do not match.
+    """
+    starts = _image_starts(input_ids == image_token, [selection.total for selection in selections])
+    S = len(input_ids)
+    positions = np.empty((3, S), np.int32)
+    keep = np.ones(S, bool)
+    done, position = 0, 0
+    for start, selection in zip(starts, selections, strict=True):
+        length = selection.total
+        positions[:, done:start] = position + np.arange(start - done)
+        position += start - done
+        row, col = np.divmod(np.arange(length), selection.cols)
+        positions[:, start : start + length] = position + np.stack([np.zeros(length, int), row, col])
+        position += max(selection.rows, selection.cols)
+        keep[start : start + length] = False
+        keep[start + selection.keep] = True
+        done = start + length
+    positions[:, done:] = position + np.arange(S - done)
+    next_position = position + S - done
+    ids = np.ascontiguousarray(input_ids[keep], np.int32)
+    return Prompt(ids, np.ascontiguousarray(positions[:, keep]), next_position, S)
+
+
+def _image_starts(is_image: np.ndarray, totals: Sequence[int]) -> list[int]:
+    """Where each image's placeholders start; each image's are consecutive. Raises RequestError if they do not match."""
+    where = np.flatnonzero(is_image)
+    ends = np.cumsum(totals, dtype=np.int64)
+    matches = len(where) == sum(totals) and all(
+        where[end - 1] - where[end - total] == total - 1 for end, total in zip(ends, totals, strict=True)
+    )
+    if not matches:
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], is_image, [False]]).astype(np.int8)))
+        raise RequestError(
+            f"the prompt has image placeholders in runs of {(edges[1::2] - edges[::2]).tolist()} tokens, expected "
+            f"{list(totals)} (the full grids of {len(totals)} images)"
+        )
+    return [int(where[end - total]) for end, total in zip(ends, totals, strict=True)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 takes the most likely one (greedy)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # smallest set of tokens that holds this much probability
+    top_k: int = 0  # at most this many tokens; 0: all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise RequestError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+        if self.top_k < 0:
+            raise RequestError(f"top_k is {self.top_k}, expected 0 (all tokens) or more")
+
+    def rng(self) -> np.random.Generator:
+        """A generator that repeats itself for the same seed."""
+        return np.random.default_rng(self.seed)
+
+    def choose(self, logits: np.ndarray, rng: np.random.Generator) -> int:
+        """A token from logits float32 [V]."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        order = np.argsort(-logits, kind="stable")[: self.top_k or None]
+        scaled = logits[order].astype(np.float64) / self.temperature
+        p = np.exp(scaled - scaled[0])
+        p /= p.sum()
+        count = int(np.searchsorted(np.cumsum(p), self.top_p)) + 1
+        p = p[:count] / p[:count].sum()
+        return int(order[rng.choice(len(p), p=p)])
+
+
+class Language:
+    """The decoder graph on a backend."""
+
+    def __init__(self, backend: Backend, graph: Path, config: TextConfig, dtype: str):
+        self.backend, self.config, self.dtype = backend, config, dtype
+        self.session: Session = backend.session(graph)
+
+    def start(self, capacity: int, features: Features) -> Decoding:
+        """A new sequence with room for ``capacity`` tokens."""
+        return Decoding(self, capacity, features)
+
+
+class Decoding:
+    """One sequence in progress: its caches and its binding. Caches are updated in place, bound once."""
+
+    def __init__(self, language: Language, capacity: int, features: Features):
+        self.language, self.backend, self.capacity, self.length = language, language.backend, capacity, 0
+        c = language.config
+        self.binding: Binding = language.session.binding()
+        for i in range(c.layers):
+            for kind in ("key", "value"):
+                cache = self.backend.zeros((1, c.kv_heads, capacity, c.head_dim), language.dtype)
+                self.binding.input(f"{kind}_{i}", cache)
+                self.binding.output(f"new_{kind}_{i}", cache)
+        self._features(features)
+        self.logits = self.backend.zeros((1, 1, c.vocab), "float32")
+        self.binding.output("logits", self.logits)
+
+    def _features(self, features: Features) -> None:
+        self.binding.input("embeds", features.embeds)
+        if features.deepstack is not None:
+            self.binding.input("deepstack", features.deepstack)
+
+    def prefill(self, prompt: Prompt) -> np.ndarray:
+        """Run the prompt; returns the logits float32 [V] after its last token (valid until the next call)."""
+        return self._run(prompt.ids, prompt.positions)
+
+    def decode(self, token: int, position: int) -> np.ndarray:
+        """Run one more token at ``position`` (all three axes); returns logits as ``prefill`` does."""
+        return self._run(np.array([token], np.int32), np.full((3, 1), position, np.int32))
+
+    def _run(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        S = len(ids)
+        if self.length + S > self.capacity:
+            raise RequestError(f"{self.length + S} tokens, expected at most {self.capacity} (the cache's capacity)")
+        upload = self.backend.upload
+        inputs: dict[str, Buffer] = {
+            "input_ids": upload(ids.reshape(1, S)),
+            "position_ids": upload(positions.reshape(3, 1, S)),
+            "start": upload(np.array([self.length], np.int32)),
+            "logits_at": upload(np.array([[S - 1]], np.int32)),
+        }
+        for name, buffer in inputs.items():
+            self.binding.input(name, buffer)
+        self.binding.run()
+        self.length += S
+        return self.backend.download(self.logits).reshape(-1)

@@ -1,0 +1,96 @@
+"""ONNX Runtime on the CPU: graphs run with IO binding on memory that numpy owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.errors import BackendError
+from .session import Buffer
+
+NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as err:
+        raise BackendError(
+            "onnxruntime is not installed, expected for device 'cpu'; install it with: pip install 'ppexport[cpu]'"
+        ) from err
+    return onnxruntime
+
+
+class OrtBinding:
+    """IO binding on raw pointers; keeps the bound buffers alive."""
+
+    def __init__(self, session: Any):
+        self._session, self._io, self._bound = session, session.io_binding(), {}  # type: ignore[var-annotated]
+
+    def input(self, name: str, buffer: Buffer) -> None:
+        """See session.Binding."""
+        self._bound[name] = buffer
+        self._io.bind_input(name, "cpu", 0, NUMPY[buffer.dtype], buffer.shape, buffer.pointer)
+
+    def output(self, name: str, buffer: Buffer) -> None:
+        """See session.Binding."""
+        self._bound[name] = buffer
+        self._io.bind_output(name, "cpu", 0, NUMPY[buffer.dtype], buffer.shape, buffer.pointer)
+
+    def run(self) -> None:
+        """See session.Binding."""
+        self._session.run_with_iobinding(self._io)
+
+
+class OrtSession:
+    """An onnxruntime.InferenceSession."""
+
+    def __init__(self, session: Any):
+        self._session = session
+        self.inputs = [value.name for value in session.get_inputs()]
+        self.outputs = [value.name for value in session.get_outputs()]
+
+    def binding(self) -> OrtBinding:
+        """See session.Session."""
+        return OrtBinding(self._session)
+
+
+class OrtCpu:
+    """The backend. ``threads``: threads per graph, 0 for one per core."""
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, threads: int = 0):
+        self._ort, self._threads = _import(), threads
+
+    def session(self, path: Path) -> OrtSession:
+        """See session.Backend. Raises BackendError quoting ONNX Runtime if it refuses the graph."""
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3  # errors only
+        try:
+            session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as err:
+            raise BackendError(
+                f"ONNX Runtime {self._ort.__version__} cannot load {path.name}: {err}; "
+                "build the bundle again, or install a newer onnxruntime"
+            ) from err
+        return OrtSession(session)
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """See session.Backend; pages are taken from the system when they are first written."""
+        return self.upload(np.zeros(shape, NUMPY[dtype]))
+
+    def upload(self, array: np.ndarray) -> Buffer:
+        """See session.Backend."""
+        array = np.ascontiguousarray(array)
+        return Buffer(array.ctypes.data, array.shape, array.dtype.name, array)
+
+    def download(self, buffer: Buffer) -> np.ndarray:
+        """See session.Backend."""
+        memory = buffer.owner.reshape(-1).view(np.uint8)
+        start = buffer.pointer - buffer.owner.ctypes.data
+        return memory[start : start + buffer.nbytes].view(NUMPY[buffer.dtype]).reshape(buffer.shape)

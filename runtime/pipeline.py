@@ -1,0 +1,289 @@
+"""The whole path: image -> prune -> vision -> language -> text. Read this file first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Union
+
+import numpy as np
+
+from ..models.errors import BundleError, RequestError
+from ..models.manifest import Manifest
+from .bundle import open_bundle
+from .image import ImageLike, prepare
+from .language import Language, Sampling, build_prompt
+from .ort import OrtCpu
+from .prune import Prune, Selection, Selector
+from .session import Backend, Buffer
+from .text import PromptLike, Text
+from .vision import Vision
+
+PruneLike = Union[Prune, None, Literal["default"]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token."""
+
+    token: int
+    logits: np.ndarray  # float32 [V], what it was chosen from
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image after the vision tower."""
+
+    keep: np.ndarray  # int32 [K]
+    embeds: np.ndarray  # [K, D]
+    deepstack: np.ndarray  # [L, K, D]
+    selection: Selection
+
+
+@dataclass
+class Stats:
+    """What a request did and how long it took. Grows while the request runs."""
+
+    images: tuple[Selection, ...] = ()
+    milliseconds: dict[str, float] = field(default_factory=dict)  # per stage: image, prune, vision, prefill, decode
+    prompt_tokens: int = 0  # after pruning
+    prompt_tokens_full: int = 0  # before pruning
+    generated_tokens: int = 0
+    finish: str = ""  # "stop" (a stop token), "length" (max_new_tokens) or "context" (the model's limit)
+
+    @property
+    def kept(self) -> int:
+        """Image tokens kept, all images together."""
+        return sum(image.kept for image in self.images)
+
+    @property
+    def total(self) -> int:
+        """Image tokens of the full grids."""
+        return sum(image.total for image in self.images)
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token in milliseconds: everything before decode."""
+        return sum(ms for stage, ms in self.milliseconds.items() if stage != "decode")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.milliseconds[name] = self.milliseconds.get(name, 0.0) + (time.perf_counter() - begin) * 1e3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The images of a request on the backend, and which of their tokens are kept."""
+
+    images: tuple[Buffer, ...]  # uint8 [H, W, 3] each
+    keeps: tuple[Buffer, ...]  # int32 [K] each
+    selections: tuple[Selection, ...]
+
+
+class Answer(Iterator[str]):
+    """Iterate for pieces of text as they are generated; ``stats`` is complete when the iteration ends."""
+
+    def __init__(self, steps: Iterator[Step], text: Text, stats: Stats, stop: frozenset[int]):
+        self.stats = stats
+        self._pieces = self._decode(steps, text, stop)
+        self._text: list[str] = []
+
+    def _decode(self, steps: Iterator[Step], text: Text, stop: frozenset[int]) -> Iterator[str]:
+        stream = text.stream()
+        for step in steps:
+            piece = "" if step.token in stop else stream.push(step.token)
+            if piece:
+                yield piece
+        if rest := stream.finish():
+            yield rest
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self._text.append(piece)
+        return piece
+
+    def text(self) -> str:
+        """Generate to the end and return the whole answer."""
+        for _ in self:
+            pass
+        return "".join(self._text)
+
+
+class Pipeline:
+    """A loaded bundle. Requests share nothing but the graphs, so several threads may use one pipeline."""
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        backend: Backend,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ):
+        model, dtype = manifest.model, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
+        graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
+        self.manifest, self.backend = manifest, backend
+        self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
+        self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
+        self.selector = Selector(backend, graphs["prune"], model.vision.block)
+        self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
+        self.language = Language(backend, graphs["language"], model.text, dtype)
+        self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
+
+    def generate(
+        self,
+        prompt: PromptLike,
+        images: Sequence[ImageLike] = (),
+        prune: PruneLike = "default",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Answer:
+        """Answer a question about images; iterate over the result for text, then read its ``stats``.
+
+        ``prompt``: a question, or chat messages with an {"type": "image"} part per image; ``prune``: "default" is what
+        the bundle says, None keeps everything. Images and prompt are checked before this returns. Raises ImageError,
+        RequestError, and BundleError for a bundle that only takes token ids.
+        """
+        if self.text is None:
+            raise BundleError(
+                "this bundle has no tokenizer (its checkpoint had none), so it takes token ids only; "
+                "use generate_tokens, or build it again with a tokenizer.json in the checkpoint"
+            )
+        stats = Stats()
+        prepared = self._prepare(images, prune, stats)
+        with stats.stage("text"):
+            ids = self.text.encode(prompt, [s.total for s in prepared.selections])
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        steps = self._steps(ids, prepared, sampling, max_new_tokens, stats)
+        return Answer(steps, self.text, stats, frozenset(self.manifest.stop_tokens))
+
+    def generate_tokens(
+        self,
+        input_ids: Sequence[int] | np.ndarray,
+        images: Sequence[ImageLike] = (),
+        prune: PruneLike = "default",
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stats: Stats | None = None,
+    ) -> Iterator[Step]:
+        """Generate from token ids [S] in which every image stands as N placeholders (its full grid).
+
+        Yields one Step per token, the first from the prompt; the last may be a stop token. ``stats`` is filled if
+        given. Raises ImageError, RequestError before the first step.
+        """
+        ids = np.asarray(input_ids)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise RequestError(f"input_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [S], S > 0")
+        vocab = self.manifest.model.text.vocab
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {vocab - 1}")
+        stats = Stats() if stats is None else stats
+        prepared = self._prepare(images, prune, stats)
+        return self._steps(ids.astype(np.int32), prepared, sampling, max_new_tokens, stats)
+
+    def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
+        """One image through prune and vision: keep indices, embeds [K, D] and deepstack [L, K, D]."""
+        prepared = self._prepare([image], prune, Stats())
+        features = self.backend.download(self._encode(prepared))
+        selection = prepared.selections[0]
+        return Encoded(selection.keep, features[0], features[1:], selection)
+
+    def _prepare(self, images: Sequence[ImageLike], prune: PruneLike, stats: Stats) -> Prepared:
+        """Stages image and prune: read, resize, upload, select."""
+        if isinstance(images, (str, bytes, Path, np.ndarray)):
+            raise RequestError(f"images is a {type(images).__name__}, expected a list of images")
+        setting = self._prune(prune)
+        buffers, keeps, selections = [], [], []
+        for image in images:
+            with stats.stage("image"):
+                pixels = prepare(image, self.selector.block, self.min_pixels, self.max_pixels)
+                buffers.append(self.backend.upload(pixels))
+            with stats.stage("prune"):
+                keep, selection = self.selector.select(buffers[-1], setting)
+            keeps.append(keep)
+            selections.append(selection)
+        stats.images = tuple(selections)
+        return Prepared(tuple(buffers), tuple(keeps), stats.images)
+
+    def _prune(self, prune: PruneLike) -> Prune | None:
+        if prune == "default":
+            p = self.manifest.prune
+            return Prune(p.method, p.metric, p.tau, p.anchored)
+        if prune is not None and not isinstance(prune, Prune):
+            raise RequestError(f"prune is {prune!r}, expected ppexport.Prune(...), None (off) or 'default'")
+        return prune
+
+    def _encode(self, prepared: Prepared) -> Buffer:
+        """Stage vision: features [1 + L, K, D] of all images, on the backend."""
+        return self.vision.encode(list(zip(prepared.images, prepared.keeps, strict=True)))
+
+    def _steps(
+        self, ids: np.ndarray, prepared: Prepared, sampling: Sampling, max_new_tokens: int, stats: Stats
+    ) -> Iterator[Step]:
+        """Check that the request fits, then (lazily) run vision, prefill and decode."""
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        prompt = build_prompt(ids, self.manifest.model.image_token, prepared.selections)
+        stats.prompt_tokens, stats.prompt_tokens_full = len(prompt.ids), prompt.full_length
+        room = self.manifest.context - len(prompt.ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt takes {len(prompt.ids)} tokens, expected under {self.manifest.context} (the model's "
+                "context); lower max_pixels, prune more or ask less"
+            )
+
+        def steps() -> Iterator[Step]:
+            with stats.stage("vision"):
+                features = self.vision.view(self._encode(prepared))
+            with stats.stage("prefill"):
+                limit = min(max_new_tokens, room)
+                decoding = self.language.start(len(prompt.ids) + limit - 1, features)
+                logits = decoding.prefill(prompt)
+            rng, stop = sampling.rng(), set(self.manifest.stop_tokens)
+            for i in range(limit):
+                token = sampling.choose(logits, rng)
+                stats.generated_tokens += 1
+                if token in stop:
+                    stats.finish = "stop"
+                elif i + 1 == limit:
+                    stats.finish = "length" if limit == max_new_tokens else "context"
+                yield Step(token, logits.copy())
+                if stats.finish:
+                    return
+                with stats.stage("decode"):
+                    logits = decoding.decode(token, prompt.next_position + i)
+
+        return steps()
+
+
+def load(
+    path: str | Path,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    threads: int = 0,
+    verify: bool = False,
+) -> Pipeline:
+    """Open a bundle on ONNX Runtime (CPU).
+
+    ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own. ``threads`` per graph, 0 for one
+    per core. ``verify`` checks the hashes of the large files too. Raises BundleError, BackendError.
+    """
+    directory, manifest = open_bundle(path, verify)
+    dialects = sorted({graph.dialect for graph in manifest.graphs.values()})
+    if dialects != ["ort"]:
+        raise BundleError(
+            f"{directory}: has graphs of dialect {', '.join(dialects)}, expected 'ort' for ONNX Runtime; "
+            "build it with --dialect ort"
+        )
+    return Pipeline(directory, manifest, OrtCpu(threads), min_pixels, max_pixels)

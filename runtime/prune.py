@@ -1,0 +1,134 @@
+"""Which merged tokens of an image are kept: the request (Prune), the graph that decides, the result (Selection)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from ..models.config import SELECTOR_BLOCKS
+from ..models.errors import RequestError
+from .image import ImageLike, prepare
+from .session import Backend, Buffer, Session, run
+
+METHODS, METRICS = ("pred_2d",), ("max",)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """How to prune; a property of a request.
+
+    Source: PixelPrune. tau is the largest difference of a byte, as a share of 255, at which two tokens still count as
+    equal: 0 drops exact repetitions only. Raises RequestError for values out of range and for combinations that are
+    not available yet.
+    """
+
+    method: str = "pred_2d"  # two-dimensional prediction from the left, upper and upper-left neighbour
+    metric: str = "max"  # distance: the largest difference over all bytes of two tokens
+    tau: float = 0.0  # 0 ... 1
+    anchored: bool = True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or not 0 <= self.tau <= 1:
+            raise RequestError(f"tau is {self.tau!r}, expected a number from 0 to 1")
+        if not isinstance(self.anchored, bool):
+            raise RequestError(f"anchored is {self.anchored!r}, expected True or False")
+        if self.method not in METHODS:
+            raise RequestError(f"method is {self.method!r}, expected one of: {', '.join(METHODS)}")
+        if self.metric not in METRICS:
+            raise RequestError(f"metric is {self.metric!r}, expected one of: {', '.join(METRICS)}")
+        if self.anchored and self.threshold > 0:
+            raise RequestError(
+                f"tau is {self.tau} with anchored=True, which is not available yet; "
+                "expected tau=0 (where both modes are equal) or anchored=False"
+            )
+
+    @property
+    def threshold(self) -> int:
+        """The largest byte difference that still counts as equal, 0 ... 255."""
+        return int(255 * self.tau + 1e-6)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of one image are kept."""
+
+    keep: np.ndarray  # int32 [K], rising indices into the N tokens of the full grid
+    rows: int  # of the full grid, in merged tokens
+    cols: int
+    width: int  # of the resized image, in pixels
+    height: int
+    reason: str  # why nothing was pruned; empty where something was
+
+    @property
+    def total(self) -> int:
+        """N, the tokens of the full grid."""
+        return self.rows * self.cols
+
+    @property
+    def kept(self) -> int:
+        """K, the tokens that are kept."""
+        return len(self.keep)
+
+    @property
+    def share(self) -> float:
+        """K / N."""
+        return self.kept / self.total
+
+
+class Selector:
+    """The pruning graph on a backend. ``block``: pixels per side of a merged token."""
+
+    def __init__(self, backend: Backend, graph: Path, block: int):
+        self.backend, self.block = backend, block
+        self.session: Session = backend.session(graph)
+
+    def select(self, image: Buffer, prune: Prune | None) -> tuple[Buffer, Selection]:
+        """image uint8 [H, W, 3] on the backend -> the keep indices there (int32 [K]) and what was decided."""
+        height, width, _ = image.shape
+        rows, cols = height // self.block, width // self.block
+        total = rows * cols
+        if prune is None:
+            order, count = self.backend.upload(np.arange(total, dtype=np.int32)), total
+        else:
+            order, counter = self.backend.zeros((total,), "int32"), self.backend.zeros((1,), "int32")
+            threshold = self.backend.upload(np.array([prune.threshold], np.int32))
+            run(self.session, {"image": image, "threshold": threshold}, {"order": order, "count": counter})
+            count = int(self.backend.download(counter)[0])
+        keep = order.rows(0, count)
+        reason = "pruning is off" if prune is None else "no token repeats its neighbours" if count == total else ""
+        host = self.backend.download(keep).copy()
+        host.flags.writeable = False
+        return keep, Selection(host, rows, cols, width, height, reason)
+
+
+@functools.lru_cache(maxsize=len(SELECTOR_BLOCKS))
+def packaged_selector(block: int) -> Selector:
+    """The selector that ships with the package, on the CPU. Raises RequestError for a block size without one."""
+    from .ort import OrtCpu
+
+    if block not in SELECTOR_BLOCKS:
+        raise RequestError(f"patch * merge is {block}, expected one of: {', '.join(map(str, SELECTOR_BLOCKS))}")
+    with resources.as_file(resources.files(__package__) / "selectors" / f"block_{block}.onnx") as graph:
+        return Selector(OrtCpu(), graph, block)
+
+
+def select(
+    image: ImageLike,
+    prune: Prune | None = Prune(),  # noqa: B008 (frozen)
+    patch: int = 16,
+    merge: int = 2,
+    min_pixels: int = 65536,
+    max_pixels: int = 16777216,
+) -> Selection:
+    """What would be kept of an image, without a model.
+
+    ``image``: a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3]; it is resized as for a model with
+    these patch and merge sizes and pixel limits (defaults: Qwen3-VL). Raises ImageError, RequestError.
+    """
+    selector = packaged_selector(patch * merge)
+    pixels = prepare(image, selector.block, min_pixels, max_pixels)
+    return selector.select(selector.backend.upload(pixels), prune)[1]

@@ -1,0 +1,99 @@
+"""The contract between the stages and a backend: buffers in the backend's memory, and graphs that read and write them.
+
+A stage allocates its outputs itself (their shapes are always known beforehand) and binds pointers, so a value that one
+graph writes and the next one reads is never copied and never becomes a Python object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+ITEM_BYTES = {"uint8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A contiguous tensor in a backend's memory."""
+
+    pointer: int  # address in the backend's memory
+    shape: tuple[int, ...]
+    dtype: str  # a key of ITEM_BYTES
+    owner: Any  # keeps the memory alive
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        total = ITEM_BYTES[self.dtype]
+        for n in self.shape:
+            total *= n
+        return total
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        """The entries ``start`` ... ``stop - 1`` of the first axis, as a view."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows {start}..{stop} of a buffer with {self.shape[0]}")
+        stride = self.nbytes // self.shape[0] if self.shape[0] else 0
+        return Buffer(self.pointer + start * stride, (stop - start, *self.shape[1:]), self.dtype, self.owner)
+
+    def reshape(self, *shape: int) -> Buffer:
+        """The same memory under another shape of the same size."""
+        view = Buffer(self.pointer, shape, self.dtype, self.owner)
+        if view.nbytes != self.nbytes:
+            raise ValueError(f"cannot view {self.shape} as {shape}")
+        return view
+
+
+class Binding(Protocol):
+    """One caller's set of inputs and outputs of a graph. Bindings of one session may run on several threads."""
+
+    def input(self, name: str, buffer: Buffer) -> None:
+        """Read the graph input ``name`` from ``buffer`` from now on."""
+
+    def output(self, name: str, buffer: Buffer) -> None:
+        """Write the graph output ``name`` to ``buffer`` from now on."""
+
+    def run(self) -> None:
+        """Run the graph once and wait for the outputs."""
+
+
+class Session(Protocol):
+    """A loaded graph."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+    def binding(self) -> Binding:
+        """A new, empty binding."""
+
+
+class Backend(Protocol):
+    """Where graphs run and buffers live."""
+
+    name: str
+
+    def session(self, path: Path) -> Session:
+        """Load an ONNX graph with the weights beside it."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """New memory, all bytes zero."""
+
+    def upload(self, array: np.ndarray) -> Buffer:
+        """A host array in the backend's memory; where that is host memory, the array itself."""
+
+    def download(self, buffer: Buffer) -> np.ndarray:
+        """A buffer as a host array; where that is host memory, a view of it."""
+
+
+def run(session: Session, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+    """Bind everything and run once."""
+    binding = session.binding()
+    for name, buffer in inputs.items():
+        binding.input(name, buffer)
+    for name, buffer in outputs.items():
+        binding.output(name, buffer)
+    binding.run()

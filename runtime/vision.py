@@ -1,0 +1,50 @@
+"""Kept blocks of an image -> embeddings and deepstack levels, written side by side for all images of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .session import Backend, Buffer, Session, run
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the language model takes of the images of a prompt: views of one buffer [1 + L, K, D]."""
+
+    embeds: Buffer  # [K, D]
+    deepstack: Buffer | None  # [L, K, D]; None where the model has no deepstack levels
+
+
+class Vision:
+    """The vision graph on a backend. ``levels``: L, ``width``: D, ``dtype``: of the features."""
+
+    def __init__(self, backend: Backend, graph: Path, levels: int, width: int, dtype: str):
+        self.backend, self.levels, self.width, self.dtype = backend, levels, width, dtype
+        self.session: Session = backend.session(graph)
+
+    def features(self, tokens: int) -> Buffer:
+        """Memory for the features of ``tokens`` kept tokens: [1 + L, K, D], at least one (zero) token."""
+        return self.backend.zeros((1 + self.levels, max(tokens, 1), self.width), self.dtype)
+
+    def view(self, features: Buffer) -> Features:
+        """The parts of a feature buffer, by name."""
+        _, K, D = features.shape
+        embeds = features.rows(0, 1).reshape(K, D)
+        return Features(embeds, features.rows(1, 1 + self.levels) if self.levels else None)
+
+    def encode(self, images: Sequence[tuple[Buffer, Buffer]]) -> Buffer:
+        """(image uint8 [H, W, 3], keep int32 [K_i]) per image -> features [1 + L, sum of K_i, D], in that order."""
+        features = self.features(sum(keep.shape[0] for _, keep in images))
+        K, D = features.shape[1:]
+        first = 0
+        for image, keep in images:
+            last = first + keep.shape[0]
+            outputs = {}
+            for level in range(1 + self.levels):
+                name = f"deepstack_{level - 1}" if level else "embeds"
+                outputs[name] = features.rows(level, level + 1).reshape(K, D).rows(first, last)
+            run(self.session, {"image": image, "keep": keep}, outputs)
+            first = last
+        return features
