@@ -1,0 +1,74 @@
+"""Time, peak memory and size of ``ppexport build`` on a checkpoint of real dimensions.
+
+    python bench/export.py --shape 2b -o bench/results/export.json
+
+Makes a random checkpoint of that shape (or takes --checkpoint), builds it once per run in a fresh process, and reports wall
+time, that process's peak resident set (mapped file pages included) and bytes on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import describe
+
+
+def build_once(checkpoint: Path, work: Path, precision: str) -> dict[str, float]:
+    """One build in a child process; seconds, peak RSS in bytes, bundle size in bytes."""
+    output = work / "bundle"
+    command = [sys.executable, "-m", "ppexport.cli", "build", str(checkpoint), "-o", str(output), "-q"]
+    begin = time.perf_counter()
+    child = subprocess.Popen([*command, "--precision", precision])
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - begin
+    if status:
+        raise SystemExit(f"the build failed with status {os.waitstatus_to_exitcode(status)}")
+    size = sum(file.stat().st_size for file in output.iterdir())
+    shutil.rmtree(output)
+    return {"seconds": round(seconds, 2), "peak_rss_bytes": usage.ru_maxrss * 1024, "bundle_bytes": size}
+
+
+@click.command()
+@click.option("--shape", default="2b", show_default=True, type=click.Choice(["tiny", "300m", "2b"]))
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead.")
+@click.option("--precision", default="auto", show_default=True)
+@click.option("--runs", default=3, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path))
+def main(shape: str, checkpoint: Path | None, precision: str, runs: int, output: Path | None) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        if checkpoint is None:
+            checkpoint = work / "checkpoint"
+            random = [sys.executable, "-m", "ppexport.exporters.random_checkpoint", str(checkpoint), "--shape", shape]
+            subprocess.run(random, check=True)
+        else:
+            shape = checkpoint.name
+        rows = [build_once(checkpoint, work, precision) for _ in range(runs)]
+    result = {
+        "what": "ppexport build",
+        "shape": shape,
+        "precision": precision,
+        "machine": describe(),
+        "runs": rows,
+        "median_seconds": median(r["seconds"] for r in rows),
+        "peak_rss_gb": round(max(r["peak_rss_bytes"] for r in rows) / 1e9, 3),
+        "bundle_gb": round(rows[0]["bundle_bytes"] / 1e9, 3),
+    }
+    print(json.dumps(result, indent=1))
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
