@@ -31,8 +31,8 @@ def prune_graph(block: int, dialect: Dialect) -> ir.Model:
     many are kept. N = (H / block) * (W / block).
     """
     op = Ops()
-    image = ir.Input("image", ir.Shape(["H", "W", 3]), ir.TensorType(ir.DataType.UINT8))
-    threshold = ir.Input("threshold", ir.Shape([1]), ir.TensorType(ir.DataType.INT32))
+    image = ir.val("image", ir.DataType.UINT8, ["H", "W", 3])
+    threshold = ir.val("threshold", ir.DataType.INT32, [1])
     pixels: ir.Value = image
     if dialect.cast_first:
         pixels, distance = op("Cast", image, to=ir.DataType.FLOAT), _float_distance(op)

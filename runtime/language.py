@@ -105,8 +105,8 @@ class Sampling:
 class Language:
     """The decoder graph on a backend."""
 
-    def __init__(self, backend: Backend, graph: Path, config: TextConfig, dtype: str):
-        self.backend, self.config, self.dtype = backend, config, dtype
+    def __init__(self, backend: Backend, graph: Path, config: TextConfig, image_token: int, dtype: str):
+        self.backend, self.config, self.image_token, self.dtype = backend, config, image_token, dtype
         self.session: Session = backend.session(graph)
 
     def start(self, capacity: int, features: Features) -> Decoding:
@@ -140,7 +140,13 @@ class Decoding:
         return self._run(prompt.ids, prompt.positions)
 
     def decode(self, token: int, position: int) -> np.ndarray:
-        """Run one more token at ``position`` (all three axes); returns logits as ``prefill`` does."""
+        """Run one more token at ``position`` (all three axes); returns logits as ``prefill`` does.
+
+        A generated image placeholder is text. Counted from the end of the vocabulary it reads the same embedding
+        (ONNX Gather), but the graph does not take it for an image.
+        """
+        if token == self.language.image_token:
+            token -= self.language.config.vocab
         return self._run(np.array([token], np.int32), np.full((3, 1), position, np.int32))
 
     def _run(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:

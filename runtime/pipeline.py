@@ -135,7 +135,7 @@ class Pipeline:
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
         self.selector = Selector(backend, graphs["prune"], model.vision.block)
         self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
-        self.language = Language(backend, graphs["language"], model.text, dtype)
+        self.language = Language(backend, graphs["language"], model.text, model.image_token, dtype)
         self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
 
     def generate(

@@ -1,0 +1,64 @@
+"""End to end against what the authors' reference computes on real images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, IMAGES
+from invariants import relative_error
+
+import ppexport
+
+NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
+CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_and_logits(golden_pipe: ppexport.Pipeline, case: str) -> None:
+    golden = np.load(GOLDEN / "e2e" / f"{case}.npz")
+    prune = None if case.endswith("full") else ppexport.Prune(tau=0.0)
+    images = [IMAGES / name for name in NAMES[case[:3]]]
+    stats = ppexport.Stats()
+    steps = list(golden_pipe.generate_tokens(golden["input_ids"], images, prune, max_new_tokens=12, stats=stats))
+    assert [step.token for step in steps] == golden["generated"].tolist()
+    assert relative_error(np.stack([step.logits for step in steps]), golden["step_logits"]) < 1e-3
+    assert relative_error(steps[0].logits, golden["last_logits"]) < 1e-3
+    assert stats.generated_tokens == 12
+    assert stats.finish == "length"
+    assert stats.prompt_tokens_full == len(golden["input_ids"])
+    assert stats.prompt_tokens_full - stats.prompt_tokens == stats.total - stats.kept
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_keep_embeds_and_deepstack(golden_pipe: ppexport.Pipeline, case: str) -> None:
+    golden = np.load(GOLDEN / "e2e" / f"{case}.npz")
+    prune = None if case.endswith("full") else ppexport.Prune(tau=0.0)
+    encoded = [golden_pipe.encode(IMAGES / name, prune) for name in NAMES[case[:3]]]
+    for i, image in enumerate(encoded):
+        _, h, w = golden["grid_thw"][i]
+        assert (image.selection.rows, image.selection.cols) == (h // 2, w // 2)
+        if prune is not None:
+            np.testing.assert_array_equal(image.keep, golden[f"keep_{i}"])
+    embeds = np.concatenate([image.embeds for image in encoded])
+    deepstack = np.concatenate([image.deepstack for image in encoded], axis=1)
+    assert relative_error(embeds, golden["image_embeds"]) < 1e-4
+    assert relative_error(deepstack, golden["deepstack"]) < 1e-4
+
+
+def test_two_images_in_one_request_equal_each_alone(golden_pipe: ppexport.Pipeline) -> None:
+    """The vision stage writes all images of a prompt side by side into one buffer."""
+    images = [IMAGES / name for name in NAMES["two"]]
+    prepared = golden_pipe._prepare(images, ppexport.Prune(), ppexport.Stats())
+    together = golden_pipe.backend.download(golden_pipe._encode(prepared))
+    alone = [golden_pipe.encode(image, ppexport.Prune()) for image in images]
+    np.testing.assert_array_equal(together[0], np.concatenate([e.embeds for e in alone]))
+    np.testing.assert_array_equal(together[1:], np.concatenate([e.deepstack for e in alone], axis=1))
+
+
+def test_keep_all_equals_unpruned(golden_pipe: ppexport.Pipeline) -> None:
+    """On an image with nothing to drop, pruning changes nothing at all."""
+    noise = np.random.default_rng(5).integers(0, 255, (256, 320, 3), np.uint8)
+    pruned, full = (golden_pipe.encode(noise, prune) for prune in (ppexport.Prune(), None))
+    assert pruned.selection.kept == pruned.selection.total
+    np.testing.assert_array_equal(pruned.embeds, full.embeds)
+    np.testing.assert_array_equal(pruned.deepstack, full.deepstack)

@@ -1,0 +1,217 @@
+"""The decoder graph: dialects, cache, batch rows, positions; and the prompt it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import GOLDEN
+from invariants import relative_error
+
+import ppexport
+from ppexport.exporters import graphs
+from ppexport.exporters.checkpoint import Checkpoint
+from ppexport.exporters.dialects import DIALECTS
+from ppexport.runtime.language import Sampling, build_prompt
+
+IMAGE = 500
+LAYERS, KV, DH, M = 4, 2, 32, 64
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ort.InferenceSession]:
+    """The golden decoder in every dialect, float32, on ONNX Runtime."""
+    checkpoint = Checkpoint.open(GOLDEN / "e2e" / "model")
+    directory = tmp_path_factory.mktemp("decoders")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    sessions = {}
+    for name, dialect in DIALECTS.items():
+        model = graphs.language_graph(checkpoint.config, dialect)
+        graphs.attach(model, checkpoint, "language", checkpoint.family.PREPROCESSING, dialect, "fp32")
+        path = directory / f"{name}.onnx"
+        ir.save(model, path, external_data=f"{name}.data")
+        sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return sessions
+
+
+def feed(rows: list[list[int]], start: list[int], logits_at: list[list[int]], caches: list[np.ndarray]) -> dict[str, Any]:
+    """Inputs of the decoder; image placeholders take random but fixed embeddings."""
+    rng = np.random.default_rng(2)
+    ids = np.array(rows, np.int32)
+    K = max(1, int((ids == IMAGE).sum()))
+    positions = np.array(start, np.int32)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
+    names = [f"{kind}_{i}" for i in range(LAYERS) for kind in ("key", "value")]
+    return {
+        "input_ids": ids,
+        "embeds": rng.normal(size=(K, 128)).astype(np.float32),
+        "deepstack": rng.normal(size=(3, K, 128)).astype(np.float32),
+        "position_ids": np.stack([positions, positions, positions]),
+        "start": np.array(start, np.int32),
+        "logits_at": np.array(logits_at, np.int32),
+        **dict(zip(names, caches, strict=True)),
+    }
+
+
+def empty(batch: int) -> list[np.ndarray]:
+    return [np.zeros((batch, KV, M, DH), np.float32) for _ in range(2 * LAYERS)]
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_cached_decode_equals_uncached_prefill(decoders: dict[str, ort.InferenceSession], name: str) -> None:
+    ids = [3, 9, IMAGE, IMAGE, IMAGE, 4, 77, 12, 30, 8]
+    session = decoders[name]
+    whole, *_ = session.run(None, feed([ids], [0], [list(range(len(ids)))], empty(1)))
+    logits, *caches = session.run(None, feed([ids[:6]], [0], [[5]], empty(1)))
+    found = [logits[0, 0]]
+    for i, token in enumerate(ids[6:], start=6):
+        logits, *caches = session.run(None, feed([[token]], [i], [[0]], caches))
+        found.append(logits[0, 0])
+    assert relative_error(np.stack(found), whole[0, 5:]) < 1e-4
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_prefill_in_two_parts_equals_one(decoders: dict[str, ort.InferenceSession], name: str) -> None:
+    ids = [3, 9, 14, 4, 77, 12, 30, 8]
+    session = decoders[name]
+    whole, *_ = session.run(None, feed([ids], [0], [[7]], empty(1)))
+    _, *caches = session.run(None, feed([ids[:3]], [0], [[2]], empty(1)))
+    parts, *_ = session.run(None, feed([ids[3:]], [3], [[4]], caches))
+    assert relative_error(parts, whole) < 1e-4
+
+
+def test_dialects_agree_on_a_batch_with_different_starts(decoders: dict[str, ort.InferenceSession]) -> None:
+    first = [[3, 9, 14, 4], [5, 6, 0, 0]]  # the second row is two tokens long, the rest is padding
+    rows = [[77], [80]]
+    found = {}
+    for name, session in decoders.items():
+        logits, *caches = session.run(None, feed(first, [0, 0], [[3], [1]], empty(2)))
+        more, *_ = session.run(None, feed(rows, [4, 2], [[0], [0]], caches))
+        found[name] = np.stack([logits, more])
+    assert relative_error(found["standard"], found["ort"]) < 1e-4
+    session = decoders["ort"]
+    alone, *caches = session.run(None, feed([first[1][:2]], [0], [[1]], empty(1)))
+    more, *_ = session.run(None, feed([rows[1]], [2], [[0]], caches))
+    assert relative_error(found["ort"][:, 1:], np.stack([alone, more])) < 1e-4
+
+
+def test_dialects_agree_with_images(decoders: dict[str, ort.InferenceSession]) -> None:
+    ids = [3, *[IMAGE] * 20, 4, *[IMAGE] * 9, 8]
+    at = [list(range(len(ids)))]
+    a, b = (decoders[name].run(None, feed([ids], [0], at, empty(1)))[0] for name in ("ort", "standard"))
+    assert relative_error(b, a) < 1e-4
+
+
+def selection(rows: int, cols: int, keep: list[int]) -> ppexport.Selection:
+    return ppexport.Selection(np.array(keep, np.int32), rows, cols, cols * 32, rows * 32, "")
+
+
+def test_positions_follow_the_full_grid() -> None:
+    ids = np.array([1, 2, *[IMAGE] * 6, 3, *[IMAGE] * 2, 4, 5])
+    prompt = build_prompt(ids, IMAGE, [selection(2, 3, [0, 4, 5]), selection(2, 1, [1])])
+    assert prompt.ids.tolist() == [1, 2, IMAGE, IMAGE, IMAGE, 3, IMAGE, 4, 5]
+    assert prompt.positions.tolist() == [
+        [0, 1, 2, 2, 2, 5, 6, 8, 9],
+        [0, 1, 2, 3, 3, 5, 7, 8, 9],
+        [0, 1, 2, 3, 4, 5, 6, 8, 9],
+    ]
+    assert prompt.next_position == 10
+    assert prompt.full_length == len(ids)
+
+
+def test_adjacent_images_are_told_apart_by_their_sizes() -> None:
+    prompt = build_prompt(np.array([IMAGE] * 5), IMAGE, [selection(1, 2, [0, 1]), selection(1, 3, [0, 1, 2])])
+    assert prompt.positions[2].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, *[IMAGE] * 5, 2], r"runs of \[5\] tokens, expected \[6\] \(the full grids of 1 images\)"),
+        ([1, 2], r"runs of \[\] tokens, expected \[6\]"),
+        ([*[IMAGE] * 3, 1, *[IMAGE] * 3], r"runs of \[3, 3\] tokens, expected \[6\]"),
+    ],
+)
+def test_placeholders_that_do_not_match(ids: list[int], message: str) -> None:
+    with pytest.raises(ppexport.RequestError, match=message):
+        build_prompt(np.array(ids), IMAGE, [selection(2, 3, [0])])
+
+
+def test_greedy_and_sampled_choice() -> None:
+    logits = np.array([0.0, 3.0, 2.0, -5.0], np.float32)
+    assert Sampling().choose(logits, np.random.default_rng(0)) == 1
+    rng = Sampling(1.0, seed=4).rng()
+    draws = [Sampling(1.0).choose(logits, rng) for _ in range(2000)]
+    expected = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(np.bincount(draws, minlength=4) / 2000, expected, atol=0.04)
+    assert {Sampling(1.0, top_k=2).choose(logits, rng) for _ in range(200)} == {1, 2}
+    assert {Sampling(1.0, top_p=0.5).choose(logits, rng) for _ in range(200)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0, expected 0"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
+        ({"top_k": -1}, "top_k is -1, expected 0"),
+    ],
+)
+def test_impossible_sampling(arguments: dict, message: str) -> None:
+    with pytest.raises(ppexport.RequestError, match=message):
+        Sampling(**arguments)
+
+
+def test_same_seed_same_tokens(tiny_pipe: ppexport.Pipeline, screen: np.ndarray) -> None:
+    def tokens(seed: int) -> list[int]:
+        sampling = Sampling(temperature=1.0, seed=seed)
+        ids = tiny_pipe.text.encode("Hello", [20])  # type: ignore[union-attr]
+        return [s.token for s in tiny_pipe.generate_tokens(ids, [screen], max_new_tokens=12, sampling=sampling)]
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+def test_caches_are_updated_in_place(golden_pipe: ppexport.Pipeline) -> None:
+    """No step allocates or copies a cache: the bound pointers stay and hold the new entries."""
+    features = golden_pipe.vision.view(golden_pipe.vision.features(0))
+    decoding = golden_pipe.language.start(8, features)
+    bound = decoding.binding._bound  # type: ignore[attr-defined]
+    keys = golden_pipe.backend.download(bound["key_0"])
+    assert bound["key_0"] is bound["new_key_0"]
+    prompt = build_prompt(np.array([3, 4, 5]), IMAGE, [])
+    decoding.prefill(prompt)
+    assert np.abs(keys[0, :, :3]).min(axis=(0, 2)).min() > 0
+    assert not keys[0, :, 3:].any()
+    before = keys[0, :, :3].copy()
+    decoding.decode(6, prompt.next_position)
+    np.testing.assert_array_equal(keys[0, :, :3], before)
+    assert keys[0, :, 3].any()
+    assert not keys[0, :, 4:].any()
+
+
+def test_stop_token_ends_the_answer(golden_bundle: Path, golden_pipe: ppexport.Pipeline) -> None:
+    steps = golden_pipe.generate_tokens([1, 2, 3], max_new_tokens=4)
+    first = next(steps).token
+    pipe = ppexport.load(golden_bundle)
+    pipe.manifest = dataclasses.replace(pipe.manifest, stop_tokens=(first,))
+    stats = ppexport.Stats()
+    assert [s.token for s in pipe.generate_tokens([1, 2, 3], max_new_tokens=4, stats=stats)] == [first]
+    assert stats.finish == "stop"
+
+
+def take(steps: Iterator[ppexport.Step], count: int) -> list[int]:
+    return [next(steps).token for _ in range(count)]
+
+
+def test_interleaved_requests_do_not_disturb_each_other(golden_pipe: ppexport.Pipeline) -> None:
+    alone = {n: take(golden_pipe.generate_tokens([n, 2, 3], max_new_tokens=6), 6) for n in (10, 20)}
+    a, b = (golden_pipe.generate_tokens([n, 2, 3], max_new_tokens=6) for n in (10, 20))
+    mixed = [(next(a).token, next(b).token) for _ in range(6)]
+    assert [x for x, _ in mixed] == alone[10]
+    assert [y for _, y in mixed] == alone[20]

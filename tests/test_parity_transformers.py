@@ -1,0 +1,172 @@
+"""The exported graphs against the installed transformers' Qwen3VL, stage by stage, on random models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from invariants import relative_error
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import ppexport
+from ppexport.build import build
+
+IMAGE, START, END = 90, 91, 92
+
+
+@dataclass(frozen=True)
+class Variant:
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    tied: bool
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of the images, multiples of 32
+
+
+TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+}
+VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_heads": 4,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 2],
+}
+VARIANTS = {
+    "tied_two_levels": Variant(TEXT, VISION, True, ((64, 96), (160, 32))),
+    "untied_three_levels": Variant(
+        {**TEXT, "num_key_value_heads": 4, "num_hidden_layers": 4},
+        {**VISION, "deepstack_visual_indexes": [0, 1, 3], "num_heads": 2},
+        False,
+        ((96, 224),),
+    ),
+    "one_kv_head_one_level": Variant(
+        {**TEXT, "num_key_value_heads": 1, "head_dim": 24, "rope_parameters": TEXT["rope_parameters"] | {
+            "mrope_section": [6, 3, 3]}},
+        {**VISION, "deepstack_visual_indexes": [3], "num_position_embeddings": 81},
+        True,
+        ((32, 32), (288, 64)),
+    ),
+    "no_deepstack": Variant(TEXT, {**VISION, "depth": 2, "deepstack_visual_indexes": []}, False, ((128, 128),)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Qwen3VLForConditionalGeneration
+    pipe: ppexport.Pipeline
+    images: list[np.ndarray]
+    pixel_values: torch.Tensor
+    grid: torch.Tensor
+    ids: np.ndarray
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    variant = VARIANTS[request.param]
+    config = Qwen3VLConfig(
+        text_config=variant.text,
+        vision_config={**variant.vision, "out_hidden_size": variant.text["hidden_size"]},
+        image_token_id=IMAGE,
+        video_token_id=93,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=variant.tied,
+    )
+    torch.manual_seed(7)
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    for parameter in model.parameters():  # larger than the default, so that every term shows
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1)
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory / "checkpoint")
+    bundle = build(directory / "checkpoint", directory / "bundle")
+    rng = np.random.default_rng(3)
+    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in variant.sizes]
+    processor = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, do_resize=False, image_mean=[0.5] * 3,
+                                         image_std=[0.5] * 3)
+    batch = processor(images, return_tensors="pt")
+    ids = [5, 6, 7]
+    for h, w in variant.sizes:
+        ids += [START, *[IMAGE] * (h * w // 1024), END, 11]
+    return Case(
+        model,
+        ppexport.load(bundle, min_pixels=1024),
+        images,
+        batch["pixel_values"],
+        batch["image_grid_thw"],
+        np.array([*ids, 20, 21, 22]),
+        directory / "checkpoint",
+    )
+
+
+def reference_logits(case: Case, ids: np.ndarray) -> np.ndarray:
+    """float32 logits [S, V] of a full forward pass without cache."""
+    tokens = torch.tensor(ids)[None]
+    with torch.no_grad():
+        out = case.model(
+            input_ids=tokens,
+            pixel_values=case.pixel_values,
+            image_grid_thw=case.grid,
+            mm_token_type_ids=(tokens == IMAGE).int(),
+            use_cache=False,
+        )
+    return out.logits[0].numpy()
+
+
+def test_vision_and_deepstack(case: Case) -> None:
+    with torch.no_grad():
+        expected = case.model.model.visual(case.pixel_values, grid_thw=case.grid, return_dict=True)
+    encoded = [case.pipe.encode(image, None) for image in case.images]
+    embeds = np.concatenate([e.embeds for e in encoded])
+    assert relative_error(embeds, expected.pooler_output.numpy()) < 1e-4
+    levels = expected.deepstack_features
+    assert encoded[0].deepstack.shape[0] == len(levels)
+    for i, level in enumerate(levels):
+        assert relative_error(np.concatenate([e.deepstack[i] for e in encoded]), level.numpy()) < 1e-4
+
+
+def test_prefill_logits(case: Case) -> None:
+    step = next(case.pipe.generate_tokens(case.ids, case.images, None))
+    assert relative_error(step.logits, reference_logits(case, case.ids)[-1]) < 1e-3
+
+
+def test_decode_with_cache(case: Case) -> None:
+    """Greedy decoding against transformers' own cached generation (which may emit the placeholder token as text)."""
+    steps = list(case.pipe.generate_tokens(case.ids, case.images, None, max_new_tokens=8))
+    tokens = torch.tensor(case.ids)[None]
+    case.model.generation_config.eos_token_id = None
+    expected = case.model.generate(
+        input_ids=tokens,
+        pixel_values=case.pixel_values,
+        image_grid_thw=case.grid,
+        mm_token_type_ids=(tokens == IMAGE).int(),
+        max_new_tokens=8,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert relative_error(np.stack([s.logits for s in steps]), torch.cat(expected.logits).numpy()) < 1e-3
+    assert [step.token for step in steps] == expected.sequences[0, len(case.ids) :].tolist()
+
+
+def test_text_only_prompt(case: Case) -> None:
+    ids = np.array([5, 6, 7, 20])
+    with torch.no_grad():
+        expected = case.model(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0, -1].numpy()
+    step = next(case.pipe.generate_tokens(ids))
+    assert relative_error(step.logits, expected) < 1e-3
