@@ -2,8 +2,8 @@
 
     python bench/export.py --shape 2b -o bench/results/export.json
 
-Makes a random checkpoint of that shape (or takes --checkpoint), builds it once per run in a fresh process, and reports wall
-time, that process's peak resident set (mapped file pages included) and bytes on disk.
+Makes a random checkpoint of that shape (or takes --checkpoint), builds it once per run in a fresh process, and
+reports wall time, that process's peak resident set (mapped file pages included) and bytes on disk.
 """
 
 from __future__ import annotations

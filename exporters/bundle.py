@@ -62,7 +62,9 @@ def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Pla
     elif _chat_template(checkpoint) is None:
         notices.append("no chat template: using the one of the family")
     sizes = [
-        _count(weight.shape) for table in checkpoint.family.weights(checkpoint.config).values() for weight in table.values()
+        _count(weight.shape)
+        for table in checkpoint.family.weights(checkpoint.config).values()
+        for weight in table.values()
     ]
     disk = int(sum(sizes) * BYTES[precision] * 1.01) + (32 << 20)
     # the largest tensor: as mapped, as read, as converted

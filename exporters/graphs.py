@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32")
     shapes = ({0: c.block * Dim("rows", max=4096), 1: c.block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
     outputs = ["embeds", *(f"deepstack_{i}" for i in range(len(c.deepstack)))]
     model = _export(tower, args, shapes, ["image", "keep"], outputs, dialect)
-    return _name_axes(model, {"image": ("H", "W", 3)})
+    model.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
+    return model
 
 
 def language_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32") -> ir.Model:
@@ -116,14 +117,6 @@ def clean(model: ir.Model) -> None:
     model.metadata_props.clear()
 
 
-def _name_axes(model: ir.Model, axes: Mapping[str, tuple[str | int, ...]]) -> ir.Model:
-    """Give the dynamic axes of graph inputs the project's dimension letters."""
-    for value in model.graph.inputs:
-        if value.name in axes:
-            value.shape = ir.Shape(axes[value.name])
-    return model
-
-
 def attach(
     model: ir.Model, checkpoint: Checkpoint, graph: str, pre: Preprocessing, dialect: Dialect, precision: str
 ) -> None:
@@ -140,7 +133,8 @@ def attach(
             value.const_value = ir.tensor(fixed[name], name=name)
         elif name in table:
             shape = [int(n) for n in value.shape]  # type: ignore[union-attr, arg-type]
-            dtype = stored if len(shape) > 1 else computed
+            # vectors cost nothing; the patch kernel is a sum of two frames, which 16 bits would round
+            dtype = stored if len(shape) > 1 and table[name].layout != "patch" else computed
             value.const_value = ir.LazyTensor(
                 _reader(checkpoint, table[name], dtype), dtype=dtype, shape=ir.Shape(shape), name=name
             )

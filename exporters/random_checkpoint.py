@@ -1,6 +1,6 @@
 """Checkpoints with random weights at real dimensions, to measure and test without a download.
 
-    python -m ppexport.exporters.random_checkpoint OUT --shape 2b
+python -m ppexport.exporters.random_checkpoint OUT --shape 2b
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
         for name in names:
             tensor = torch.empty(shapes[name], dtype=torch.bfloat16 if dtype != torch.float32 else dtype)
             tensor.normal_(0.0, 0.02, generator=generator)
-            if name.endswith("norm.weight") or ".norm" in name and name.endswith("weight"):
+            if name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")):
                 tensor += 1
             tensors[name] = tensor.to(dtype)
             where[name] = file

@@ -88,7 +88,7 @@ class VisionTower(nn.Module):
         hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype))
         hidden = hidden + self.position_embedding(y, x, rows * c.merge, cols * c.merge).to(self.dtype)
         cos, sin = self.rotary_tables(y, x)
-        levels = []
+        levels: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             hidden = block(hidden, cos, sin)
             if i in c.deepstack:

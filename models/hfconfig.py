@@ -11,10 +11,32 @@ _REQUIRED: Any = object()
 
 # Keys that configurations carry and that do not change what the model computes at inference.
 HARMLESS = frozenset(
-    "model_type architectures transformers_version _name_or_path dtype torch_dtype initializer_range use_cache "
-    "attention_dropout bos_token_id pad_token_id sep_token_id return_dict output_hidden_states output_attentions "
-    "_attn_implementation _attn_implementation_autoset attn_implementation is_encoder_decoder problem_type id2label "
-    "label2id chunk_size_feed_forward auto_map".split()
+    [
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "initializer_range",
+        "use_cache",
+        "attention_dropout",
+        "bos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "is_encoder_decoder",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "chunk_size_feed_forward",
+        "auto_map",
+    ]
 )
 
 

@@ -99,11 +99,17 @@ def _interrupt(*_: Any) -> None:
 @click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
 @prune_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from the smallest set of tokens with this probability.",
+)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 means all tokens.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Per graph; 0: one per core.")
 @click.option("--verify", is_flag=True, help="Check the hashes of the large files too.")
 @click.option("--overlay", type=click.Path(), help="Write a picture of what was pruned of the first image.")
@@ -147,7 +153,9 @@ def inspect(
         return
     click.echo(f"image   {selection.width} x {selection.height} pixels after resizing")
     click.echo(f"grid    {selection.rows} x {selection.cols} = {selection.total} tokens")
-    click.echo(f"kept    {selection.kept} ({selection.share:.1%})" + (f", {selection.reason}" if selection.reason else ""))
+    click.echo(
+        f"kept    {selection.kept} ({selection.share:.1%})" + (f", {selection.reason}" if selection.reason else "")
+    )
     if overlay:
         click.echo(f"overlay {overlay}")
 

@@ -74,7 +74,9 @@ def summary(stats: Stats) -> list[str]:
         why = f" ({s.reason})" if s.reason else ""
         lines.append(f"image   {s.width} x {s.height}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}")
     pruned = stats.prompt_tokens_full - stats.prompt_tokens
-    lines.append(f"prompt  {stats.prompt_tokens} tokens ({pruned} pruned), answer {stats.generated_tokens}, {stats.finish}")
+    lines.append(
+        f"prompt  {stats.prompt_tokens} tokens ({pruned} pruned), answer {stats.generated_tokens}, {stats.finish}"
+    )
     times = "  ".join(f"{name} {stats.milliseconds[name]:.1f}" for name in STAGES if name in stats.milliseconds)
     lines.append(f"ms      {times}  (first token after {stats.ttft:.1f})")
     return lines

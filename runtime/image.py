@@ -10,14 +10,13 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..models.errors import ImageError, RequestError
 
-ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 MAX_FILE_BYTES = 256 << 20
 MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused before it is decoded
@@ -34,7 +33,7 @@ def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> n
     source = read(image)
     width, height = source.size
     H, W = smart_resize(height, width, block, min_pixels, max_pixels)
-    if (W, H) != source.size:
+    if source.size != (W, H):
         source = source.resize((W, H), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(source))
 
@@ -52,17 +51,18 @@ def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixel
         )
     if min(height, width) < MIN_SIDE:
         raise ImageError(f"the image is {width} x {height} pixels, expected at least {MIN_SIDE} on each side")
-    if max(height, width) / min(height, width) > MAX_ASPECT:
+    aspect = max(height, width) / min(height, width)
+    if aspect > MAX_ASPECT:
         raise ImageError(
-            f"the image is {width} x {height} pixels, an aspect ratio of {max(height, width) / min(height, width):.0f}, "
+            f"the image is {width} x {height} pixels, an aspect ratio of {aspect:.0f}, "
             f"expected at most {MAX_ASPECT}; cut it into pieces"
         )
     H, W = round(height / block) * block, round(width / block) * block
-    if H * W > max_pixels:
+    if max_pixels < H * W:
         shrink = math.sqrt(height * width / max_pixels)
         H = max(block, math.floor(height / shrink / block) * block)
         W = max(block, math.floor(width / shrink / block) * block)
-    elif H * W < min_pixels:
+    elif min_pixels > H * W:
         grow = math.sqrt(min_pixels / (height * width))
         H = math.ceil(height * grow / block) * block
         W = math.ceil(width * grow / block) * block

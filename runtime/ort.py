@@ -28,7 +28,8 @@ class OrtBinding:
     """IO binding on raw pointers; keeps the bound buffers alive."""
 
     def __init__(self, session: Any):
-        self._session, self._io, self._bound = session, session.io_binding(), {}  # type: ignore[var-annotated]
+        self._session, self._io = session, session.io_binding()
+        self._bound: dict[str, Buffer] = {}
 
     def input(self, name: str, buffer: Buffer) -> None:
         """See session.Binding."""
@@ -50,8 +51,8 @@ class OrtSession:
 
     def __init__(self, session: Any):
         self._session = session
-        self.inputs = [value.name for value in session.get_inputs()]
-        self.outputs = [value.name for value in session.get_outputs()]
+        self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
+        self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
 
     def binding(self) -> OrtBinding:
         """See session.Session."""

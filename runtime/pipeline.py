@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Union
+from typing import Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from .session import Backend, Buffer
 from .text import PromptLike, Text
 from .vision import Vision
 
-PruneLike = Union[Prune, None, Literal["default"]]
+PruneLike = Prune | Literal["default"] | None
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def packaged_selector(block: int) -> Selector:
 
 def select(
     image: ImageLike,
-    prune: Prune | None = Prune(),  # noqa: B008 (frozen)
+    prune: Prune | None = Prune(),
     patch: int = 16,
     merge: int = 2,
     min_pixels: int = 65536,

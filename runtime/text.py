@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 from ..models.errors import BundleError, RequestError
 
 Messages = Sequence[Mapping[str, Any]]
-PromptLike = Union[str, Messages]
+PromptLike = str | Messages
 
 
 class Text:
@@ -86,11 +86,14 @@ def _messages(prompt: PromptLike, images: int) -> Messages:
     if isinstance(prompt, str):
         content = [{"type": "image"} for _ in range(images)]
         return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-    if isinstance(prompt, Sequence) and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt):
-        return prompt
-    raise RequestError(
-        f"the prompt is {prompt!r:.80}, expected a string or a list of messages with 'role' and 'content'"
-    )
+    messages: Messages = prompt
+    if not isinstance(messages, Sequence) or not all(
+        isinstance(m, Mapping) and "role" in m and "content" in m for m in messages
+    ):
+        raise RequestError(
+            f"the prompt is {prompt!r:.80}, expected a string or a list of messages with 'role' and 'content'"
+        )
+    return messages
 
 
 def _environment() -> jinja2.Environment:

@@ -13,12 +13,12 @@ import onnxruntime as ort
 import pytest
 from conftest import GOLDEN
 from invariants import relative_error
-
-import ppexport
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS
 from ppexport.runtime.language import Sampling, build_prompt
+
+import ppexport
 
 IMAGE = 500
 LAYERS, KV, DH, M = 4, 2, 32, 64
@@ -41,7 +41,9 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ort.Inferenc
     return sessions
 
 
-def feed(rows: list[list[int]], start: list[int], logits_at: list[list[int]], caches: list[np.ndarray]) -> dict[str, Any]:
+def feed(
+    rows: list[list[int]], start: list[int], logits_at: list[list[int]], caches: list[np.ndarray]
+) -> dict[str, Any]:
     """Inputs of the decoder; image placeholders take random but fixed embeddings."""
     rng = np.random.default_rng(2)
     ids = np.array(rows, np.int32)

@@ -55,8 +55,12 @@ VARIANTS = {
         ((96, 224),),
     ),
     "one_kv_head_one_level": Variant(
-        {**TEXT, "num_key_value_heads": 1, "head_dim": 24, "rope_parameters": TEXT["rope_parameters"] | {
-            "mrope_section": [6, 3, 3]}},
+        {
+            **TEXT,
+            "num_key_value_heads": 1,
+            "head_dim": 24,
+            "rope_parameters": TEXT["rope_parameters"] | {"mrope_section": [6, 3, 3]},
+        },
         {**VISION, "deepstack_visual_indexes": [3], "num_position_embeddings": 81},
         True,
         ((32, 32), (288, 64)),
@@ -97,8 +101,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     bundle = build(directory / "checkpoint", directory / "bundle")
     rng = np.random.default_rng(3)
     images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in variant.sizes]
-    processor = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, do_resize=False, image_mean=[0.5] * 3,
-                                         image_std=[0.5] * 3)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
     batch = processor(images, return_tensors="pt")
     ids = [5, 6, 7]
     for h, w in variant.sizes:

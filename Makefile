@@ -1,0 +1,53 @@
+# make demo   builds a bundle from the checkpoint in the repository and asks it about a screenshot
+# make test   linters, types and tests
+# Each sets up what it needs in .venv by itself. PYTHON chooses the interpreter (3.10 or later).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH ?= torch==2.13.0
+OUT ?= demo-out
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/runs:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	touch $@
+
+# torch first and pinned: an open requirement would fetch gigabytes of CUDA libraries
+$(VENV)/exports: $(VENV)/runs setup.cfg
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[cpu,export]'
+	touch $@
+
+$(VENV)/tests: $(VENV)/exports setup.cfg
+	$(PIP) -e '.[cpu,export,dev]'
+	touch $@
+
+demo: $(VENV)/exports
+	@echo "The checkpoint is a small random one: the path is real, the answer means nothing."
+	rm -rf $(OUT) && mkdir -p $(OUT)
+	$(BIN)/ppexport build models/tiny -o $(OUT)/tiny.bundle
+	$(BIN)/ppexport run $(OUT)/tiny.bundle -i tests/golden/images/gui_mousepad.png \
+		"Which licence is shown?" -n 24 --overlay $(OUT)/overlay.png
+	@echo "overlay of what was pruned: $(OUT)/overlay.png"
+
+test: lint
+	$(BIN)/python -m pytest
+
+# mypy does not see the mapped packages in an editable install, so it checks an installed copy
+lint: $(VENV)/tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build && $(PIP) --no-deps --target build/installed .
+	cd build/installed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ppexport
+
+bench: $(VENV)/tests
+	$(BIN)/python bench/selector.py -o bench/results/selector.json
+	$(BIN)/python bench/help.py -o bench/results/help.json
+	$(BIN)/python bench/export.py -o bench/results/export.json
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info

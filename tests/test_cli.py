@@ -1,0 +1,152 @@
+"""The command line: output, exit codes, laziness, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import IMAGES
+from PIL import Image
+
+import ppexport
+from ppexport.cli import main
+
+SCREEN = IMAGES / "web_gnuplot.png"
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_inspect_prints_numbers_and_writes_the_overlay(tmp_path: Path) -> None:
+    code, out, _ = invoke("inspect", SCREEN, "--overlay", tmp_path / "o.png")
+    assert code == 0
+    assert "24 x 32 = 768 tokens" in out
+    assert "198 (25.8%)" in out
+    picture = np.asarray(Image.open(tmp_path / "o.png"))
+    original = np.asarray(Image.open(SCREEN).convert("RGB"))
+    assert picture.shape[1] == 1024
+    assert picture.shape[0] > 768  # the legend
+    selection = ppexport.select(SCREEN)
+    dropped = np.setdiff1d(np.arange(768), selection.keep)
+    for token in (*selection.keep[:40], *dropped[:40]):
+        row, col = divmod(int(token), 32)
+        inside = np.s_[row * 32 + 4 : row * 32 + 28, col * 32 + 4 : col * 32 + 28]
+        same = (picture[:768][inside] == original[inside]).all()
+        assert same == (token in selection.keep)
+
+
+def test_inspect_json(tmp_path: Path) -> None:
+    code, out, _ = invoke("inspect", SCREEN, "--json", "--tau", "0.05", "--sliding")
+    assert code == 0
+    found = json.loads(out)
+    assert found["keep"] == ppexport.select(SCREEN, ppexport.Prune(tau=0.05, anchored=False)).keep.tolist()
+    assert found["grid"] == {"rows": 24, "cols": 32}
+    assert found["kept"] == len(found["keep"]) == 198
+
+
+def test_run_answers_with_statistics(tiny_bundle: Path, tmp_path: Path) -> None:
+    code, out, err = invoke("run", tiny_bundle, "-i", SCREEN, "Title?", "-n", 4, "--overlay", tmp_path / "o.png")
+    assert code == 0
+    assert out.endswith("\n")
+    assert "kept 198 of 768 tokens, 25.8%" in err
+    assert "answer 4, length" in err
+    assert "vision" in err
+    assert (tmp_path / "o.png").exists()
+
+
+def test_run_json_and_no_prune(tiny_bundle: Path) -> None:
+    code, out, _ = invoke("run", tiny_bundle, "-i", SCREEN, "Title?", "-n", 3, "--json", "--no-prune")
+    assert code == 0
+    found = json.loads(out)
+    assert found["images"] == [{"width": 1024, "height": 768, "tokens": 768, "kept": 768, "reason": "pruning is off"}]
+    assert found["generated_tokens"] == 3
+    assert set(found["milliseconds"]) == {"image", "prune", "text", "vision", "prefill", "decode"}
+
+
+def test_errors_are_one_line_and_exit_code_1(tiny_bundle: Path, tmp_path: Path) -> None:
+    code, out, err = invoke("run", tiny_bundle, "-i", tmp_path / "none.png", "hi")
+    assert (code, out) == (1, "")
+    assert err == f"Error: {tmp_path / 'none.png'}: no such file\n"
+    code, _, err = invoke("inspect", SCREEN, "--tau", "0.1")
+    assert code == 1
+    assert "anchored=True, which is not available yet" in err
+    code, _, err = invoke("inspect", SCREEN, "--overlay", tmp_path / "o.unknown")
+    assert code == 1
+    assert "the overlay cannot be written" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--no-prune", "--tau", "0.1"], ["--overlay", "x.png"], ["--tau", "2"], ["--threads", "-1"], ["-n", "0"]],
+)
+def test_usage_errors_exit_with_2(tiny_bundle: Path, arguments: list[str]) -> None:
+    assert invoke("run", tiny_bundle, "hi", *arguments)[0] == 2
+
+
+HEAVY = (
+    "numpy",
+    "PIL",
+    "rich",
+    "tokenizers",
+    "jinja2",
+    "onnxruntime",
+    "torch",
+    "onnx",
+    "transformers",
+    "importlib.metadata",
+)
+
+
+@pytest.mark.parametrize("command", [[], ["build"], ["run"], ["inspect"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom ppexport.cli import main\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit as e: assert e.code == 0\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[0].startswith("Usage:")
+    assert out.splitlines()[-1] == "[]"
+
+
+def test_every_command_and_option_has_help() -> None:
+    for name, command in main.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            if getattr(parameter, "opts", [""])[0].startswith("-") and parameter.name != "help":
+                assert getattr(parameter, "help", None), f"{name} {parameter.opts}"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_build_leaves_nothing_and_the_next_works(
+    tiny_checkpoint: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    output = tmp_path / "new" / "bundle"
+    command = [sys.executable, "-m", "ppexport.cli", "build", str(tiny_checkpoint), "-o", str(output)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("new/.bundle.*.partial")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Aborted!" in err
+    assert list(tmp_path.iterdir()) == []
+    done = subprocess.run([*command, "-q"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert ppexport.load(output).manifest.family == "qwen3_vl"

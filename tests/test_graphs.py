@@ -1,0 +1,163 @@
+"""Graph passes: the graph before and after; precision and memory properties of the exported graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import GOLDEN
+from invariants import relative_error
+from ppexport.exporters import graphs
+from ppexport.exporters.checkpoint import Checkpoint
+from ppexport.exporters.dialects import DIALECTS, lower
+from ppexport.exporters.tape import Ops
+
+import ppexport
+from ppexport.build import build
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return Checkpoint.open(GOLDEN / "e2e" / "model")
+
+
+def model_of(op: Ops, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    graph = ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": 21}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+def types(model: ir.Model) -> Counter:
+    return Counter(f"{node.domain}::{node.op_type}".removeprefix("::") for node in model.graph)
+
+
+def test_lower_replaces_a_node_and_keeps_the_value_name() -> None:
+    x, w = ir.val("x", ir.DataType.FLOAT, ["B", 4]), ir.val("w", ir.DataType.FLOAT, [4])
+    op = Ops()
+    y = op("RMSNorm", x, w, domain="ppexport", epsilon=1e-6)
+    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["B", 4])
+    model = model_of(op, [x, w], [y])
+    assert types(model) == {"ppexport::RMSNorm": 1}
+    lower(model, DIALECTS["standard"])
+    assert types(model) == {"RMSNormalization": 1}
+    assert [v.name for v in model.graph.outputs] == ["y"]
+    assert model.graph.opset_imports == {"": 24}
+
+
+def test_clean_merges_equal_nodes_and_drops_unused_ones() -> None:
+    x = ir.val("x", ir.DataType.FLOAT, [4])
+    op = Ops()
+    a, b = op("Exp", x), op("Exp", x)
+    op("Neg", x)
+    y = op("Add", a, b)
+    model = model_of(op, [x], [y])
+    assert types(model) == {"Exp": 2, "Neg": 1, "Add": 1}
+    graphs.clean(model)
+    assert types(model) == {"Exp": 1, "Add": 1}
+
+
+def test_cast_after_load_changes_storage_not_results() -> None:
+    x, w = ir.val("x", ir.DataType.FLOAT, [2, 3]), ir.val("w", ir.DataType.FLOAT, [3, 2])
+    op = Ops()
+    y = op("MatMul", x, w)
+    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape([2, 2])
+    model = model_of(op, [x], [y])
+    values = np.array([[1, 2], [3, 4], [0.5, -8]], np.float16)  # exact in float16
+    w.const_value = ir.tensor(values, name="w")
+    model.graph.initializers.add(w)
+    graphs.cast_after_load(model, w, ir.DataType.FLOAT16, ir.DataType.FLOAT)
+    assert types(model) == {"Cast": 1, "MatMul": 1}
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    given = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(session.run(None, {"x": given})[0], given @ values.astype(np.float32))
+
+
+def test_decoder_nodes_of_each_dialect(checkpoint: Checkpoint) -> None:
+    layers = checkpoint.config.text.layers
+    found = types(graphs.language_graph(checkpoint.config, DIALECTS["ort"]))
+    assert found["com.microsoft::GroupQueryAttention"] == layers
+    assert found["com.microsoft::RotaryEmbedding"] == 2 * layers
+    found = types(graphs.language_graph(checkpoint.config, DIALECTS["standard"]))
+    assert found["Attention"] == layers
+    assert found["TensorScatter"] == 2 * layers
+    assert found["LessOrEqual"] == 1  # one mask for all layers
+    assert not [name for name in found if "::" in name]
+
+
+def test_standard_vision_casts_the_image_first(checkpoint: Checkpoint) -> None:
+    """TensorRT takes uint8 as a graph input only."""
+    model = graphs.vision_graph(checkpoint.config, DIALECTS["standard"])
+    image = next(v for v in model.graph.inputs if v.name == "image")
+    readers, found = [image], set()
+    while readers:
+        for user, _ in readers.pop().uses():
+            if user.op_type == "Reshape":  # a view of the same bytes
+                readers.append(user.outputs[0])
+            else:
+                found.add(user.op_type)
+    assert found == {"Cast", "Shape"}
+
+
+def test_tracing_holds_no_weights(checkpoint: Checkpoint) -> None:
+    model = graphs.language_graph(checkpoint.config, DIALECTS["ort"])
+    table = checkpoint.family.weights(checkpoint.config)["language"]
+    assert set(table) <= set(model.graph.initializers)
+    graphs.attach(model, checkpoint, "language", checkpoint.family.PREPROCESSING, DIALECTS["ort"], "fp32")
+    lazy = {n for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.LazyTensor)}
+    assert lazy == set(table)
+
+
+def test_onnxruntime_fuses_the_norms(golden_bundle: Path, tmp_path: Path) -> None:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(golden_bundle / "language.onnx", options, providers=["CPUExecutionProvider"])
+    found = Counter(node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph)
+    fused = found["SimplifiedLayerNormalization"] + found["SkipSimplifiedLayerNormalization"]
+    assert fused == 4 * 4 + 1  # two per layer, q and k norm, the last one
+    assert found["Pow"] == 0
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 5e-3), ("bf16", 5e-2)])
+def test_sixteen_bit_storage(precision: str, tolerance: float, tmp_path: Path, golden_pipe: ppexport.Pipeline) -> None:
+    bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", precision=precision)
+    size = (bundle / "language.onnx.data").stat().st_size
+    assert size < 0.6 * 2_904_064  # of the float32 bundle
+    pipe = ppexport.load(bundle, max_pixels=600000)
+    image = GOLDEN / "images" / "web_gnuplot.png"
+    expected, found = golden_pipe.encode(image), pipe.encode(image)
+    assert 0 < relative_error(found.embeds, expected.embeds) < tolerance
+
+
+def test_sixteen_bit_checkpoint_is_stored_without_loss(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """bf16 weights in a bf16 bundle give exactly what they give converted to float32."""
+    wide = ppexport.load(build(tiny_checkpoint, tmp_path / "fp32", precision="fp32"))
+    narrow = ppexport.load(tiny_bundle)
+    assert (narrow.manifest.precision, wide.manifest.precision) == ("bf16", "fp32")
+    image = GOLDEN / "images" / "web_gnuplot.png"
+    np.testing.assert_array_equal(narrow.encode(image).embeds, wide.encode(image).embeds)
+    a, b = (next(pipe.generate_tokens([1, 2, 3])).logits for pipe in (narrow, wide))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_bundle_says_where_it_comes_from(golden_bundle: Path) -> None:
+    import hashlib
+
+    manifest = ppexport.load(golden_bundle).manifest
+    source = GOLDEN / "e2e" / "model" / "model.safetensors"
+    assert manifest.source.sha256[source.name] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert set(manifest.files) == {p.name for p in golden_bundle.iterdir()} - {"bundle.json"}
+    assert manifest.versions["ppexport"] == ppexport.__version__
+    assert manifest.interface == "tokens"
+    assert manifest.stop_tokens == (2,)
+
+
+def test_builds_are_repeatable(golden_bundle: Path, tmp_path: Path) -> None:
+    again = build(GOLDEN / "e2e" / "model", tmp_path / "bundle")
+    first, second = (ppexport.load(path).manifest.files for path in (golden_bundle, again))
+    assert first == second
