@@ -1,0 +1,81 @@
+"""Every command and code block of the README is run, as written, in a copy of what a clone holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the repository that the README names, and an environment that is already set up."""
+    directory = tmp_path_factory.mktemp("clone")
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, directory)
+    for name in ("models", "ppexport", "exporters", "runtime", "tests"):
+        (directory / name).symlink_to(ROOT / name)
+    (directory / ".venv").mkdir()
+    (directory / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    for stamp in ("runs", "exports", "tests"):
+        (directory / ".venv" / stamp).touch()
+    return directory
+
+
+def run(command: str, clone: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, shell=True, cwd=clone, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def as_run(command: str) -> str:
+    """Installations are resolved but not carried out: the tests run in what they would make."""
+    return command.replace("pip install", f"{sys.executable} -m pip install --quiet --dry-run --no-deps")
+
+
+@pytest.mark.parametrize("command", SHELL)
+def test_command(command: str, clone: Path) -> None:
+    out = run(as_run(command), clone)
+    if command == "make demo":
+        assert "small random one" in out
+        assert "kept 297 of 2040 tokens" in out
+        assert re.search(r"image \d.* prune \d.* vision \d.* prefill \d.* decode \d", out)
+        assert (clone / "demo-out" / "overlay.png").stat().st_size > 10_000
+    if command.startswith("ppexport run"):
+        assert "kept 198 of 768 tokens" in out
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_block(block: str, clone: Path) -> None:
+    assert (clone / "my.bundle").is_dir()  # made by the build command above
+    script = clone / "block.py"
+    script.write_text(block, encoding="utf-8")
+    assert "198 of 768 tokens" in run(f"{sys.executable} block.py", clone)
+
+
+def test_readme_runs_the_two_commands() -> None:
+    assert [c.split()[:2] for c in SHELL if c.startswith("ppexport")][:2] == [
+        ["ppexport", "build"],
+        ["ppexport", "run"],
+    ]
+    assert len(PYTHON) == 1
+
+
+def test_links_and_paths_exist() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:runtime|exporters|models|bench|tests|docs)/[\w/.]*)`", README):
+        assert (ROOT / path).exists(), path
