@@ -11,13 +11,13 @@ import onnxruntime as ort
 import pytest
 from conftest import GOLDEN
 from invariants import relative_error
+
+import ppexport
+from ppexport.build import build
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS, lower
 from ppexport.exporters.tape import Ops
-
-import ppexport
-from ppexport.build import build
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import IMAGES
 from PIL import Image
-from ppexport.runtime import image as images
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import ppexport
+from ppexport.runtime import image as images
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in IMAGES.iterdir()))

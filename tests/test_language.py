@@ -13,12 +13,12 @@ import onnxruntime as ort
 import pytest
 from conftest import GOLDEN
 from invariants import relative_error
+
+import ppexport
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS
 from ppexport.runtime.language import Sampling, build_prompt
-
-import ppexport
 
 IMAGE = 500
 LAYERS, KV, DH, M = 4, 2, 32, 64

@@ -13,13 +13,13 @@ from conftest import GOLDEN, IMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_order, check_selection
+from pred_2d_spec import pred_2d
+
+import ppexport
 from ppexport.exporters.dialects import DIALECTS
 from ppexport.exporters.prune import prune_graph
 from ppexport.exporters.selectors import DIRECTORY, selector_bytes
 from ppexport.models.config import SELECTOR_BLOCKS
-from pred_2d_spec import pred_2d
-
-import ppexport
 
 SHARED_PHOTO = GOLDEN.parent.parent.parent / "shared" / "golden" / "images" / "doc_photo.jpg"
 INDEX = json.loads((GOLDEN / "selection" / "index.json").read_text())

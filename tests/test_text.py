@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ppexport.models.bytelevel import IDS, byte_tokenizer
-from ppexport.runtime.text import Text, TextStream
 
 import ppexport
+from ppexport.models.bytelevel import IDS, byte_tokenizer
+from ppexport.runtime.text import Text, TextStream
 
 PAD = IDS["<|image_pad|>"]
 
