@@ -28,12 +28,16 @@ def _node(name: str, inputs: Sequence[Tensor], like: Sequence[Tensor], **attribu
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Full (not causal) attention. q, k, v [B, S, heads, Dh] -> [B, S, heads, Dh]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Full (not causal) attention. q, k, v [B, S, heads, Dh] -> [B, S, heads, Dh].
+
+    ``mask`` bool [B, S] says which keys are real; for padded batches in training, never exported.
+    """
     if torch.compiler.is_exporting():
         return _node("Attention", (q, k, v), (q,), scale=scale)[0]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    keys = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale).transpose(1, 2)
 
 
 def cached_attention(
@@ -51,8 +55,8 @@ def cached_attention(
         )
         return out, new_k, new_v
     where = own.long()[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
-    new_k = k_cache.scatter(2, where, k.transpose(1, 2))
-    new_v = v_cache.scatter(2, where, v.transpose(1, 2))
+    new_k = k_cache.scatter(2, where, k.transpose(1, 2).to(k_cache.dtype))
+    new_v = v_cache.scatter(2, where, v.transpose(1, 2).to(v_cache.dtype))
     mask = entries <= own[:, None, :, None]
     groups = q.shape[2] // k.shape[2]
     keys, values = (x.repeat_interleave(groups, dim=1) for x in (new_k, new_v))

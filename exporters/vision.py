@@ -26,13 +26,14 @@ class Block(nn.Module):
         self.qkv, self.proj = Linear(c.width, 3 * c.width), Linear(c.width, c.width)
         self.fc1, self.fc2 = Linear(c.width, c.ffn), Linear(c.ffn, c.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [T, width]; cos, sin [1, T, Dh / 2] -> [T, width]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B * T, width]; cos, sin [B, T, Dh / 2]; mask bool [B, T] or None -> [B * T, width]."""
+        B = cos.shape[0]
         width = self.heads * self.head_dim
         qkv = self.qkv(self.norm1(x))
-        q, k, v = (qkv.narrow(1, i * width, width).reshape(1, -1, self.heads, self.head_dim) for i in range(3))
+        q, k, v = (qkv.narrow(1, i * width, width).reshape(B, -1, self.heads, self.head_dim) for i in range(3))
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-        x = x + self.proj(ops.attention(q, k, v, self.head_dim**-0.5).reshape(-1, width))
+        x = x + self.proj(ops.attention(q, k, v, self.head_dim**-0.5, mask).reshape(-1, width))
         return x + self.fc2(ops.gelu(self.fc1(self.norm2(x)), "tanh"))
 
 
@@ -84,13 +85,30 @@ class VisionTower(nn.Module):
         col = keep - row * cols
         pixels = self.gather_blocks(image, row, col, cols)
         y, x = self.patch_coordinates(row), self.patch_coordinates(col).transpose(1, 2)
-        y, x = (t.expand(-1, c.merge, c.merge).reshape(-1).float() for t in (y, x))
+        y, x = (t.expand(-1, c.merge, c.merge).reshape(1, -1).float() for t in (y, x))
+        return self.encode(pixels, y, x, rows * c.merge, cols * c.merge)
+
+    def encode(
+        self,
+        pixels: Tensor,
+        y: Tensor,
+        x: Tensor,
+        height: int | Tensor,
+        width: int | Tensor,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Patches of one image, or of several padded to one length (training).
+
+        pixels float32 [B * T, patch * patch * 3], 0..255; y, x float32 [B, T], places in a grid of height x width
+        patches (numbers, or [B, 1] for different grids); mask bool [B, T], which patches are real. Returns as forward.
+        """
+        c = self.c
         hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype))
-        hidden = hidden + self.position_embedding(y, x, rows * c.merge, cols * c.merge).to(self.dtype)
+        hidden = hidden + self.position_embedding(y, x, height, width).to(self.dtype)
         cos, sin = self.rotary_tables(y, x)
         levels: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            hidden = block(hidden, cos, sin)
+            hidden = block(hidden, cos, sin, mask)
             if i in c.deepstack:
                 levels.append(self.deepstack[len(levels)](hidden))
         return self.merger(hidden), *levels
@@ -115,13 +133,13 @@ class VisionTower(nn.Module):
         within = torch.arange(self.c.merge, device=block.device, dtype=torch.int32)
         return (block.unsqueeze(1) * self.c.merge + within).unsqueeze(2)
 
-    def position_embedding(self, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    def position_embedding(self, y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor) -> Tensor:
         """The learned square grid, interpolated bilinearly (corners aligned) to the grid of height x width patches.
 
-        y, x float32 [T] -> float32 [T, width of the tower].
+        y, x float32 [B, T] -> float32 [B * T, width of the tower].
         """
         side = round(self.c.positions**0.5)
-        y, x = y * (side - 1) / (height - 1), x * (side - 1) / (width - 1)
+        y, x = (y * (side - 1) / (height - 1)).reshape(-1), (x * (side - 1) / (width - 1)).reshape(-1)
         top, left = torch.floor(y), torch.floor(x)
         down, right = (y - top).unsqueeze(1), (x - left).unsqueeze(1)
         bottom, far = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
@@ -135,8 +153,8 @@ class VisionTower(nn.Module):
         return upper * (1 - down) + lower * down
 
     def rotary_tables(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, T, Dh / 2]: the first half of the frequencies turns with y, the second with x."""
-        angles = torch.cat((y.unsqueeze(1) * self.inv_freq, x.unsqueeze(1) * self.inv_freq), dim=1).unsqueeze(0)
+        """cos and sin [B, T, Dh / 2]: the first half of the frequencies turns with y, the second with x."""
+        angles = torch.cat((y.unsqueeze(2) * self.inv_freq, x.unsqueeze(2) * self.inv_freq), dim=2)
         return torch.cos(angles).to(self.dtype), torch.sin(angles).to(self.dtype)
 
 

@@ -82,7 +82,9 @@ def build(checkpoint: str, output: str, precision: str, dialect: str, quiet: boo
     from . import progress
     from .build import build as build_bundle
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: clean up; Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     with progress.Bar(quiet) as bar:
         path = build_bundle(checkpoint, output, precision, dialect, bar.plan, bar.update)
     if not quiet:

@@ -129,14 +129,18 @@ def test_every_command_and_option_has_help() -> None:
                 assert getattr(parameter, "help", None), f"{name} {parameter.opts}"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_build_leaves_nothing_and_the_next_works(
     tiny_checkpoint: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     output = tmp_path / "new" / "bundle"
     command = [sys.executable, "-m", "ppexport.cli", "build", str(tiny_checkpoint), "-o", str(output)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def interruptible() -> None:  # a shell starts background jobs, and so perhaps this test, with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=interruptible)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("new/.bundle.*.partial")):
         assert time.monotonic() < deadline

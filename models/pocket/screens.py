@@ -1,0 +1,321 @@
+"""Synthetic documents and screens with questions and answers, drawn from a seed with Pillow alone.
+
+    python -m ppexport.models.pocket.screens --skill read --seed 7 -o out.png
+
+Skills: ``read`` (the value of a field), ``transcribe`` (all text in reading order), ``locate`` (a point on a button, in
+0..1000 of width and height) and ``yesno`` (is an option on). The font is Pillow's own scalable default.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import click
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+
+from . import words
+
+SKILLS = ("read", "transcribe", "locate", "yesno")
+HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
+MOST_BUSY = 0.5  # real screens are mostly flat
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Element:
+    """Something on a screen that a question can be about."""
+
+    kind: str  # "text", "value", "button" or "option"
+    name: str  # what a question calls it
+    text: str  # the answer: a value, a label, "yes" or "no"
+    box: Box
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with one question."""
+
+    image: Image.Image
+    skill: str
+    question: str
+    answer: str
+    box: Box | None  # locate: the element; the answer is right if its point lies inside
+    elements: tuple[Element, ...]
+    characters: tuple[tuple[float, float, str], ...]  # centre x, y in pixels, for an auxiliary loss
+
+
+@dataclass
+class Canvas:
+    """A picture being drawn, and a record of what is on it."""
+
+    rng: Random
+    width: int
+    height: int
+    dark: bool
+    size: int  # font size in pixels
+    elements: list[Element] = field(default_factory=list)
+    lines: list[tuple[int, int, str]] = field(default_factory=list)  # top, left, text
+    characters: list[tuple[float, float, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = self.rng
+        base = rng.choice(((18, 18, 24), (30, 34, 42), (0, 0, 0))) if self.dark else None
+        self.paper: Colour = base or rng.choice(((255, 255, 255), (244, 244, 240), (232, 238, 246), (250, 246, 230)))
+        self.ink: Colour = (235, 235, 235) if self.dark else rng.choice(((0, 0, 0), (30, 30, 50), (50, 20, 20)))
+        self.accent: Colour = rng.choice(((40, 90, 200), (190, 50, 50), (20, 130, 80), (120, 60, 170), (200, 110, 20)))
+        self.image = Image.new("RGB", (self.width, self.height), self.paper)
+        self.draw = ImageDraw.Draw(self.image)
+        self.font = _font(self.size)
+        self.line = self.size + self.size // 2  # height of a line of text
+
+    def length(self, text: str) -> int:
+        """Width of a text in pixels."""
+        return int(self.font.getlength(text)) + 1
+
+    def text(self, x: int, y: int, text: str, colour: Colour | None = None) -> Box:
+        """Write a text with its top left corner at (x, y); returns its box."""
+        self.draw.text((x, y), text, fill=colour or self.ink, font=self.font)
+        at = float(x)
+        for character in text:
+            step = self.font.getlength(character)
+            if character != " ":
+                self.characters.append((at + step / 2, y + self.size * 0.6, character))
+            at += step
+        self.lines.append((y, x, text))
+        return (x, y, x + self.length(text), y + self.size + 2)
+
+    def rectangle(self, box: Box, fill: Colour | None = None, outline: Colour | None = None) -> None:
+        """A filled or outlined rectangle."""
+        self.draw.rectangle(box, fill=fill, outline=outline)
+
+    def transcript(self) -> str:
+        """All text in reading order: lines from top to bottom, parts of a line from left to right."""
+        rows: dict[int, list[tuple[int, str]]] = {}
+        for top, left, text in self.lines:
+            key = next((k for k in rows if abs(k - top) < self.size // 2), top)
+            rows.setdefault(key, []).append((left, text))
+        return "\n".join(" ".join(t for _, t in sorted(parts)) for _, parts in sorted(rows.items()))
+
+
+@functools.lru_cache(maxsize=8)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    return font
+
+
+def _rows(c: Canvas, top: int, fields: dict[str, Callable[[Random], str]], count: int) -> int:
+    """Lines of "label: value"; returns the first free y."""
+    labels = c.rng.sample(sorted(fields), min(count, len(fields)))
+    left = c.rng.randint(2, max(2, c.width // 10))
+    aligned = c.rng.random() < 0.4 and c.width >= 256
+    column = left + max((c.length(label + ": ") for label in labels), default=0) + 6
+    for label in labels:
+        if top + c.line > c.height:
+            break
+        value = fields[label](c.rng)
+        x = column if aligned else left + c.length(label + ": ")
+        if x + c.length(value) > c.width:
+            continue
+        c.text(left, top, label + ":")
+        c.elements.append(Element("value", label, value, c.text(x, top, value)))
+        top += c.line + c.rng.choice((0, 0, 2, 6))
+    return top
+
+
+def _heading(c: Canvas) -> int:
+    """A title bar or nothing; returns the first free y."""
+    if c.rng.random() < 0.5 or c.height < 5 * c.line:
+        return c.rng.randint(2, 10)
+    c.rectangle((0, 0, c.width, c.line + 4), fill=c.accent)
+    c.text(c.rng.randint(4, 12), 3, c.rng.choice(words.TITLES), (255, 255, 255))
+    return c.line + 4 + c.rng.randint(4, 14)
+
+
+def form(c: Canvas) -> None:
+    """Labels and values."""
+    _rows(c, _heading(c), words.FIELDS, c.rng.randint(2, 9))
+
+
+def settings(c: Canvas) -> None:
+    """Switches or check boxes, and a few values."""
+    top = _heading(c)
+    options = c.rng.sample(words.OPTIONS, c.rng.randint(2, 7))
+    boxes, right = c.rng.random() < 0.5, c.rng.random() < 0.5
+    left = c.rng.randint(3, 20)
+    for i, option in enumerate(options):
+        if top + c.line > c.height or (i >= 2 and c.rng.random() < 0.1):
+            break
+        on = c.rng.random() < 0.5
+        mark_width = c.size if boxes else 2 * c.size
+        x = min(c.width - mark_width - 6, left + 12 * c.size) if right else left
+        _mark(c, x, top, on, boxes)
+        text_left = left if right else left + mark_width + 8
+        box = c.text(text_left, top, option)
+        c.elements.append(Element("option", option, "yes" if on else "no", box))
+        top += c.line + 4
+    _rows(c, top + 2, words.SETTINGS, c.rng.randint(0, 3))
+
+
+def _mark(c: Canvas, x: int, y: int, on: bool, box: bool) -> None:
+    """A check box or a switch, on or off."""
+    s = c.size
+    if box:
+        c.rectangle((x, y + 1, x + s, y + 1 + s), fill=c.accent if on else c.paper, outline=c.ink)
+        if on:
+            c.draw.line((x + 3, y + s // 2, x + s // 2 - 1, y + s - 3, x + s - 2, y + 4), fill=(255, 255, 255), width=2)
+        return
+    c.draw.rounded_rectangle((x, y + 1, x + 2 * s, y + 1 + s), s // 2, fill=c.accent if on else (150, 150, 150))
+    knob = x + s if on else x
+    c.draw.ellipse((knob + 2, y + 3, knob + s - 2, y + s - 1), fill=(255, 255, 255))
+
+
+def table(c: Canvas) -> None:
+    """Items in rows, their properties in columns."""
+    top = _heading(c)
+    columns = c.rng.sample(words.COLUMNS, 3 if c.width > 330 else 2 if c.width > 230 else 1)
+    items = c.rng.sample(words.ITEMS.split(), c.rng.randint(2, 7))
+    first = c.rng.randint(3, 10)
+    lefts = [first + 5 * c.size + i * (c.width - first - 5 * c.size) // len(columns) for i in range(len(columns))]
+    c.text(first, top, "Item")
+    for x, column in zip(lefts, columns, strict=True):
+        c.text(x, top, column)
+    top += c.line
+    c.draw.line((0, top - 3, c.width, top - 3), fill=c.accent, width=2)
+    for item in items:
+        if top + c.line > c.height:
+            break
+        c.text(first, top, item)
+        for x, column in zip(lefts, columns, strict=True):
+            value = words.CELLS[column](c.rng)
+            if x + c.length(value) <= c.width:
+                c.elements.append(Element("value", f"{column} of {item}", value, c.text(x, top, value)))
+        top += c.line
+    _rows(c, top + 4, {k: words.FIELDS[k] for k in ("Total", "Tax", "Due")}, c.rng.randint(0, 2))
+
+
+def invoice(c: Canvas) -> None:
+    """A heading, a few fields, a total under a line."""
+    c.text(c.rng.randint(4, 20), 3, c.rng.choice(("INVOICE", "Receipt", "Order form")), c.accent)
+    fields = {k: v for k, v in words.FIELDS.items() if k not in ("Total", "Tax", "Seat", "Room")}
+    top = _rows(c, 3 + c.line + 2, fields, c.rng.randint(2, 6))
+    c.draw.line((0, top + 2, c.width, top + 2), fill=c.ink)
+    _rows(c, top + 6, {k: words.FIELDS[k] for k in ("Total", "Tax")}, 2)
+
+
+def window(c: Canvas) -> None:
+    """A window on a desktop with a title bar, maybe a menu, and buttons."""
+    if c.rng.random() < 0.6 and c.width >= 224 and c.height >= 160:
+        c.rectangle((0, 0, c.width, c.height), fill=c.accent if c.dark else (70, 100, 120))
+        x, y = c.rng.randint(0, c.width // 6), c.rng.randint(0, c.height // 6)
+        right, bottom = c.width - c.rng.randint(0, c.width // 6), c.height - c.rng.randint(0, c.height // 6)
+    else:
+        x, y, right, bottom = 0, 0, c.width, c.height  # the whole picture, without a frame
+    c.rectangle((x, y, right, bottom), fill=c.paper, outline=c.ink if x else None)
+    c.rectangle((x, y, right, y + c.line), fill=c.accent)
+    c.text(x + 6, y + 2, c.rng.choice(words.TITLES), (255, 255, 255))
+    for i in range(2):  # icons
+        side = c.size - 6
+        c.rectangle((right - 6 - (i + 1) * (side + 6), y + 5, right - 12 - i * (side + 6), y + 5 + side), fill=c.paper)
+    names = c.rng.sample(words.BUTTONS, c.rng.randint(2, 7))
+    at_x, at_y = x + c.rng.randint(4, 20), y + c.line + c.rng.randint(6, 24)
+    for name in names:
+        width = c.length(name) + c.rng.choice((12, 20, 28))
+        if at_x + width > right - 2:
+            at_x, at_y = x + c.rng.randint(4, 20), at_y + c.line + 8 + c.rng.randint(2, 20)
+        if at_y + c.line + 4 > bottom or at_x + width > right - 2:
+            break
+        box = (at_x, at_y, at_x + width, at_y + c.line + 4)
+        filled = c.rng.random() < 0.5
+        c.draw.rounded_rectangle(box, 4, fill=c.accent if filled else c.paper, outline=c.ink)
+        text_x = at_x + (width - c.length(name)) // 2
+        c.text(text_x, at_y + 4, name, (255, 255, 255) if filled else c.ink)
+        c.elements.append(Element("button", name, name, box))
+        at_x += width + c.rng.randint(6, 40)
+
+
+LAYOUTS = {"read": (form, invoice, table, settings, form), "locate": (window,), "yesno": (settings,)}
+LAYOUTS["transcribe"] = (form, invoice, table, settings, window)
+KIND = {"read": "value", "locate": "button", "yesno": "option"}
+
+
+def busy_share(image: Image.Image) -> float:
+    """About the share of 32 x 32 blocks that hold more than one colour."""
+    w, h = image.size
+    across = ImageChops.difference(image.crop((1, 0, w, h)), image.crop((0, 0, w - 1, h)))
+    down = ImageChops.difference(image.crop((0, 1, w, h)), image.crop((0, 0, w, h - 1)))
+    edges = ImageChops.lighter(across.crop((0, 0, w - 1, h - 1)), down.crop((0, 0, w - 1, h - 1)))
+    red, green, blue = edges.split()
+    changed = ImageChops.lighter(ImageChops.lighter(red, green), blue).point(_any)
+    blocks = changed.reduce(8).point(_any).reduce(4).point(_any)  # in two steps: the mean of 1024 would round to 0
+    return blocks.histogram()[255] / (blocks.width * blocks.height)
+
+
+def _any(value: int) -> int:
+    return 255 if value else 0
+
+
+def sample(skill: str, seed: int, largest: tuple[int, int] = (640, 480)) -> Sample:
+    """The sample of a skill that a seed stands for, at most ``largest`` (width, height) pixels; always the same one."""
+    rng = Random(f"{skill} {seed} {largest}")
+    for attempt in itertools.count():
+        c = _canvas(rng, largest)
+        rng.choice(LAYOUTS[skill])(c)
+        made = _question(c, skill)
+        if made is not None and busy_share(made.image) <= MOST_BUSY + attempt // 8 * 0.05:
+            return made
+    raise AssertionError("unreachable: every limit is passed in the end")
+
+
+def _canvas(rng: Random, largest: tuple[int, int]) -> Canvas:
+    small = rng.random() < 0.5
+    width = rng.randint(160, max(160, min(largest[0], 320 if small else 640)))
+    height = rng.randint(96, max(96, min(largest[1], 192 if small else 480)))
+    if rng.random() < 0.5:  # half of the pictures need no resizing
+        width, height = max(160, width // 32 * 32), max(96, height // 32 * 32)
+    size = rng.choice((14, 16, 16, 20)) if width >= 240 else rng.choice((14, 16))
+    return Canvas(rng, width, height, rng.random() < 0.3, size)
+
+
+def _question(c: Canvas, skill: str) -> Sample | None:
+    """A question about what was drawn, or None if there is nothing to ask."""
+    box = None
+    if skill == "transcribe":
+        question, answer = "Transcribe the text.", c.transcript()
+        if not answer or len(answer) > 160:
+            return None
+    else:
+        asked = [e for e in c.elements if e.kind == KIND[skill]]
+        if not asked:
+            return None
+        element = c.rng.choice(asked)
+        if skill == "read":
+            question, answer = f"What is the {element.name}?", element.text
+        elif skill == "yesno":
+            question, answer = f"Is {element.name} on?", element.text
+        else:
+            box = element.box
+            x, y = (box[0] + box[2]) / 2 / c.width, (box[1] + box[3]) / 2 / c.height
+            question, answer = f"Click {element.name}", f"[{x * 1000:.0f}, {y * 1000:.0f}]"
+    return Sample(c.image, skill, question, answer, box, tuple(c.elements), tuple(c.characters))
+
+
+@click.command()
+@click.option("--skill", type=click.Choice(SKILLS), required=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(), required=True, help="The picture; its question goes to stdout.")
+def main(skill: str, seed: int, output: str) -> None:
+    """Draw one sample."""
+    made = sample(skill, seed)
+    made.image.save(output)
+    click.echo(json.dumps({"question": made.question, "answer": made.answer, "box": made.box}))
+
+
+if __name__ == "__main__":
+    main()
