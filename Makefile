@@ -44,10 +44,13 @@ lint: $(VENV)/tests
 	rm -rf build && $(PIP) --no-deps --target build/installed .
 	cd build/installed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ppexport
 
+# REFERENCE: a checkout of PixelPrune; REFERENCE_PYTHON: a Python with transformers 4.57.6, to measure side by side
 bench: $(VENV)/tests
-	$(BIN)/python bench/selector.py -o bench/results/selector.json
-	$(BIN)/python bench/help.py -o bench/results/help.json
-	$(BIN)/python bench/export.py -o bench/results/export.json
+	mkdir -p build/bench
+	$(BIN)/python bench/selector.py -o build/bench/selector.json \
+		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
+	$(BIN)/python bench/help.py -o build/bench/help.json
+	$(BIN)/python bench/export.py -o build/bench/export.json
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from ..models import manifest
 from ..models.config import ModelConfig, Preprocessing
 from ..models.errors import CheckpointError
+from ..models.hfconfig import Reader
+from ..models.manifest import sha256
 from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
@@ -59,10 +59,12 @@ def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Pla
         if (checkpoint.path / "vocab.json").is_file():
             hint = " (vocab.json alone is not read; save the tokenizer with transformers to get a tokenizer.json)"
         notices.append(f"no tokenizer.json: the bundle takes token ids only{hint}")
-    elif _chat_template(checkpoint) is None:
+    elif not _chat_template(checkpoint):
         notices.append("no chat template: using the one of the family")
+    if not _stop_tokens(checkpoint):
+        notices.append("no end-of-sequence token: answers end at their longest length only")
     sizes = [
-        _count(weight.shape)
+        math.prod(weight.shape)
         for table in checkpoint.family.weights(checkpoint.config).values()
         for weight in table.values()
     ]
@@ -95,15 +97,6 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
         hashes[name] = sha256(file)
         progress("hash checkpoint", i + 1, len(sources))
     manifest.write(_manifest(plan, dialect, config, interface, files, hashes), directory)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, read in blocks."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(4 << 20))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
 
 
 def _manifest(
@@ -172,22 +165,36 @@ def _chat_template(checkpoint: Checkpoint) -> str | None:
     """The checkpoint's chat template, from wherever transformers keeps it."""
     file = checkpoint.path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise CheckpointError(f"{file.name} cannot be read: {err}") from err
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = (checkpoint.optional_json(name) or {}).get("chat_template")
         if isinstance(template, list):  # several named templates
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+            template = next(
+                (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+            )
         if isinstance(template, str):
             return template
     return None
 
 
 def _stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, else of config.json."""
-    eos = (checkpoint.optional_json("generation_config.json") or {}).get("eos_token_id")
-    if isinstance(eos, int):
-        return (eos,)
-    return tuple(eos) if isinstance(eos, list) else checkpoint.config.eos_tokens
+    """eos_token_id of generation_config.json, else of config.json; every one lies in the vocabulary."""
+    raw = (checkpoint.optional_json("generation_config.json") or {}).get("eos_token_id")
+    stop = [raw] if isinstance(raw, int) else raw or checkpoint.config.eos_tokens
+    vocab = checkpoint.config.text.vocab
+    if not isinstance(stop, (list, tuple)) or not all(type(n) is int and 0 <= n < vocab for n in stop):
+        raise CheckpointError(f"generation_config.json: eos_token_id is {raw!r}, expected token ids under {vocab}")
+    return tuple(stop)
+
+
+# Keys of preprocessor_config.json that do not change what the model sees.
+_HARMLESS = (
+    "image_processor_type processor_class data_format input_data_format device return_tensors disable_grouping "
+    "default_to_square do_convert_rgb crop_size pad_size do_pad do_center_crop image_seq_length num_query_tokens"
+)
 
 
 def _preprocessing(checkpoint: Checkpoint, notices: list[str]) -> Preprocessing:
@@ -199,31 +206,32 @@ def _preprocessing(checkpoint: Checkpoint, notices: list[str]) -> Preprocessing:
             f"no preprocessor_config.json: using the family's {default.min_pixels} to {default.max_pixels} pixels"
         )
         return default
+    r = Reader(raw, "preprocessor_config.json", _HARMLESS.split())
     vision = checkpoint.config.vision
-    for key, wanted in (("patch_size", vision.patch), ("merge_size", vision.merge)):
-        if raw.get(key, wanted) != wanted:
-            raise CheckpointError(f"preprocessor_config.json: {key} is {raw[key]}, expected {wanted} as in config.json")
-    if raw.get("resample", 3) != 3:
-        raise CheckpointError(f"preprocessor_config.json: resample is {raw['resample']}, expected 3 (bicubic)")
-    size: dict[str, Any] = raw.get("size") or {}
-    try:
-        return Preprocessing(
-            min_pixels=int(raw.get("min_pixels") or size.get("shortest_edge") or default.min_pixels),
-            max_pixels=int(raw.get("max_pixels") or size.get("longest_edge") or default.max_pixels),
-            mean=_triple(raw.get("image_mean") or default.mean),
-            std=_triple(raw.get("image_std") or default.std),
-        )
-    except (TypeError, ValueError) as err:
-        raise CheckpointError(f"preprocessor_config.json: {err}; found {json.dumps(raw)[:200]}") from err
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    r, g, b = (float(v) for v in values)
-    return r, g, b
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
+    for key, wanted in (
+        ("patch_size", vision.patch),
+        ("merge_size", vision.merge),
+        ("temporal_patch_size", vision.temporal_patch),
+        ("resample", 3),  # bicubic
+        ("do_resize", True),
+        ("do_rescale", True),
+        ("do_normalize", True),
+    ):
+        r.expect(key, wanted, default=wanted)
+    if abs(r.get("rescale_factor", float, 1 / 255) * 255 - 1) > 1e-6:
+        r.fail(f"rescale_factor is {raw['rescale_factor']}, expected 1/255")
+    for key in ("do_center_crop", "do_pad"):
+        if raw.get(key):
+            r.fail(f"{key} is {raw[key]!r}, expected it to be off: it is not supported")
+    size = Reader(r.get("size", dict, {}), "preprocessor_config.json: size")
+    low = size.get("shortest_edge", int, default.min_pixels)
+    high = size.get("longest_edge", int, default.max_pixels)
+    size.finish()
+    low, high = r.get("min_pixels", int, low), r.get("max_pixels", int, high)
+    if low > high or high < vision.block**2:
+        r.fail(f"{low} to {high} pixels, expected a rising range that holds one {vision.block} x {vision.block} block")
+    mean, std = r.triple("image_mean", default.mean), r.triple("image_std", default.std)
+    if min(std) <= 0:
+        r.fail(f"image_std is {list(std)}, expected numbers over 0")
+    r.finish()
+    return Preprocessing(min_pixels=low, max_pixels=high, mean=mean, std=std)

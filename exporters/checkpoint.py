@@ -59,6 +59,8 @@ class Checkpoint:
         Raises CheckpointError with the name of what is missing, extra, truncated or of the wrong shape.
         """
         path = Path(path)
+        if path.is_file():
+            raise CheckpointError(f"{path}: is a file; expected a Hugging Face checkpoint directory with config.json")
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such directory; expected a Hugging Face checkpoint with config.json")
         if not (path / "config.json").is_file():
@@ -101,24 +103,28 @@ class Checkpoint:
 
 
 def _entries(path: Path) -> dict[str, Entry]:
-    """Tensor name -> where it lies, from the headers of all weight files."""
+    """Tensor name -> where it lies, from the headers of all weight files; like transformers, a single file first."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise CheckpointError(f"{index.name}: found no weight_map, expected tensor names and their shards")
-        files = [path / name for name in sorted(set(names.values()))]
-    elif single.is_file():
-        files, names = [single], {}
-    else:
+    if single.is_file():
+        return _header(single)
+    if not index.is_file():
         hint = " PyTorch .bin files are not read; convert them to safetensors." if list(path.glob("*.bin")) else ""
         raise CheckpointError(f"{path}: found no model.safetensors and no model.safetensors.index.json.{hint}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise CheckpointError(f"{index.name}: found no weight_map, expected tensor names and their shards")
     entries: dict[str, Entry] = {}
-    for file in files:
-        entries.update(_header(file))
+    for shard in sorted(set(names.values())):
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise CheckpointError(f"{index.name}: shard {shard!r} is outside the checkpoint, expected a file in it")
+        entries.update(_header(path / shard))
     for name, shard in names.items():
-        if name not in entries or entries[name].file.name != shard:
+        if name not in entries or entries[name].file != path / shard:
             raise CheckpointError(f"{shard}: tensor '{name}' is missing, which {index.name} promises")
+    if unlisted := sorted(set(entries) - set(names)):
+        raise CheckpointError(
+            f"{entries[unlisted[0]].file.name}: holds '{unlisted[0]}', which {index.name} does not list"
+        )
     return entries
 
 

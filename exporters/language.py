@@ -56,6 +56,8 @@ class Decoder(nn.Module):
         self.norm = nn.Parameter(torch.empty(c.width))
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.width))
         self.register_buffer("axis_freq", torch.empty(3, c.head_dim // 2))
+        for parameter in self.parameters():  # the constants stay float32
+            parameter.data = parameter.data.to(dtype)
 
     def forward(
         self,

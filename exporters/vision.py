@@ -73,6 +73,8 @@ class VisionTower(nn.Module):
         self.register_buffer("scale", torch.empty(c.patch * c.patch * c.channels))
         self.register_buffer("shift", torch.empty(c.patch * c.patch * c.channels))
         self.register_buffer("inv_freq", torch.empty(c.head_dim // 4))
+        for parameter in self.parameters():  # the constants stay float32
+            parameter.data = parameter.data.to(dtype)
 
     def forward(self, image: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
         """image uint8 [H, W, 3], H and W multiples of the block; keep int32 [K], rising indices into the N blocks.

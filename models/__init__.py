@@ -15,7 +15,7 @@ FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in (qwen
 def family_of(config: Mapping[str, Any]) -> ModuleType:
     """The family module of a ``config.json``; raises CheckpointError for a family that is not in FAMILIES."""
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"config.json: model_type is {name!r}, expected one of: {', '.join(sorted(FAMILIES))}. "
             "Other families are not supported yet"

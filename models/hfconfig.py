@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from .errors import CheckpointError
@@ -46,17 +47,20 @@ class Reader:
     ``where`` names the section in messages. ``finish`` raises for keys that nobody asked for.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str):
+    def __init__(self, raw: Mapping[str, Any], where: str, harmless: Iterable[str] = HARMLESS):
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"{where}: found {type(raw).__name__}, expected a JSON object")
-        self.raw, self.where, self.seen = raw, where, set(HARMLESS)
+        self.raw, self.where, self.seen = raw, where, set(harmless)
 
     def fail(self, message: str) -> NoReturn:
         """Raise CheckpointError with the section's name in front."""
         raise CheckpointError(f"{self.where}: {message}")
 
-    def get(self, key: str, kind: Any, default: Any = _REQUIRED) -> Any:
-        """The value under ``key``, which must be of ``kind`` (a type or a tuple); None counts as absent."""
+    def get(self, key: str, kind: Any, default: Any = _REQUIRED, at_least: int = 1) -> Any:
+        """The value under ``key``, which must be of ``kind`` (a type or a tuple); None counts as absent.
+
+        An int must be ``at_least`` that, a float finite and over 0.
+        """
         self.seen.add(key)
         value = self.raw.get(key)
         if value is None:
@@ -67,9 +71,25 @@ class Reader:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.fail(f"'{key}' is {value!r}, expected {getattr(kind, '__name__', kind)}")
-        if kind is int and value < 0:
-            self.fail(f"'{key}' is {value}, expected a number that is not negative")
+        if kind is int and value < at_least:
+            self.fail(f"'{key}' is {value}, expected at least {at_least}")
+        if kind is float and not (math.isfinite(value) and value > 0):
+            self.fail(f"'{key}' is {value}, expected a finite number over 0")
         return value
+
+    def integers(self, key: str, default: Any = _REQUIRED) -> tuple[int, ...]:
+        """A list of integers that are not negative."""
+        values = self.get(key, list, default)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in values):
+            self.fail(f"'{key}' is {values!r}, expected a list of integers")
+        return tuple(values)
+
+    def triple(self, key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+        """Three finite numbers, one per colour channel."""
+        values = self.get(key, list, list(default))
+        if len(values) != 3 or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            self.fail(f"'{key}' is {values!r}, expected three numbers")
+        return float(values[0]), float(values[1]), float(values[2])
 
     def expect(self, key: str, wanted: Any, default: Any = _REQUIRED) -> None:
         """Raise unless the value under ``key`` is ``wanted``: the graphs compute nothing else."""
@@ -89,14 +109,14 @@ class Reader:
         rope.expect("rope_type", "default", default="default")
         rope.get("type", str, None)
         rope.expect("mrope_interleaved", True, default=True)
-        section = rope.get("mrope_section", list, [24, 20, 20])
-        if len(section) != 3 or not all(isinstance(n, int) and n > 0 for n in section):
+        section = rope.integers("mrope_section", [24, 20, 20])
+        if len(section) != 3 or min(section) < 1:
             rope.fail(f"mrope_section is {section!r}, expected three positive integers")
         theta = rope.get("rope_theta", float, theta)
         rope.finish()
         if theta is None:
             self.fail("key 'rope_theta' is missing")
-        return {"rope_theta": theta, "mrope_section": tuple(section)}
+        return {"rope_theta": theta, "mrope_section": section}
 
     def axial_rope_theta(self) -> float:
         """Base of the vision tower's two-dimensional rotary embedding (transformers 5 writes it, 4 implies 10000)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from .errors import BundleError
 from .strict import StrictError, from_json, to_json
 
 SCHEMA = 1
+PRECISIONS = ("fp32", "fp16", "bf16")
 FILE = "bundle.json"
 SMALL_FILE = 16 << 20  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
 
@@ -69,6 +71,15 @@ class Manifest:
     files: dict[str, FileRecord]  # every other file of the bundle
 
 
+def sha256(path: Path) -> str:
+    """Hash of a file, read in blocks."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
 def write(manifest: Manifest, directory: Path) -> None:
     """Write bundle.json."""
     text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False)
@@ -82,7 +93,7 @@ def read(directory: Path) -> Manifest:
         raise BundleError(f"{directory}: found no {FILE}; expected a bundle made by 'ppexport build'")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise BundleError(f"{path}: is damaged ({err}); build the bundle again") from err
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
@@ -90,6 +101,28 @@ def read(directory: Path) -> Manifest:
         todo = "upgrade ppexport" if newer else "build the bundle again with this version of ppexport"
         raise BundleError(f"{path}: found schema version {schema!r}, expected {SCHEMA}; {todo}")
     try:
-        return from_json(Manifest, data)
+        manifest = from_json(Manifest, data)
+        _check(manifest)
     except StrictError as err:
         raise BundleError(f"{path}: {err}; build the bundle again") from err
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Values that the types cannot hold; raises StrictError."""
+    for key, found, allowed in (
+        ("precision", manifest.precision, PRECISIONS),
+        ("compute", manifest.compute, PRECISIONS),
+        ("interface", manifest.interface, ("text", "tokens")),
+    ):
+        if found not in allowed:
+            raise StrictError(f"{key}: found {found!r}, expected one of: {', '.join(allowed)}")
+    if set(manifest.graphs) != {"prune", "vision", "language"}:
+        raise StrictError(f"graphs: found {sorted(manifest.graphs)}, expected language, prune, vision")
+    needed = {graph.file for graph in manifest.graphs.values()} | {"vision.onnx.data", "language.onnx.data"}
+    needed |= {"tokenizer.json", "chat_template.jinja"} if manifest.interface == "text" else set()
+    for name in sorted(needed - set(manifest.files)):
+        raise StrictError(f"files: {name!r} is not listed")
+    for name in manifest.files:
+        if Path(name).name != name:
+            raise StrictError(f"files: found {name!r}, expected plain file names")

@@ -39,16 +39,18 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         top.fail(f"vision_config.out_hidden_size is {vision.out_width}, expected text hidden_size {text[0].width}")
     if len(vision.deepstack) > text[0].layers:
         top.fail(f"{len(vision.deepstack)} deepstack levels, expected at most {text[0].layers} (the decoder's layers)")
-    top.get("video_token_id", int, None)
+    top.get("video_token_id", int, None, at_least=0)
     config = ModelConfig(
         family=MODEL_TYPE,
         vision=vision,
         text=text[0],
-        image_token=top.get("image_token_id", int),
-        vision_start=top.get("vision_start_token_id", int),
-        vision_end=top.get("vision_end_token_id", int),
+        image_token=top.get("image_token_id", int, at_least=0),
+        vision_start=top.get("vision_start_token_id", int, at_least=0),
+        vision_end=top.get("vision_end_token_id", int, at_least=0),
         eos_tokens=text[1],
     )
+    if config.image_token >= config.text.vocab:
+        top.fail(f"image_token_id is {config.image_token}, expected under the vocabulary's {config.text.vocab}")
     top.finish()
     return config
 
@@ -61,6 +63,8 @@ def _parse_text(r: Reader, tied: bool | None) -> tuple[TextConfig, tuple[int, ..
     width, heads = r.get("hidden_size", int), r.get("num_attention_heads", int)
     text_tied = r.get("tie_word_embeddings", bool, None)
     eos = r.get("eos_token_id", (int, list), None)
+    if isinstance(eos, list):
+        eos = r.integers("eos_token_id")
     config = TextConfig(
         layers=r.get("num_hidden_layers", int),
         width=width,
@@ -80,7 +84,7 @@ def _parse_text(r: Reader, tied: bool | None) -> tuple[TextConfig, tuple[int, ..
     if 2 * sum(config.mrope_section) != config.head_dim:
         r.fail(f"mrope_section {list(config.mrope_section)}, expected a sum of head_dim / 2 = {config.head_dim // 2}")
     r.finish()
-    return config, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    return config, eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
 
 def _parse_vision(r: Reader) -> VisionConfig:
@@ -97,7 +101,7 @@ def _parse_vision(r: Reader) -> VisionConfig:
         temporal_patch=r.get("temporal_patch_size", int),
         positions=r.get("num_position_embeddings", int),
         out_width=r.get("out_hidden_size", int),
-        deepstack=tuple(r.get("deepstack_visual_indexes", list)),
+        deepstack=r.integers("deepstack_visual_indexes"),
         rope_theta=theta,
     )
     if config.width % config.heads or config.head_dim % 4:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .models.errors import BackendError, BundleError, SpaceError
+from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
+from .runtime.bundle import open_bundle
 
 if TYPE_CHECKING:
     from .exporters.bundle import Plan, Progress
@@ -31,7 +32,11 @@ def build(
     interruption nothing is left behind.
     """
     output = Path(output)
-    if output.exists() or output.is_symlink():
+    try:
+        taken = output.exists() or output.is_symlink()
+    except (OSError, ValueError) as err:
+        raise BundleError(f"{output}: cannot be used as an output directory: {err}") from err
+    if taken:
         raise BundleError(f"{output}: already exists; remove it or choose another name")
     exporter = _exporter()
     plan = exporter.plan(checkpoint, precision, dialect)
@@ -42,6 +47,7 @@ def build(
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
         try:
             exporter.export(plan, work, progress)
+            _check_text(work)
             work.chmod(0o755)
             if output.exists():
                 raise BundleError(f"{output}: appeared while the bundle was being built; choose another name")
@@ -56,6 +62,26 @@ def build(
             raise SpaceError(f"{output}: cannot be written: {err}; nothing was left behind") from err
         raise
     return output
+
+
+def _check_text(work: Path) -> None:
+    """Raise CheckpointError unless the finished bundle opens and its tokenizer and chat template fit its model."""
+    _, manifest = open_bundle(work)
+    if manifest.interface == "tokens":
+        return
+    from .runtime.text import Text
+
+    vocab = manifest.model.text.vocab
+    try:
+        text = Text(work, manifest.model.image_token)
+        ids = text.encode("What is the total?", [1])
+    except (BundleError, RequestError) as err:
+        raise CheckpointError(f"the checkpoint's tokenizer and chat template do not work: {err}") from err
+    largest = max(max(text.tokenizer.get_vocab().values()), int(ids.max()))
+    if largest >= vocab:
+        raise CheckpointError(
+            f"tokenizer.json has token {largest}, expected ids under the model's vocabulary of {vocab}"
+        )
 
 
 def _exporter():  # type: ignore[no-untyped-def]  # a module, imported here because it imports torch

@@ -40,7 +40,7 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.FloatRange(0, 1),
                 default=None,
                 help="Largest byte difference, as a share of 255, at which two tokens count as equal. "
-                "Default: what the bundle says (0: exact repetitions only).",
+                "0 drops exact repetitions only. Default: what the bundle says, else 0.",
             ),
             click.option(
                 "--sliding", is_flag=True, help="With --tau over 0: compare with the raw neighbour (errors can add up)."
@@ -111,8 +111,10 @@ def _interrupt(*_: Any) -> None:
     help="Sample from the smallest set of tokens with this probability.",
 )
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 means all tokens.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
-@click.option("--threads", type=click.IntRange(0), default=0, show_default=True, help="Per graph; 0: one per core.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, show_default=True, help="Per graph; 0: one per core."
+)
 @click.option("--verify", is_flag=True, help="Check the hashes of the large files too.")
 @click.option("--overlay", type=click.Path(), help="Write a picture of what was pruned of the first image.")
 @click.option("--json", "as_json", is_flag=True, help="Answer and statistics as one JSON object.")
@@ -122,6 +124,24 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
     from .run import run as run_bundle
 
     run_bundle(bundle, prompt, images, **options)
+
+
+@main.command("eval")
+@click.argument("bundle", type=click.Path())
+@click.option("--workload", type=click.Choice(["pocket"]), default="pocket", show_default=True, help="What to ask.")
+@click.option("--skills", help="Comma-separated: read, transcribe, locate, yesno. Default: all.")
+@click.option("--tau", "taus", type=click.FloatRange(0, 1), multiple=True, help="Prune at this tau; may be repeated.")
+@click.option("--no-prune", is_flag=True, help="Keep every token; goes with --tau to compare.")
+@click.option(
+    "--method", type=click.Choice(["pred_2d", "random"]), default="pred_2d", show_default=True, help="How to prune."
+)
+@click.option("-n", "--n", "count", type=click.IntRange(1), default=200, show_default=True, help="Samples per skill.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every answer included.")
+def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> None:
+    """Accuracy of BUNDLE on held-out synthetic screens, per skill, with confidence intervals."""
+    from .eval import main as run_eval
+
+    run_eval(bundle, workload, skills.split(",") if skills else None, **options)
 
 
 @main.command()
@@ -147,6 +167,8 @@ def inspect(
     from .runtime.prune import select
 
     limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
+    if overlay:
+        view.check_overlay(overlay, image)
     selection = select(image, _prune(tau, sliding), patch, merge, **limits)
     if overlay:
         view.write_overlay(image, selection, overlay)

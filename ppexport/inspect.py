@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +50,30 @@ def overlay(image: ImageLike, selection: Selection) -> Image.Image:
 
 
 def write_overlay(image: ImageLike, selection: Selection, path: str | Path) -> None:
-    """Draw and save the overlay; the format follows the file name. Raises ImageError if it cannot be written."""
+    """Draw and save the overlay; the format follows the file name. Raises ImageError if it cannot be written.
+
+    It is drawn into a file beside ``path`` and renamed, so an existing file is replaced whole or not at all.
+    """
+    target = check_overlay(path, image)
+    partial = target.with_name(f".{target.name}.partial{target.suffix}")
     try:
-        overlay(image, selection).save(path)
+        overlay(image, selection).save(partial)
+        partial.replace(target)
     except (OSError, ValueError) as err:
-        Path(path).unlink(missing_ok=True)
-        raise ImageError(f"{path}: the overlay cannot be written: {err}; use a name that ends in .png") from err
+        partial.unlink(missing_ok=True)
+        raise ImageError(f"{path}: the overlay cannot be written: {err}") from err
+
+
+def check_overlay(path: str | Path, image: ImageLike) -> Path:
+    """The path if an overlay of ``image`` can be written there; raises ImageError before any work is done."""
+    target = Path(path)
+    if target.suffix.lower() not in Image.registered_extensions():
+        raise ImageError(f"{path}: the overlay cannot be written, expected a name that ends in .png or .jpg")
+    if target.is_dir() or not target.parent.is_dir():
+        raise ImageError(f"{path}: the overlay cannot be written, expected a file in an existing directory")
+    if isinstance(image, (str, os.PathLike)) and target.exists() and target.samefile(image):
+        raise ImageError(f"{path}: is the image itself, expected another name for the overlay")
+    return target
 
 
 def _outline(draw: ImageDraw.ImageDraw, grid: np.ndarray, block: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .inspect import write_overlay
+from .inspect import check_overlay, write_overlay
 from .runtime.pipeline import PruneLike, Stats, load
 from .runtime.prune import Prune
 
@@ -42,6 +42,8 @@ def run(
         prune = Prune(tau=tau or 0.0, anchored=not sliding)
     if overlay and not images:
         raise click.UsageError("--overlay needs an image (-i)")
+    if overlay:
+        check_overlay(overlay, images[0])
     answer = load(bundle, min_pixels, max_pixels, threads, verify).generate(prompt, images, prune, **generation)
     for piece in answer:
         if not as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from pathlib import Path
 
 from ..models import manifest
@@ -15,7 +15,15 @@ def open_bundle(path: str | Path, verify: bool = False) -> tuple[Path, Manifest]
 
     Raises BundleError with what was found, what was expected and what to do.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise BundleError(f"the bundle is {path!r:.80}, expected the path of a directory made by 'ppexport build'")
     directory = Path(path)
+    try:
+        is_file = directory.is_file()
+    except (OSError, ValueError) as err:
+        raise BundleError(f"{directory}: cannot be opened: {err}") from err
+    if is_file:
+        raise BundleError(f"{directory}: is a file; expected a bundle directory made by 'ppexport build'")
     if not directory.is_dir():
         raise BundleError(f"{directory}: no such directory; expected a bundle made by 'ppexport build'")
     contents = manifest.read(directory)
@@ -31,17 +39,9 @@ def _check(file: Path, record: manifest.FileRecord, verify: bool) -> None:
     if size != record.bytes:
         raise BundleError(f"{file}: found {size} bytes, expected {record.bytes}; copy it or build the bundle again")
     if verify or size <= manifest.SMALL_FILE:
-        with file.open("rb") as opened:
-            found = _sha256(opened)
+        found = manifest.sha256(file)
         if found != record.sha256:
             raise BundleError(
                 f"{file}: is damaged, found sha256 {found[:12]}..., expected {record.sha256[:12]}...; "
                 "copy it or build the bundle again"
             )
-
-
-def _sha256(opened: object) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(4 << 20))
-    while count := opened.readinto(block):  # type: ignore[attr-defined]
-        digest.update(block[:count])
-    return digest.hexdigest()

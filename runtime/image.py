@@ -1,7 +1,8 @@
 """Any image file or array -> uint8 [H, W, 3] at the size the vision tower takes.
 
 Size and resampling are those of transformers' PIL image processor for Qwen2-VL and Qwen3-VL (``smart_resize``, then
-PIL's bicubic filter), bit for bit. Transparent pixels are put on white, as paper and most screens are.
+PIL's bicubic filter), bit for bit. What that processor would lose is kept:
+transparent pixels are put on white (it would show whatever colour lies under them), 16-bit gray is scaled (not cut).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..models.checks import integer
 from ..models.errors import ImageError, RequestError
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -39,12 +41,15 @@ def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> n
 
 
 def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width, both multiples of ``block``, near the given ones, with min_pixels <= H * W <= max_pixels.
+    """Height and width, both multiples of ``block``, near the given ones, with min_pixels <= H * W <= max_pixels
+    (more than max_pixels only where one block is already higher or wider than the picture may be).
 
     Source: transformers ``models/qwen2_vl/image_processing_pil_qwen2_vl.py``. Raises ImageError for a side under
     MIN_SIDE or an aspect ratio over MAX_ASPECT, RequestError for impossible limits.
     """
-    if not 0 < min_pixels <= max_pixels or max_pixels < block * block:
+    integer("min_pixels", min_pixels, 1)
+    integer("max_pixels", max_pixels, 1)
+    if min_pixels > max_pixels or max_pixels < block * block:
         raise RequestError(
             f"min_pixels is {min_pixels} and max_pixels {max_pixels}, expected 0 < min_pixels <= max_pixels and "
             f"max_pixels of at least {block * block} (one {block} x {block} block)"
@@ -66,6 +71,8 @@ def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixel
         grow = math.sqrt(min_pixels / (height * width))
         H = math.ceil(height * grow / block) * block
         W = math.ceil(width * grow / block) * block
+    if H * W > MAX_SOURCE_PIXELS:
+        raise ImageError(f"the image would be resized to {W} x {H} pixels, expected at most {MAX_SOURCE_PIXELS} pixels")
     return H, W
 
 
@@ -92,20 +99,20 @@ def _from_array(array: np.ndarray) -> Image.Image:
         )
     if 0 in array.shape:
         raise ImageError(f"an image array has shape {array.shape}, expected at least {MIN_SIDE} pixels on each side")
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "the image")
 
 
 def _file_bytes(path: Path) -> bytes:
-    if not path.exists():
-        raise ImageError(f"{path}: no such file")
-    if not path.is_file():
-        raise ImageError(f"{path}: is not a file, expected an image file")
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise ImageError(f"{path}: has {size} bytes, expected at most {MAX_FILE_BYTES}")
     try:
+        if not path.exists():
+            raise ImageError(f"{path}: no such file")
+        if not path.is_file():
+            raise ImageError(f"{path}: is not a file, expected an image file")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ImageError(f"{path}: has {size} bytes, expected at most {MAX_FILE_BYTES}")
         return path.read_bytes()
-    except OSError as err:
+    except (OSError, ValueError) as err:
         raise ImageError(f"{path}: cannot be read: {err}") from err
 
 
@@ -116,21 +123,19 @@ def _decode(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as err:
         raise ImageError(f"{name}: is not an image that Pillow can read, expected PNG, JPEG, WebP, ...") from err
-    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as err:
+    except Exception as err:  # damaged files raise nearly anything in Pillow's decoders
         raise ImageError(f"{name}: cannot be opened: {err}") from err
     return _to_rgb(image, name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """First frame, upright, 8 bits per channel, opaque, RGB."""
+    """The current frame (of a file: the first), upright, 8 bits per channel, opaque, RGB."""
     width, height = image.size
     if width * height > MAX_SOURCE_PIXELS:
         raise ImageError(
             f"{name}: has {width} x {height} pixels, expected at most {MAX_SOURCE_PIXELS}; scale it down first"
         )
     try:
-        if getattr(image, "n_frames", 1) > 1:
-            image.seek(0)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
@@ -140,8 +145,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
             image = Image.alpha_composite(paper, layer)
         return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as err:
-        raise ImageError(f"{name}: is damaged or cut off: {err}") from err
+    except Exception as err:  # damaged files raise nearly anything in Pillow's decoders
+        raise ImageError(f"{name}: cannot be decoded, it may be damaged or cut off: {err}") from err
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..models.checks import integer, number
 from ..models.config import TextConfig
 from ..models.errors import RequestError
 from .prune import Selection
@@ -78,12 +79,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise RequestError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
-        if self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k}, expected 0 (all tokens) or more")
+        number("temperature", self.temperature, "0 (greedy) or more", 0)
+        number("top_p", self.top_p, "more than 0 and at most 1", 0, 1, above_low=True)
+        integer("top_k", self.top_k)
+        integer("seed", self.seed)
 
     def rng(self) -> np.random.Generator:
         """A generator that repeats itself for the same seed."""
@@ -94,8 +93,8 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         order = np.argsort(-logits, kind="stable")[: self.top_k or None]
-        scaled = logits[order].astype(np.float64) / self.temperature
-        p = np.exp(scaled - scaled[0])
+        best_first = logits[order].astype(np.float64)
+        p = np.exp((best_first - best_first[0]) / self.temperature)
         p /= p.sum()
         count = int(np.searchsorted(np.cumsum(p), self.top_p)) + 1
         p = p[:count] / p[:count].sum()

@@ -43,7 +43,10 @@ class OrtBinding:
 
     def run(self) -> None:
         """See session.Binding."""
-        self._session.run_with_iobinding(self._io)
+        try:
+            self._session.run_with_iobinding(self._io)
+        except Exception as err:
+            raise BackendError(f"ONNX Runtime could not run the graph: {err}") from err
 
 
 class OrtSession:

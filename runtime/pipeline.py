@@ -11,13 +11,14 @@ from typing import Literal
 
 import numpy as np
 
+from ..models.checks import integer, sequence
 from ..models.errors import BundleError, RequestError
 from ..models.manifest import Manifest
 from .bundle import open_bundle
 from .image import ImageLike, prepare
 from .language import Language, Sampling, build_prompt
 from .ort import OrtCpu
-from .prune import Prune, Selection, Selector
+from .prune import Prune, Selection, Selector, check_prune
 from .session import Backend, Buffer
 from .text import PromptLike, Text
 from .vision import Vision
@@ -48,7 +49,9 @@ class Stats:
     """What a request did and how long it took. Grows while the request runs."""
 
     images: tuple[Selection, ...] = ()
-    milliseconds: dict[str, float] = field(default_factory=dict)  # per stage: image, prune, vision, prefill, decode
+    milliseconds: dict[str, float] = field(
+        default_factory=dict
+    )  # per stage: image, prune, text, vision, prefill, decode
     prompt_tokens: int = 0  # after pruning
     prompt_tokens_full: int = 0  # before pruning
     generated_tokens: int = 0
@@ -160,11 +163,11 @@ class Pipeline:
                 "this bundle has no tokenizer (its checkpoint had none), so it takes token ids only; "
                 "use generate_tokens, or build it again with a tokenizer.json in the checkpoint"
             )
-        stats = Stats()
+        stats, sampling = Stats(), Sampling(temperature, top_p, top_k, seed)
+        integer("max_new_tokens", max_new_tokens, at_least=1)
         prepared = self._prepare(images, prune, stats)
         with stats.stage("text"):
             ids = self.text.encode(prompt, [s.total for s in prepared.selections])
-        sampling = Sampling(temperature, top_p, top_k, seed)
         steps = self._steps(ids, prepared, sampling, max_new_tokens, stats)
         return Answer(steps, self.text, stats, frozenset(self.manifest.stop_tokens))
 
@@ -182,13 +185,18 @@ class Pipeline:
         Yields one Step per token, the first from the prompt; the last may be a stop token. ``stats`` is filled if
         given. Raises ImageError, RequestError before the first step.
         """
-        ids = np.asarray(input_ids)
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError as err:
+            raise RequestError(f"input_ids is not a flat list ({err}), expected integers [S]") from err
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             raise RequestError(f"input_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [S], S > 0")
-        vocab = self.manifest.model.text.vocab
-        if ids.min() < 0 or ids.max() >= vocab:
-            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {vocab - 1}")
-        stats = Stats() if stats is None else stats
+        if stats is None:
+            stats = Stats()
+        elif not isinstance(stats, Stats) or stats.milliseconds:
+            raise RequestError("stats is not a fresh ppexport.Stats(), expected a new one for every request")
+        if not isinstance(sampling, Sampling):
+            raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
         prepared = self._prepare(images, prune, stats)
         return self._steps(ids.astype(np.int32), prepared, sampling, max_new_tokens, stats)
 
@@ -201,8 +209,7 @@ class Pipeline:
 
     def _prepare(self, images: Sequence[ImageLike], prune: PruneLike, stats: Stats) -> Prepared:
         """Stages image and prune: read, resize, upload, select."""
-        if isinstance(images, (str, bytes, Path, np.ndarray)):
-            raise RequestError(f"images is a {type(images).__name__}, expected a list of images")
+        sequence("images", images, "images")
         setting = self._prune(prune)
         buffers, keeps, selections = [], [], []
         for image in images:
@@ -217,12 +224,10 @@ class Pipeline:
         return Prepared(tuple(buffers), tuple(keeps), stats.images)
 
     def _prune(self, prune: PruneLike) -> Prune | None:
-        if prune == "default":
+        if isinstance(prune, str) and prune == "default":
             p = self.manifest.prune
             return Prune(p.method, p.metric, p.tau, p.anchored)
-        if prune is not None and not isinstance(prune, Prune):
-            raise RequestError(f"prune is {prune!r}, expected ppexport.Prune(...), None (off) or 'default'")
-        return prune
+        return check_prune(prune, " or 'default'")
 
     def _encode(self, prepared: Prepared) -> Buffer:
         """Stage vision: features [1 + L, K, D] of all images, on the backend."""
@@ -232,8 +237,10 @@ class Pipeline:
         self, ids: np.ndarray, prepared: Prepared, sampling: Sampling, max_new_tokens: int, stats: Stats
     ) -> Iterator[Step]:
         """Check that the request fits, then (lazily) run vision, prefill and decode."""
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        integer("max_new_tokens", max_new_tokens, at_least=1)
+        vocab = self.manifest.model.text.vocab
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {vocab - 1}")
         prompt = build_prompt(ids, self.manifest.model.image_token, prepared.selections)
         stats.prompt_tokens, stats.prompt_tokens_full = len(prompt.ids), prompt.full_length
         room = self.manifest.context - len(prompt.ids)
@@ -253,13 +260,11 @@ class Pipeline:
             rng, stop = sampling.rng(), set(self.manifest.stop_tokens)
             for i in range(limit):
                 token = sampling.choose(logits, rng)
-                stats.generated_tokens += 1
-                if token in stop:
-                    stats.finish = "stop"
-                elif i + 1 == limit:
-                    stats.finish = "length" if limit == max_new_tokens else "context"
+                stats.generated_tokens = i + 1
+                finish = "" if i + 1 < limit else "length" if limit == max_new_tokens else "context"
+                stats.finish = "stop" if token in stop else finish
                 yield Step(token, logits.copy())
-                if stats.finish:
+                if token in stop or i + 1 == limit:
                     return
                 with stats.stage("decode"):
                     logits = decoding.decode(token, prompt.next_position + i)
@@ -279,6 +284,10 @@ def load(
     ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own. ``threads`` per graph, 0 for one
     per core. ``verify`` checks the hashes of the large files too. Raises BundleError, BackendError.
     """
+    integer("threads", threads, 0, 1024)
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if value is not None:
+            integer(name, value, 1)
     directory, manifest = open_bundle(path, verify)
     dialects = sorted({graph.dialect for graph in manifest.graphs.values()})
     if dialects != ["ort"]:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..models.checks import integer, number
 from ..models.config import SELECTOR_BLOCKS
 from ..models.errors import RequestError
 from .image import ImageLike, prepare
 from .session import Backend, Buffer, Session, run
 
-METHODS, METRICS = ("pred_2d",), ("max",)
+METHODS, METRICS = ("pred_2d", "random"), ("max",)
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,15 @@ class Prune:
     not available yet.
     """
 
-    method: str = "pred_2d"  # two-dimensional prediction from the left, upper and upper-left neighbour
+    method: str = "pred_2d"  # prediction from the left, upper and upper-left neighbour; "random": as many, anywhere
     metric: str = "max"  # distance: the largest difference over all bytes of two tokens
     tau: float = 0.0  # 0 ... 1
     anchored: bool = True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour
+    seed: int = 0  # of method "random", a baseline to measure accuracy against
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or not 0 <= self.tau <= 1:
-            raise RequestError(f"tau is {self.tau!r}, expected a number from 0 to 1")
+        number("tau", self.tau, "a number from 0 to 1", 0, 1)
+        integer("seed", self.seed)
         if not isinstance(self.anchored, bool):
             raise RequestError(f"anchored is {self.anchored!r}, expected True or False")
         if self.method not in METHODS:
@@ -79,6 +81,13 @@ class Selection:
         return self.kept / self.total
 
 
+def check_prune(prune: object, also: str = "") -> Prune | None:
+    """``prune`` if it is a Prune or None; raises RequestError (``also``: what else the caller takes)."""
+    if prune is not None and not isinstance(prune, Prune):
+        raise RequestError(f"prune is {prune!r:.80}, expected ppexport.Prune(...), None (off){also}")
+    return prune
+
+
 class Selector:
     """The pruning graph on a backend. ``block``: pixels per side of a merged token."""
 
@@ -98,11 +107,19 @@ class Selector:
             threshold = self.backend.upload(np.array([prune.threshold], np.int32))
             run(self.session, {"image": image, "threshold": threshold}, {"order": order, "count": counter})
             count = int(self.backend.download(counter)[0])
+            if prune.method == "random":
+                order = self.backend.upload(_random_order(total, count, prune.seed))
         keep = order.rows(0, count)
         reason = "pruning is off" if prune is None else "no token repeats its neighbours" if count == total else ""
         host = self.backend.download(keep).copy()
         host.flags.writeable = False
         return keep, Selection(host, rows, cols, width, height, reason)
+
+
+def _random_order(total: int, count: int, seed: int) -> np.ndarray:
+    """Token 0 and count - 1 others drawn without replacement, rising: int32 [count]."""
+    others = 1 + np.random.default_rng(seed).choice(total - 1, count - 1, replace=False)
+    return np.sort(np.concatenate([[0], others])).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=len(SELECTOR_BLOCKS))
@@ -129,6 +146,7 @@ def select(
     ``image``: a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3]; it is resized as for a model with
     these patch and merge sizes and pixel limits (defaults: Qwen3-VL). Raises ImageError, RequestError.
     """
-    selector = packaged_selector(patch * merge)
+    check_prune(prune)
+    selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
     pixels = prepare(image, selector.block, min_pixels, max_pixels)
     return selector.select(selector.backend.upload(pixels), prune)[1]

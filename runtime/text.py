@@ -44,8 +44,12 @@ class Text:
         """
         try:
             rendered = self.template.render(messages=_messages(prompt, len(grids)), add_generation_prompt=True)
-        except jinja2.TemplateError as err:
+        except Exception as err:  # a template may raise anything that Python can
             raise RequestError(f"the chat template refused the prompt: {err}") from err
+        try:
+            rendered.encode("utf-8")
+        except UnicodeEncodeError as err:
+            raise RequestError(f"the prompt is not valid text ({err}), expected UTF-8") from err
         ids = np.array(self.tokenizer.encode(rendered, add_special_tokens=False).ids, np.int32)
         is_image = ids == self.image_token
         if is_image.sum() != len(grids):

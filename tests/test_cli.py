@@ -82,9 +82,25 @@ def test_errors_are_one_line_and_exit_code_1(tiny_bundle: Path, tmp_path: Path) 
     code, _, err = invoke("inspect", SCREEN, "--tau", "0.1")
     assert code == 1
     assert "anchored=True, which is not available yet" in err
-    code, _, err = invoke("inspect", SCREEN, "--overlay", tmp_path / "o.unknown")
-    assert code == 1
-    assert "the overlay cannot be written" in err
+
+
+def test_overlay_never_harms_a_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    notes, picture = tmp_path / "notes.txt", tmp_path / "in.png"
+    notes.write_text("precious")
+    picture.write_bytes(SCREEN.read_bytes())
+    for target, message in (
+        (notes, "expected a name that ends in .png"),
+        (tmp_path, "expected a name that ends in"),
+        (tmp_path / "no" / "o.png", "expected a file in an existing directory"),
+        (picture, "is the image itself"),
+    ):
+        for command in (["inspect", picture], ["run", tiny_bundle, "hi", "-i", picture]):
+            code, out, err = invoke(*command, "--overlay", target)
+            assert (code, out) == (1, "")
+            assert message in err
+    assert notes.read_text() == "precious"
+    assert picture.read_bytes() == SCREEN.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.png", "notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx.shape_inference
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -18,6 +19,7 @@ from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS, lower
 from ppexport.exporters.tape import Ops
+from ppexport.runtime.image import prepare
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,37 @@ def test_standard_vision_casts_the_image_first(checkpoint: Checkpoint) -> None:
             else:
                 found.add(user.op_type)
     assert found == {"Cast", "Shape"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_types_are_consistent(dialect: str, precision: str, tmp_path: Path) -> None:
+    """Strict type inference accepts every graph, and what vision puts out is what language takes."""
+    bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", precision=precision, dialect=dialect)
+    models = {}
+    for name in ("vision", "language"):
+        models[name] = onnx.load(bundle / f"{name}.onnx", load_external_data=False)
+        inferred = onnx.shape_inference.infer_shapes(models[name], check_type=True, strict_mode=dialect == "standard")
+        onnx.checker.check_model(bundle / f"{name}.onnx") if dialect == "standard" else None
+        assert {o.name for o in inferred.graph.output} == {o.name for o in models[name].graph.output}
+    taken = {v.name: v.type.tensor_type.elem_type for v in models["language"].graph.input}
+    given = {v.type.tensor_type.elem_type for v in models["vision"].graph.output}
+    computed = precision if dialect == "standard" else "fp32"
+    assert given == {taken["embeds"]} == {taken["deepstack"]} == {taken["key_0"]}
+    assert given == {int(graphs.PRECISIONS[computed])}
+
+
+def test_standard_vision_equals_ort(checkpoint: Checkpoint, tmp_path: Path, golden_pipe: ppexport.Pipeline) -> None:
+    bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", dialect="standard")
+    session = ort.InferenceSession(bundle / "vision.onnx", providers=["CPUExecutionProvider"])
+    path = GOLDEN / "images" / "web_gnuplot.png"
+    expected = golden_pipe.encode(path)
+    pixels = prepare(path, 32, 65536, 600000)
+    embeds, *levels = session.run(None, {"image": pixels, "keep": expected.keep})
+    assert relative_error(embeds, expected.embeds) < 1e-5
+    assert relative_error(np.stack(levels), expected.deepstack) < 1e-5
+    with pytest.raises(ppexport.BundleError, match="has graphs of dialect standard, expected 'ort' for ONNX Runtime"):
+        ppexport.load(bundle)
 
 
 def test_tracing_holds_no_weights(checkpoint: Checkpoint) -> None:

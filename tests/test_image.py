@@ -113,7 +113,10 @@ def test_arrays_and_pil_images_and_bytes_give_the_same() -> None:
         (None, r"bad.png: no such file"),
         (b"", r"bad.png: is empty \(0 bytes\)"),
         (b"%PDF-1.7 hello", r"bad.png: is not an image that Pillow can read"),
-        ((IMAGES / "gui_mousepad.png").read_bytes()[:9000], r"bad.png: is damaged or cut off"),
+        (
+            (IMAGES / "gui_mousepad.png").read_bytes()[:9000],
+            r"bad.png: cannot be decoded, it may be damaged or cut off",
+        ),
         ((IMAGES / "gui_mousepad.png").read_bytes()[:20], r"bad.png: (is not an image|cannot be opened)"),
         (saved(Image.new("RGB", (1, 1))), r"the image is 1 x 1 pixels, expected at least 2 on each side"),
         (saved(Image.new("RGB", (4000, 10))), r"4000 x 10 pixels, an aspect ratio of 400, expected at most 200"),
@@ -157,5 +160,5 @@ def test_empty_array() -> None:
 
 @pytest.mark.parametrize("limits", [(0, 100000), (100, 50), (1, 100)])
 def test_impossible_pixel_limits(limits: tuple[int, int], screen: np.ndarray) -> None:
-    with pytest.raises(ppexport.RequestError, match=f"min_pixels is {limits[0]} and max_pixels {limits[1]}"):
+    with pytest.raises(ppexport.RequestError, match=f"min_pixels is {limits[0]}"):
         ppexport.select(screen, min_pixels=limits[0], max_pixels=limits[1])

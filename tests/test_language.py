@@ -161,7 +161,7 @@ def test_greedy_and_sampled_choice() -> None:
     [
         ({"temperature": -1.0}, "temperature is -1.0, expected 0"),
         ({"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
-        ({"top_k": -1}, "top_k is -1, expected 0"),
+        ({"top_k": -1}, "top_k is -1, expected at least 0"),
     ],
 )
 def test_impossible_sampling(arguments: dict, message: str) -> None:

@@ -13,15 +13,75 @@ COLORS = "red blue green black white gray orange purple brown pink"
 STATES = "open paid sent late new done draft void ready hold"
 ITEMS = "Lamp Chair Desk Phone Cable Mouse Paper Ink Clock Shelf Table Screen Bag Pen Cup Fan Lock Tape Board Drill"
 LANGUAGES = "English German French Spanish Italian Dutch Polish Greek Danish Czech"
-OPTIONS = (
-    "Wi-Fi|Bluetooth|Dark mode|Sound|Location|Updates|Sync|Backup|Camera|VPN|Hotspot|Captions|Zoom|Auto save|Alerts|"
-    "Night light|Cookies|Sharing|Spelling|Preview|Ruler|Grid|Signing|Mute"
-).split("|")
-BUTTONS = (
-    "OK Cancel Save Open Print Apply Close Next Back Delete Send Reply Search Login Help Export Copy Paste Undo Share "
-    "Start Stop Reset Edit"
-).split()
-TITLES = "Inbox Report Files Notes Editor Settings Orders Photos Music Mail Budget Tasks Player Console Setup".split()
+OPTIONS = [
+    "Wi-Fi",
+    "Bluetooth",
+    "Dark mode",
+    "Sound",
+    "Location",
+    "Updates",
+    "Sync",
+    "Backup",
+    "Camera",
+    "VPN",
+    "Hotspot",
+    "Captions",
+    "Zoom",
+    "Auto save",
+    "Alerts",
+    "Night light",
+    "Cookies",
+    "Sharing",
+    "Spelling",
+    "Preview",
+    "Ruler",
+    "Grid",
+    "Signing",
+    "Mute",
+]
+BUTTONS = [
+    "OK",
+    "Cancel",
+    "Save",
+    "Open",
+    "Print",
+    "Apply",
+    "Close",
+    "Next",
+    "Back",
+    "Delete",
+    "Send",
+    "Reply",
+    "Search",
+    "Login",
+    "Help",
+    "Export",
+    "Copy",
+    "Paste",
+    "Undo",
+    "Share",
+    "Start",
+    "Stop",
+    "Reset",
+    "Edit",
+]
+TITLES = [
+    "Inbox",
+    "Report",
+    "Files",
+    "Notes",
+    "Editor",
+    "Settings",
+    "Orders",
+    "Photos",
+    "Music",
+    "Mail",
+    "Budget",
+    "Tasks",
+    "Player",
+    "Console",
+    "Setup",
+]
 COLUMNS = ("Qty", "Price", "Stock", "Code")
 
 

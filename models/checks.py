@@ -1,0 +1,36 @@
+"""Checks of plain arguments, with one kind of message: what was found, what was expected."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import RequestError
+
+
+def integer(name: str, value: Any, at_least: int = 0, at_most: int | None = None) -> int:
+    """``value`` as an int in range; raises RequestError."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r:.80}, expected a whole number of at least {at_least}")
+    found = int(value)
+    if found < at_least or (at_most is not None and found > at_most):
+        limit = f"at least {at_least}" if at_most is None else f"{at_least} to {at_most}"
+        raise RequestError(f"{name} is {found}, expected {limit}")
+    return found
+
+
+def number(name: str, value: Any, expected: str, low: float, high: float = math.inf, above_low: bool = False) -> float:
+    """``value`` as a finite float in low ... high (more than low with ``above_low``); raises RequestError."""
+    found = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(found) and low <= found <= high) or (above_low and found == low):
+        raise RequestError(f"{name} is {value!r:.80}, expected {expected}")
+    return found
+
+
+def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
+    """``value`` if it is a list or tuple; raises RequestError."""
+    if not isinstance(value, (list, tuple)):
+        raise RequestError(f"{name} is a {type(value).__name__}, expected a list of {of}")
+    return value
