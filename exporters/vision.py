@@ -121,9 +121,9 @@ class VisionTower(nn.Module):
         The image is a table of segments, one per pixel row of a block: block * 3 bytes each, contiguous.
         """
         c = self.c
+        if self.cast_first:  # 0 ... 255 is exact in 16 bits
+            image = image.to(self.dtype)
         segments = image.reshape(-1, c.block * c.channels)
-        if self.cast_first:
-            segments = segments.to(self.dtype)
         line = torch.arange(c.block, device=image.device, dtype=torch.int32)
         index = (row.unsqueeze(1) * c.block + line) * cols + col.unsqueeze(1)
         kept = segments.index_select(0, index.reshape(-1))

@@ -93,14 +93,7 @@ def test_standard_vision_casts_the_image_first(checkpoint: Checkpoint) -> None:
     """TensorRT takes uint8 as a graph input only."""
     model = graphs.vision_graph(checkpoint.config, DIALECTS["standard"])
     image = next(v for v in model.graph.inputs if v.name == "image")
-    readers, found = [image], set()
-    while readers:
-        for user, _ in readers.pop().uses():
-            if user.op_type == "Reshape":  # a view of the same bytes
-                readers.append(user.outputs[0])
-            else:
-                found.add(user.op_type)
-    assert found == {"Cast", "Shape"}
+    assert {user.op_type for user, _ in image.uses()} == {"Cast", "Shape"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
