@@ -104,16 +104,22 @@ class VisionTower(nn.Module):
         pixels float32 [B * T, patch * patch * 3], 0..255; y, x float32 [B, T], places in a grid of height x width
         patches (numbers, or [B, 1] for different grids); mask bool [B, T], which patches are real. Returns as forward.
         """
-        c = self.c
+        hidden, levels = self.trunk(pixels, y, x, height, width, mask)
+        return self.merger(hidden), *levels
+
+    def trunk(
+        self, pixels: Tensor, y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The blocks: patches as in ``encode`` -> hidden [B * T, width of the tower] and the deepstack levels."""
         hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype))
         hidden = hidden + self.position_embedding(y, x, height, width).to(self.dtype)
         cos, sin = self.rotary_tables(y, x)
         levels: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             hidden = block(hidden, cos, sin, mask)
-            if i in c.deepstack:
+            if i in self.c.deepstack:
                 levels.append(self.deepstack[len(levels)](hidden))
-        return self.merger(hidden), *levels
+        return hidden, levels
 
     def gather_blocks(self, image: Tensor, row: Tensor, col: Tensor, cols: int) -> Tensor:
         """Pixels of the kept blocks, patch by patch: float32 [T, patch * patch * 3], 0..255.

@@ -43,7 +43,10 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "0 drops exact repetitions only. Default: what the bundle says, else 0.",
             ),
             click.option(
-                "--sliding", is_flag=True, help="With --tau over 0: compare with the raw neighbour (errors can add up)."
+                "--mode",
+                type=click.Choice(["sliding", "anchored"]),
+                help="With --tau over 0, compare with the raw neighbour (sliding: errors can add up) or with the "
+                "reconstruction (anchored: not available yet). Default: sliding.",
             ),
             click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."),
             click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."),
@@ -53,10 +56,13 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _prune(tau: float | None, sliding: bool) -> Any:
+def _prune(tau: float | None, mode: str | None) -> Any:
+    """The prune setting of the options; without a mode, the one that is available for every tau."""
     from .runtime.prune import Prune
 
-    return Prune(tau=tau or 0.0, anchored=not sliding)
+    tau = tau or 0.0
+    exact = Prune(tau=tau, anchored=False).threshold == 0  # both modes are equal
+    return Prune(tau=tau, anchored=exact if mode is None else mode == "anchored")
 
 
 @main.command()
@@ -123,7 +129,14 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
     """Ask BUNDLE a question (PROMPT) about images. The answer goes to stdout, the statistics to stderr."""
     from .run import run as run_bundle
 
-    run_bundle(bundle, prompt, images, **options)
+    tau, mode, no_prune = (options.pop(name) for name in ("tau", "mode", "no_prune"))
+    if no_prune and (tau is not None or mode):
+        raise click.UsageError("--no-prune goes with neither --tau nor --mode")
+    if options["overlay"] and not images:
+        raise click.UsageError("--overlay needs an image (-i)")
+    asked = tau is not None or mode
+    prune = None if no_prune else _prune(tau, mode) if asked else "default"
+    run_bundle(bundle, prompt, images, prune, **options)
 
 
 @main.command("eval")
@@ -154,7 +167,7 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 def inspect(
     image: str,
     tau: float | None,
-    sliding: bool,
+    mode: str | None,
     min_pixels: int | None,
     max_pixels: int | None,
     patch: int,
@@ -167,13 +180,14 @@ def inspect(
     from .runtime.prune import select
 
     limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
+    prune = _prune(tau, mode)
     if overlay:
         view.check_overlay(overlay, image)
-    selection = select(image, _prune(tau, sliding), patch, merge, **limits)
+    selection = select(image, prune, patch, merge, **limits)
     if overlay:
         view.write_overlay(image, selection, overlay)
     if as_json:
-        click.echo(json.dumps(view.as_json(selection)))
+        click.echo(json.dumps(view.as_json(selection, prune)))
         return
     click.echo(f"image   {selection.width} x {selection.height} pixels after resizing")
     click.echo(f"grid    {selection.rows} x {selection.cols} = {selection.total} tokens")

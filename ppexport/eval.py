@@ -15,7 +15,8 @@ import click
 import numpy as np
 
 from .models.errors import RequestError
-from .models.pocket.screens import HELD_OUT, SKILLS, Sample, sample
+from .models.pocket.canvas import Sample
+from .models.pocket.screens import HELD_OUT, SKILLS, sample
 from .runtime.pipeline import Pipeline, load
 from .runtime.prune import Prune
 

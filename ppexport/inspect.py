@@ -10,15 +10,21 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .models.errors import ImageError
 from .runtime.image import ImageLike, read
-from .runtime.prune import Selection
+from .runtime.prune import Prune, Selection
 
 DROPPED = (255, 0, 110)  # tint of what is dropped
 EDGE = (0, 200, 90)  # outline around what is kept
 
 
-def as_json(selection: Selection) -> dict[str, object]:
-    """The selection as plain JSON types."""
+def mode_of(prune: Prune) -> str:
+    """ "anchored" or "sliding"."""
+    return "anchored" if prune.anchored else "sliding"
+
+
+def as_json(selection: Selection, prune: Prune) -> dict[str, object]:
+    """The selection and the setting it was made with, as plain JSON types."""
     return {
+        "prune": {"method": prune.method, "metric": prune.metric, "tau": prune.tau, "mode": mode_of(prune)},
         "width": selection.width,
         "height": selection.height,
         "grid": {"rows": selection.rows, "cols": selection.cols},

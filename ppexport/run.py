@@ -11,7 +11,6 @@ import click
 
 from .inspect import check_overlay, write_overlay
 from .runtime.pipeline import PruneLike, Stats, load
-from .runtime.prune import Prune
 
 STAGES = ("image", "prune", "text", "vision", "prefill", "decode")
 
@@ -20,9 +19,7 @@ def run(
     bundle: str,
     prompt: str,
     images: Sequence[str],
-    tau: float | None = None,
-    sliding: bool = False,
-    no_prune: bool = False,
+    prune: PruneLike = "default",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     threads: int = 0,
@@ -33,15 +30,6 @@ def run(
     **generation: Any,
 ) -> None:
     """Load the bundle, stream the answer to stdout, print the statistics to stderr (or all of it as JSON)."""
-    prune: PruneLike = "default"
-    if no_prune:
-        if tau is not None or sliding:
-            raise click.UsageError("--no-prune goes with neither --tau nor --sliding")
-        prune = None
-    elif tau is not None or sliding:
-        prune = Prune(tau=tau or 0.0, anchored=not sliding)
-    if overlay and not images:
-        raise click.UsageError("--overlay needs an image (-i)")
     if overlay:
         check_overlay(overlay, images[0])
     answer = load(bundle, min_pixels, max_pixels, threads, verify).generate(prompt, images, prune, **generation)

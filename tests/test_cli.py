@@ -48,10 +48,11 @@ def test_inspect_prints_numbers_and_writes_the_overlay(tmp_path: Path) -> None:
 
 
 def test_inspect_json(tmp_path: Path) -> None:
-    code, out, _ = invoke("inspect", SCREEN, "--json", "--tau", "0.05", "--sliding")
+    code, out, _ = invoke("inspect", SCREEN, "--json", "--tau", "0.05")
     assert code == 0
     found = json.loads(out)
     assert found["keep"] == ppexport.select(SCREEN, ppexport.Prune(tau=0.05, anchored=False)).keep.tolist()
+    assert found["prune"] == {"method": "pred_2d", "metric": "max", "tau": 0.05, "mode": "sliding"}
     assert found["grid"] == {"rows": 24, "cols": 32}
     assert found["kept"] == len(found["keep"]) == 198
 
@@ -79,7 +80,7 @@ def test_errors_are_one_line_and_exit_code_1(tiny_bundle: Path, tmp_path: Path) 
     code, out, err = invoke("run", tiny_bundle, "-i", tmp_path / "none.png", "hi")
     assert (code, out) == (1, "")
     assert err == f"Error: {tmp_path / 'none.png'}: no such file\n"
-    code, _, err = invoke("inspect", SCREEN, "--tau", "0.1")
+    code, _, err = invoke("inspect", SCREEN, "--tau", "0.1", "--mode", "anchored")
     assert code == 1
     assert "anchored=True, which is not available yet" in err
 

@@ -20,7 +20,8 @@ from ppexport.build import build
 from ppexport.cli import main
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.models.pocket import train
-from ppexport.models.pocket.screens import HELD_OUT, SKILLS, Sample, sample
+from ppexport.models.pocket.canvas import Sample
+from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
 
 
 @pytest.mark.parametrize("skill", SKILLS)
@@ -163,5 +164,7 @@ def test_trainer_saves_what_the_bundle_computes(tmp_path: Path) -> None:
 def test_characters_lie_in_their_blocks() -> None:
     made = with_skill("transcribe", lambda s: s.image.width % 32 == 0 and s.image.height % 32 == 0)
     item = train.Reader(0.0).item(made, Random(0))
-    found = "".join(chr(c) for c in item.slots.reshape(-1) if c)
-    assert sorted(found) == sorted(c for _, _, c in made.characters if ord(c) < 128)
+    found = [chr(c) for c in item.cells.reshape(-1) if c]
+    drawn = [c for _, _, c in made.characters]
+    assert 0.8 * len(drawn) < len(found) <= len(drawn)  # two narrow ones may share a half of a patch
+    assert set(found) <= set(drawn)

@@ -1,8 +1,13 @@
 """Trains the pocket model: ``python -m ppexport.models.pocket.train --steps 4000`` (needs ``ppexport[cpu,export]``).
 
 The towers are the torch modules that are exported (exporters/vision.py, exporters/language.py). Half of the samples are
-pruned (pred_2d, tau = 0) unless --unpruned. While it trains, a head that is dropped afterwards predicts the characters
-under each kept token from the vision output; without it the language loss alone ignores the pictures for a long time.
+pruned (pred_2d, tau = 0) unless --unpruned.
+
+With the language loss alone the pictures are ignored for a long time, so reading is taught first: the vision tower sees
+pages of random characters, and two heads, dropped afterwards, predict for each half of each patch the character
+whose centre lies in it, from the tower's last hidden state and from the merged token. The heads of attention start out
+looking at the four neighbours of a patch (through their biases and the rotary positions), as a convolution would; both
+together learn in hundreds of steps what otherwise takes thousands.
 """
 
 from __future__ import annotations
@@ -10,9 +15,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import string
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,11 +38,14 @@ from ...runtime.prune import Prune, Selection, packaged_selector
 from .. import qwen3_vl
 from ..bytelevel import IDS, byte_tokenizer
 from ..config import ModelConfig
-from .screens import SKILLS, Sample, sample
+from .canvas import Canvas, Sample
+from .screens import SKILLS, sample
 
 MIN_PIXELS, MAX_PIXELS = 9216, 307200
-SLOTS, CLASSES = 10, 128  # characters under a token, in reading order; ASCII
-BLOCK = 32
+CELLS, CLASSES = 2, 128  # a patch is split in halves of 8 pixels; ASCII, 0 where no character has its centre
+BLOCK, PATCH = 32, 16
+PAGE = (192, 96)  # pixels of a page of random characters
+ALPHABET = string.ascii_letters + string.digits + ".,:$%-[]/"
 IGNORE = -100
 
 
@@ -51,7 +60,7 @@ class Item:
     ids: np.ndarray  # int32 [S]
     positions: np.ndarray  # int32 [3, S]
     targets: np.ndarray  # int64 [S], the token to predict at each position
-    slots: np.ndarray  # int64 [K, SLOTS], characters under each kept token
+    cells: np.ndarray  # int64 [4 K, CELLS], characters under each kept patch
 
 
 class Reader:
@@ -68,8 +77,7 @@ class Reader:
         _, selection = self.selector.select(self.selector.backend.upload(image), prune)
         rows, cols = np.divmod(selection.keep, selection.cols)
         H, W = image.shape[:2]
-        tiles = image.reshape(H // 32, 2, 16, W // 32, 2, 16, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-        pixels = tiles[rows, cols].reshape(-1, 768)
+        pixels = _blocks(image)[rows, cols].reshape(-1, 768)
         within_y, within_x = np.repeat([0, 1], 2), np.tile([0, 1], 2)
         y, x = (rows[:, None] * 2 + within_y).reshape(-1), (cols[:, None] * 2 + within_x).reshape(-1)
         ids, targets = self._tokens(made, selection)
@@ -85,7 +93,7 @@ class Reader:
             prompt.ids,
             prompt.positions,
             targets[stays],
-            _slots(made, selection, H, W),
+            _cells(made, H, W)[y, x],
         )
 
     def _tokens(self, made: Sample, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
@@ -100,20 +108,36 @@ class Reader:
         return ids, targets
 
 
-def _slots(made: Sample, selection: Selection, H: int, W: int) -> np.ndarray:
-    """Characters whose centre lies in each kept block, by line and then from left to right."""
-    scale_x, scale_y = W / made.image.width, H / made.image.height
-    under: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
+def _blocks(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> [rows, cols, 2, 2, 16, 16, 3], patch by patch as the tower takes them."""
+    H, W, _ = image.shape
+    return image.reshape(H // 32, 2, 16, W // 32, 2, 16, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+
+
+def _cells(made: Sample, H: int, W: int) -> np.ndarray:
+    """The character whose centre lies in each half of each patch of the resized picture: [H / 16, W / 16, CELLS]."""
+    cells = np.zeros((H // PATCH, W // PATCH, CELLS), np.int64)
     for cx, cy, character in made.characters:
-        px, py = cx * scale_x, cy * scale_y
-        token = int(py // BLOCK) * selection.cols + int(px // BLOCK)
-        if ord(character) < CLASSES:
-            under[token].append((int(py), px, ord(character)))
-    slots = np.zeros((selection.kept, SLOTS), np.int64)
-    for i, token in enumerate(selection.keep.tolist()):
-        found = [code for _, _, code in sorted(under.get(token, []))][:SLOTS]
-        slots[i, : len(found)] = found
-    return slots
+        x, y = cx * W / made.image.width, cy * H / made.image.height
+        if ord(character) < CLASSES and 0 <= x < W and 0 <= y < H:
+            cells[int(y // PATCH), int(x // PATCH), int(x % PATCH * CELLS // PATCH)] = ord(character)
+    return cells
+
+
+def page(rng: Random) -> Sample:
+    """A page full of random characters, in every size and colour."""
+    c = Canvas(rng, *PAGE, rng.random() < 0.3, rng.choice((14, 16, 16, 20)))
+    top = rng.randint(0, 10)
+    while top + c.size < c.height:
+        left = rng.randint(0, 12)
+        while True:
+            word = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 8)))
+            if left + c.length(word) > c.width:
+                break
+            c.text(left, top, word)
+            left += c.length(word) + rng.randint(4, 10)
+        top += c.line + rng.randint(0, 6)
+    return Sample(c.image, "page", "", "", None, (), tuple(c.characters))
 
 
 class Pocket(nn.Module):
@@ -123,17 +147,43 @@ class Pocket(nn.Module):
         super().__init__()
         self.tower = vision.VisionTower(config.vision)
         self.decoder = language.Decoder(config.text, config.image_token)
-        self.auxiliary = nn.Linear(config.text.width, SLOTS * CLASSES)
+        self.patch_head = nn.Sequential(
+            nn.LayerNorm(config.vision.width), nn.Linear(config.vision.width, CELLS * CLASSES)
+        )
+        self.token_head = nn.Linear(config.text.width, 4 * CELLS * CLASSES)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
             else:
                 fan = parameter.shape[0] if "table" not in name and "positions" not in name else 2500
                 nn.init.normal_(parameter, 0.0, min(0.06, fan**-0.5))
+        _look_at_neighbours(self.tower)
         fixed = vision.constants(config.vision, qwen3_vl.PREPROCESSING)
         for module, values in ((self.tower, fixed), (self.decoder, language.constants(config.text))):
             for name, value in values.items():
                 module.get_buffer(name).copy_(torch.from_numpy(value))
+
+    def reading_loss(self, hidden: Tensor, embeds: Tensor, cells: Tensor) -> Tensor:
+        """Both heads' loss: hidden [T, width], embeds [T / 4, D], cells [T, CELLS] of real patches only."""
+        patch = F.cross_entropy(self.patch_head(hidden).reshape(-1, CLASSES), cells.reshape(-1))
+        return patch + F.cross_entropy(self.token_head(embeds).reshape(-1, CLASSES), cells.reshape(-1))
+
+    def read_pages(self, rng: Random, batch: int) -> tuple[Tensor, float]:
+        """(loss, share of characters that the merged tokens give right) on pages of random characters."""
+        made = [page(rng) for _ in range(batch)]
+        pixels = torch.from_numpy(np.stack([_blocks(np.asarray(m.image)) for m in made])).float()
+        rows, cols = PAGE[1] // BLOCK, PAGE[0] // BLOCK
+        row, col = np.divmod(np.arange(rows * cols), cols)
+        y = (row[:, None] * 2 + np.repeat([0, 1], 2)).reshape(-1)
+        x = (col[:, None] * 2 + np.tile([0, 1], 2)).reshape(-1)
+        cells = torch.from_numpy(np.concatenate([_cells(m, PAGE[1], PAGE[0])[y, x] for m in made]))
+        at = [torch.from_numpy(v).float().expand(batch, -1) for v in (y, x)]
+        hidden, _ = self.tower.trunk(pixels.reshape(-1, 768), *at, 2 * rows, 2 * cols, None)
+        embeds = self.tower.merger(hidden)
+        found = self.token_head(embeds).reshape(-1, CLASSES).argmax(-1)
+        wanted = cells.reshape(-1)
+        right = (found == wanted)[wanted > 0].float().mean().item()
+        return self.reading_loss(hidden, embeds, cells), right
 
     def forward(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
         """(answer loss, auxiliary loss, which answers are right at every position under teacher forcing [B])."""
@@ -150,19 +200,40 @@ class Pocket(nn.Module):
             ids[b, :s], targets[b, :s] = torch.from_numpy(item.ids), torch.from_numpy(item.targets)
             positions[:, b, :s] = torch.from_numpy(item.positions)
         height, width = (torch.tensor([[float(i.grid[a])] for i in items]) for a in (0, 1))
-        levels = self.tower.encode(pixels.reshape(-1, 768), y, x, height, width, mask)
+        hidden, levels = self.tower.trunk(pixels.reshape(-1, 768), y, x, height, width, mask)
         real = mask[:, ::4].reshape(-1)
-        embeds, *deepstack = (level[real] for level in levels)
+        embeds, *deepstack = (level[real] for level in (self.tower.merger(hidden), *levels))
         c = self.decoder.c
         cache = torch.zeros(B, c.kv_heads, S, c.head_dim)
         at = torch.arange(S, dtype=torch.int32).expand(B, S)
         start = torch.zeros(B, dtype=torch.int32)
         logits, *_ = self.decoder(ids, embeds, torch.stack(deepstack), positions, start, at, [cache] * (2 * c.layers))
         loss = F.cross_entropy(logits.reshape(-1, c.vocab), targets.reshape(-1), ignore_index=IGNORE)
-        slots = torch.from_numpy(np.concatenate([i.slots for i in items]))
-        auxiliary = F.cross_entropy(self.auxiliary(embeds).reshape(-1, CLASSES), slots.reshape(-1))
+        cells = torch.from_numpy(np.concatenate([i.cells for i in items]))
+        auxiliary = self.reading_loss(hidden[mask.reshape(-1)], embeds, cells)
         right = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1)
         return loss, auxiliary, right
+
+
+def _look_at_neighbours(tower: vision.VisionTower, strength: float = 5.0) -> None:
+    """Start each attention head at one of the four neighbours of a patch.
+
+    Constant queries and keys (the biases) make the attention a function of the relative position alone, largest where
+    the rotary angles of the offset cancel; the part that depends on content starts small.
+    """
+    c = tower.c
+    half = c.head_dim // 2
+    frequencies = 1.0 / c.rope_theta ** (torch.arange(0, half, 2) / half)
+    for block in tower.blocks:
+        q, k = torch.zeros(c.heads, c.head_dim), torch.zeros(c.heads, c.head_dim)
+        for head in range(c.heads):
+            dy, dx = ((0, -1), (0, 1), (-1, 0), (1, 0))[head % 4]
+            angle = torch.cat((dy * frequencies, dx * frequencies))
+            q[head, :half] = strength
+            k[head, :half], k[head, half:] = strength * torch.cos(angle), -strength * torch.sin(angle)
+        with torch.no_grad():
+            block.qkv.bias[: 2 * c.width] = torch.cat((q.reshape(-1), k.reshape(-1)))
+            block.qkv.weight[:, : 2 * c.width] *= 0.3
 
 
 def pocket_config() -> dict[str, Any]:
@@ -176,9 +247,9 @@ def pocket_config() -> dict[str, Any]:
 def stage(progress: float) -> tuple[dict[str, float], tuple[int, int]]:
     """The curriculum: shares of the skills and the largest picture, at a progress of 0 ... 1."""
     if progress < 0.12:
-        return {"transcribe": 0.55, "read": 0.25, "locate": 0.1, "yesno": 0.1}, (288, 192)
-    if progress < 0.75:
-        return {"transcribe": 0.2, "read": 0.55, "locate": 0.13, "yesno": 0.12}, (384, 256)
+        return {"transcribe": 0.4, "read": 0.3, "locate": 0.15, "yesno": 0.15}, (288, 192)
+    if progress < 0.8:
+        return {"transcribe": 0.17, "read": 0.55, "locate": 0.15, "yesno": 0.13}, (384, 256)
     return {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, (640, 480)
 
 
@@ -225,15 +296,102 @@ def save_checkpoint(model: Pocket, directory: Path) -> None:
     file.write_text(json.dumps(pre, indent=1) + "\n", encoding="utf-8")
 
 
+@dataclass
+class Run:
+    """Training in progress; ``save`` and ``resume`` keep all of it but the random state of torch, which is not used."""
+
+    model: Pocket
+    optimizer: torch.optim.Optimizer
+    output: Path
+    state: Path
+    step: int = 0  # of both phases together
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def resume(self) -> None:
+        """Continue from the saved state, if there is one."""
+        if self.state.exists():
+            saved = torch.load(self.state, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.log = saved["step"], json.loads(saved["log"])
+
+    def save(self) -> None:
+        """Write the state and the checkpoint; an interruption leaves the ones before."""
+        saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save({**saved, "step": self.step, "log": json.dumps(self.log)}, self.state.with_suffix(".partial"))
+        os.replace(self.state.with_suffix(".partial"), self.state)
+        save_checkpoint(self.model, self.output)
+
+    def update(self, loss: Tensor, rate: float) -> None:
+        """One step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Log and print one row."""
+        self.log.append(row)
+        click.echo(json.dumps(row))
+
+
+def teach_reading(run: Run, steps: int, rate: float) -> None:
+    """Phase one: the vision tower alone, on pages of random characters."""
+    rights: list[float] = []
+    while run.step < steps:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, right = run.model.read_pages(Random(f"page {run.step}"), 64)
+        run.update(loss, rate * min(1.0, (run.step + 1) / 100))
+        rights.append(right)
+        if run.step % 50 == 0:
+            row = {"phase": "read", "step": run.step, "loss": round(loss.item(), 4)}
+            run.report({**row, "characters": round(sum(rights) / len(rights), 4)})
+            rights = []
+        if run.step % 200 == 0:
+            run.save()
+
+
+def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, reader: Reader) -> None:
+    """Phase two: everything, on screens with questions; ``first`` is the step at which it began."""
+    seen: dict[str, list[float]] = defaultdict(list)
+    losses, begin = [], time.time()
+    while run.step < first + steps:
+        for group in batches(run.step - first, steps, batch, reader):
+            done = run.step - first
+            progress = min(1.0, done / steps)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, auxiliary, right = run.model([item for _, item in group])
+            cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+            run.update(loss + (0.5 if progress < 0.3 else 0.2) * auxiliary, rate * min(1.0, (done + 1) / 200) * cosine)
+            losses.append((loss.item(), auxiliary.item()))
+            for (skill, _), ok in zip(group, right.tolist(), strict=True):
+                seen[skill].append(ok)
+        if (run.step - first) % 40 == 0:
+            mean_loss, mean_auxiliary = (sum(v) / len(v) for v in zip(*losses, strict=True))
+            row = {"phase": "answer", "step": run.step - first, "seconds": round(time.time() - begin)}
+            row |= {"loss": round(mean_loss, 4), "auxiliary": round(mean_auxiliary, 4)}
+            run.report(row | {skill: round(sum(seen[skill]) / max(1, len(seen[skill])), 3) for skill in SKILLS})
+            losses, seen = [], defaultdict(list)
+        if (run.step - first) % 200 == 0:
+            run.save()
+    run.save()
+
+
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The checkpoint directory.")
 @click.option("--state", type=click.Path(path_type=Path), required=True, help="Saved progress; continues from it.")
-@click.option("--steps", type=int, default=4000, show_default=True)
+@click.option("--read-steps", type=int, default=1200, show_default=True, help="Of the first phase, in batches of 64.")
+@click.option("--steps", type=int, default=4000, show_default=True, help="Of the second phase.")
 @click.option("--batch", type=int, default=32, show_default=True)
 @click.option("--rate", type=float, default=1.5e-3, show_default=True, help="Highest learning rate.")
 @click.option("--unpruned", is_flag=True, help="Train without pruned samples.")
 @click.option("--threads", type=int, default=2, show_default=True)
-def main(output: Path, state: Path, steps: int, batch: int, rate: float, unpruned: bool, threads: int) -> None:
+def main(
+    output: Path, state: Path, read_steps: int, steps: int, batch: int, rate: float, unpruned: bool, threads: int
+) -> None:
     """Train, printing loss and teacher-forced accuracy per skill, saving often."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -241,55 +399,12 @@ def main(output: Path, state: Path, steps: int, batch: int, rate: float, unprune
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    log: list[dict[str, Any]] = []
-    step = 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, log = saved["step"], json.loads(saved["log"])
-    reader = Reader(0.0 if unpruned else 0.5)
-    click.echo(f"{sum(p.numel() for n, p in model.named_parameters() if 'auxiliary' not in n) / 1e6:.2f} M parameters")
-    seen: dict[str, list[float]] = defaultdict(list)
-    losses, begin = [], time.time()
-    while step < steps:
-        for group in batches(step, steps, batch, reader):
-            progress = step / steps
-            warm = min(1.0, (step + 1) / 200)
-            for g in optimizer.param_groups:
-                g["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, auxiliary, right = model([item for _, item in group])
-            total = loss + (1.0 if progress < 0.3 else 0.3) * auxiliary
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            losses.append((loss.item(), auxiliary.item()))
-            for (skill, _), ok in zip(group, right.tolist(), strict=True):
-                seen[skill].append(ok)
-            if step % 50 == 0:
-                mean_loss, mean_auxiliary = (sum(v) / len(v) for v in zip(*losses, strict=True))
-                row = {"step": step, "seconds": round(time.time() - begin), "loss": round(mean_loss, 4)}
-                row |= {"auxiliary": round(mean_auxiliary, 4)}
-                row |= {skill: round(sum(seen[skill]) / max(1, len(seen[skill])), 3) for skill in SKILLS}
-                log.append(row)
-                click.echo(json.dumps(row))
-                losses, seen = [], defaultdict(list)
-            if step % 200 == 0 or step >= steps:
-                torch.save(
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step,
-                        "log": json.dumps(log),
-                    },
-                    state.with_suffix(".partial"),
-                )
-                os.replace(state.with_suffix(".partial"), state)
-                save_checkpoint(model, output)
+    run = Run(model, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98)), output, state)
+    run.resume()
+    trained = sum(p.numel() for n, p in model.named_parameters() if "head." not in n)
+    click.echo(f"{trained / 1e6:.2f} M parameters")
+    teach_reading(run, read_steps, rate)
+    teach_answering(run, read_steps, steps, batch, rate, Reader(0.0 if unpruned else 0.5))
 
 
 if __name__ == "__main__":
