@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -56,8 +57,9 @@ def build(
             shutil.rmtree(work, ignore_errors=True)
             raise
     except BaseException as err:
-        for parent in created:
-            parent.rmdir()
+        with contextlib.suppress(OSError):  # somebody else may have put something there meanwhile
+            for parent in created:
+                parent.rmdir()
         if isinstance(err, OSError) and not isinstance(err, (BundleError, SpaceError)):
             raise SpaceError(f"{output}: cannot be written: {err}; nothing was left behind") from err
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,16 @@ def test_interleaved_requests_do_not_disturb_each_other(golden_pipe: ppexport.Pi
     mixed = [(next(a).token, next(b).token) for _ in range(6)]
     assert [x for x, _ in mixed] == alone[10]
     assert [y for _, y in mixed] == alone[20]
+
+
+def test_threads_may_share_a_pipeline(golden_pipe: ppexport.Pipeline, screen: np.ndarray) -> None:
+    """Four threads with different images and prompts get what each gets alone."""
+
+    def request(n: int) -> list[int]:
+        total = ppexport.select(screen[n * 8 :], max_pixels=600000).total
+        ids = [n, *[IMAGE] * total, n + 1, 7]
+        return [step.token for step in golden_pipe.generate_tokens(ids, [screen[n * 8 :]], max_new_tokens=16)]
+
+    alone = [request(n) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(request, [0, 1, 2, 3] * 3)) == alone * 3
