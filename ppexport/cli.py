@@ -135,7 +135,7 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
     asked = tau is not None or mode
-    prune = None if no_prune else _prune(tau, mode) if asked else "default"
+    prune: Any = None if no_prune else _prune(tau, mode) if asked else "default"
     run_bundle(bundle, prompt, images, prune, **options)
 
 

@@ -19,7 +19,7 @@ from ppexport import eval as evaluation
 from ppexport.build import build
 from ppexport.cli import main
 from ppexport.exporters.checkpoint import Checkpoint
-from ppexport.models.pocket import train
+from ppexport.models.pocket import lessons, train
 from ppexport.models.pocket.canvas import Sample
 from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
 
@@ -71,7 +71,7 @@ def test_sizes_themes_and_kept_share_vary_as_promised() -> None:
     assert 0.3 < np.mean(aligned) < 0.7
     dark = [np.asarray(s.image).mean() < 100 for s in made]
     assert 0.1 < np.mean(dark) < 0.6
-    shares = [ppexport.select(s.image, min_pixels=train.MIN_PIXELS).share for s in made]
+    shares = [ppexport.select(s.image, min_pixels=lessons.MIN_PIXELS).share for s in made]
     low, middle, high = np.percentile(shares, [5, 50, 90])
     assert low > 0.1
     assert 0.2 < middle < 0.45
@@ -147,7 +147,7 @@ def test_trainer_saves_what_the_bundle_computes(tmp_path: Path) -> None:
     pipe = ppexport.load(build(tmp_path / "checkpoint", tmp_path / "bundle"))
     made = sample("read", 3)
     for pruned_share, prune in ((1.0, ppexport.Prune()), (0.0, None)):
-        item = train.Reader(pruned_share).item(made, Random(0))
+        item = lessons.Reader(pruned_share).item(made, Random(0))
         with torch.no_grad():
             loss, _, _ = model([item, item])
         assert pipe.text is not None
@@ -163,7 +163,7 @@ def test_trainer_saves_what_the_bundle_computes(tmp_path: Path) -> None:
 
 def test_characters_lie_in_their_blocks() -> None:
     made = with_skill("transcribe", lambda s: s.image.width % 32 == 0 and s.image.height % 32 == 0)
-    item = train.Reader(0.0).item(made, Random(0))
+    item = lessons.Reader(0.0).item(made, Random(0))
     found = [chr(c) for c in item.cells.reshape(-1) if c]
     drawn = [c for _, _, c in made.characters]
     assert 0.8 * len(drawn) < len(found) <= len(drawn)  # two narrow ones may share a half of a patch

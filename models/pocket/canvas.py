@@ -8,6 +8,7 @@ from random import Random
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+FONT_SIZES = (20, 24, 28)  # pixels; a 32 x 32 token then holds at most a few characters of one line
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Colour = tuple[int, int, int]
 

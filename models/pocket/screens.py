@@ -16,11 +16,11 @@ from random import Random
 import click
 
 from . import words
-from .canvas import Canvas, Element, Sample, busy_share
+from .canvas import FONT_SIZES, Canvas, Element, Sample, busy_share
 
 SKILLS = ("read", "transcribe", "locate", "yesno")
 HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
-MOST_BUSY = 0.5  # real screens are mostly flat
+MOST_BUSY = 0.42  # real screens are mostly flat
 
 
 def _rows(c: Canvas, top: int, fields: dict[str, Callable[[Random], str]], count: int) -> int:
@@ -92,7 +92,7 @@ def _mark(c: Canvas, x: int, y: int, on: bool, box: bool) -> None:
 def table(c: Canvas) -> None:
     """Items in rows, their properties in columns."""
     top = _heading(c)
-    columns = c.rng.sample(words.COLUMNS, 3 if c.width > 330 else 2 if c.width > 230 else 1)
+    columns = c.rng.sample(words.COLUMNS, 3 if c.width > 24 * c.size else 2 if c.width > 17 * c.size else 1)
     items = c.rng.sample(words.ITEMS.split(), c.rng.randint(2, 7))
     first = c.rng.randint(3, 10)
     lefts = [first + 5 * c.size + i * (c.width - first - 5 * c.size) // len(columns) for i in range(len(columns))]
@@ -173,10 +173,10 @@ def sample(skill: str, seed: int, largest: tuple[int, int] = (640, 480)) -> Samp
 def _canvas(rng: Random, largest: tuple[int, int]) -> Canvas:
     small = rng.random() < 0.5
     width = rng.randint(160, max(160, min(largest[0], 320 if small else 640)))
-    height = rng.randint(96, max(96, min(largest[1], 192 if small else 480)))
+    height = rng.randint(96, max(96, min(largest[1], 224 if small else 480)))
     if rng.random() < 0.5:  # half of the pictures need no resizing
         width, height = max(160, width // 32 * 32), max(96, height // 32 * 32)
-    size = rng.choice((14, 16, 16, 20)) if width >= 240 else rng.choice((14, 16))
+    size = rng.choice(FONT_SIZES if width >= 320 else FONT_SIZES[:2])
     return Canvas(rng, width, height, rng.random() < 0.3, size)
 
 

@@ -3,11 +3,12 @@
 The towers are the torch modules that are exported (exporters/vision.py, exporters/language.py). Half of the samples are
 pruned (pred_2d, tau = 0) unless --unpruned.
 
-With the language loss alone the pictures are ignored for a long time, so reading is taught first: the vision tower sees
-pages of random characters, and two heads, dropped afterwards, predict for each half of each patch the character
-whose centre lies in it, from the tower's last hidden state and from the merged token. The heads of attention start out
-looking at the four neighbours of a patch (through their biases and the rotary positions), as a convolution would; both
-together learn in hundreds of steps what otherwise takes thousands.
+With the language loss alone the pictures are ignored for long, so reading is taught first: the vision tower sees pages
+of random characters, and two heads, dropped afterwards, predict for each half of each patch the character whose centre
+lies in it, from the tower's last hidden state and from the merged token. The heads of attention start out looking at the
+four neighbours of a patch (through their biases and the rotary positions), as a convolution would; both together learn
+in hundreds of steps what otherwise takes thousands. Then the whole model copies single lines of text, and only then it
+sees screens and questions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import string
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -32,116 +32,29 @@ from torch.nn import functional as F
 
 from ...exporters import language, vision
 from ...exporters.random_checkpoint import qwen3_vl_config, write_text_files
-from ...runtime.image import prepare
-from ...runtime.language import build_prompt
-from ...runtime.prune import Prune, Selection, packaged_selector
 from .. import qwen3_vl
-from ..bytelevel import IDS, byte_tokenizer
 from ..config import ModelConfig
-from .canvas import Canvas, Sample
-from .screens import SKILLS, sample
-
-MIN_PIXELS, MAX_PIXELS = 9216, 307200
-CELLS, CLASSES = 2, 128  # a patch is split in halves of 8 pixels; ASCII, 0 where no character has its centre
-BLOCK, PATCH = 32, 16
-PAGE = (192, 96)  # pixels of a page of random characters
-ALPHABET = string.ascii_letters + string.digits + ".,:$%-[]/"
-IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Item:
-    """A sample as arrays."""
-
-    pixels: np.ndarray  # uint8 [4 K, 768]
-    y: np.ndarray  # float32 [4 K], patch coordinates
-    x: np.ndarray
-    grid: tuple[int, int]  # patches
-    ids: np.ndarray  # int32 [S]
-    positions: np.ndarray  # int32 [3, S]
-    targets: np.ndarray  # int64 [S], the token to predict at each position
-    cells: np.ndarray  # int64 [4 K, CELLS], characters under each kept patch
-
-
-class Reader:
-    """Samples -> arrays."""
-
-    def __init__(self, pruned_share: float):
-        self.pruned_share, self.tokenizer = pruned_share, byte_tokenizer()
-        self.selector = packaged_selector(BLOCK)
-
-    def item(self, made: Sample, rng: Random) -> Item:
-        """Resize, select, tokenize; prompt and answer as the chat template writes them."""
-        image = prepare(np.asarray(made.image), BLOCK, MIN_PIXELS, MAX_PIXELS)
-        prune = Prune() if rng.random() < self.pruned_share else None
-        _, selection = self.selector.select(self.selector.backend.upload(image), prune)
-        rows, cols = np.divmod(selection.keep, selection.cols)
-        H, W = image.shape[:2]
-        pixels = _blocks(image)[rows, cols].reshape(-1, 768)
-        within_y, within_x = np.repeat([0, 1], 2), np.tile([0, 1], 2)
-        y, x = (rows[:, None] * 2 + within_y).reshape(-1), (cols[:, None] * 2 + within_x).reshape(-1)
-        ids, targets = self._tokens(made, selection)
-        prompt = build_prompt(ids, IDS["<|image_pad|>"], [selection])
-        is_image = ids == IDS["<|image_pad|>"]
-        stays = ~is_image
-        stays[np.flatnonzero(is_image)[selection.keep]] = True
-        return Item(
-            pixels,
-            y.astype(np.float32),
-            x.astype(np.float32),
-            (H // 16, W // 16),
-            prompt.ids,
-            prompt.positions,
-            targets[stays],
-            _cells(made, H, W)[y, x],
-        )
-
-    def _tokens(self, made: Sample, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-        before = encode("<|im_start|>user\n<|vision_start|>")
-        after = encode(f"<|vision_end|>{made.question}<|im_end|>\n<|im_start|>assistant\n")
-        answer = [*encode(made.answer), IDS["<|im_end|>"]]
-        prompt = [*before, *[IDS["<|image_pad|>"]] * selection.total, *after]
-        ids = np.array(prompt + answer[:-1], np.int32)
-        targets = np.full(len(ids), IGNORE, np.int64)
-        targets[len(prompt) - 1 :] = answer
-        return ids, targets
-
-
-def _blocks(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> [rows, cols, 2, 2, 16, 16, 3], patch by patch as the tower takes them."""
-    H, W, _ = image.shape
-    return image.reshape(H // 32, 2, 16, W // 32, 2, 16, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-
-
-def _cells(made: Sample, H: int, W: int) -> np.ndarray:
-    """The character whose centre lies in each half of each patch of the resized picture: [H / 16, W / 16, CELLS]."""
-    cells = np.zeros((H // PATCH, W // PATCH, CELLS), np.int64)
-    for cx, cy, character in made.characters:
-        x, y = cx * W / made.image.width, cy * H / made.image.height
-        if ord(character) < CLASSES and 0 <= x < W and 0 <= y < H:
-            cells[int(y // PATCH), int(x // PATCH), int(x % PATCH * CELLS // PATCH)] = ord(character)
-    return cells
-
-
-def page(rng: Random) -> Sample:
-    """A page full of random characters, in every size and colour."""
-    c = Canvas(rng, *PAGE, rng.random() < 0.3, rng.choice((14, 16, 16, 20)))
-    top = rng.randint(0, 10)
-    while top + c.size < c.height:
-        left = rng.randint(0, 12)
-        while True:
-            word = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 8)))
-            if left + c.length(word) > c.width:
-                break
-            c.text(left, top, word)
-            left += c.length(word) + rng.randint(4, 10)
-        top += c.line + rng.randint(0, 6)
-    return Sample(c.image, "page", "", "", None, (), tuple(c.characters))
+from .lessons import (
+    BLOCK,
+    CELLS,
+    CLASSES,
+    IGNORE,
+    MAX_PIXELS,
+    MIN_PIXELS,
+    PAGE,
+    Item,
+    Reader,
+    batches,
+    blocks,
+    cells_of,
+    line,
+    page,
+)
+from .screens import SKILLS
 
 
 class Pocket(nn.Module):
-    """Both towers and the auxiliary head."""
+    """Both towers and the two heads that read characters in training."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -171,14 +84,14 @@ class Pocket(nn.Module):
     def read_pages(self, rng: Random, batch: int) -> tuple[Tensor, float]:
         """(loss, share of characters that the merged tokens give right) on pages of random characters."""
         made = [page(rng) for _ in range(batch)]
-        pixels = torch.from_numpy(np.stack([_blocks(np.asarray(m.image)) for m in made])).float()
+        pixels = torch.from_numpy(np.stack([blocks(np.asarray(m.image)) for m in made])).float()
         rows, cols = PAGE[1] // BLOCK, PAGE[0] // BLOCK
         row, col = np.divmod(np.arange(rows * cols), cols)
         y = (row[:, None] * 2 + np.repeat([0, 1], 2)).reshape(-1)
         x = (col[:, None] * 2 + np.tile([0, 1], 2)).reshape(-1)
-        cells = torch.from_numpy(np.concatenate([_cells(m, PAGE[1], PAGE[0])[y, x] for m in made]))
-        at = [torch.from_numpy(v).float().expand(batch, -1) for v in (y, x)]
-        hidden, _ = self.tower.trunk(pixels.reshape(-1, 768), *at, 2 * rows, 2 * cols, None)
+        cells = torch.from_numpy(np.concatenate([cells_of(m, PAGE[1], PAGE[0])[y, x] for m in made]))
+        at_y, at_x = (torch.from_numpy(v).float().expand(batch, -1) for v in (y, x))
+        hidden, _ = self.tower.trunk(pixels.reshape(-1, 768), at_y, at_x, 2 * rows, 2 * cols, None)
         embeds = self.tower.merger(hidden)
         found = self.token_head(embeds).reshape(-1, CLASSES).argmax(-1)
         wanted = cells.reshape(-1)
@@ -242,29 +155,6 @@ def pocket_config() -> dict[str, Any]:
     config["text_config"]["max_position_embeddings"] = 2048
     config["vision_config"]["num_position_embeddings"] = 256
     return config
-
-
-def stage(progress: float) -> tuple[dict[str, float], tuple[int, int]]:
-    """The curriculum: shares of the skills and the largest picture, at a progress of 0 ... 1."""
-    if progress < 0.12:
-        return {"transcribe": 0.4, "read": 0.3, "locate": 0.15, "yesno": 0.15}, (288, 192)
-    if progress < 0.8:
-        return {"transcribe": 0.17, "read": 0.55, "locate": 0.15, "yesno": 0.13}, (384, 256)
-    return {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, (640, 480)
-
-
-def batches(step: int, steps: int, size: int, reader: Reader) -> list[list[tuple[str, Item]]]:
-    """Four batches of samples of like length; the same ones for the same step."""
-    shares, largest = stage(step / steps)
-    rng = Random(f"pocket {step}")
-    items = []
-    for _ in range(4 * size):
-        skill = rng.choices(list(shares), list(shares.values()))[0]
-        items.append((skill, reader.item(sample(skill, rng.randrange(10**9), largest), rng)))
-    items.sort(key=lambda pair: len(pair[1].ids))
-    groups = [items[i : i + size] for i in range(0, len(items), size)]
-    rng.shuffle(groups)
-    return groups
 
 
 def save_checkpoint(model: Pocket, directory: Path) -> None:
@@ -354,8 +244,27 @@ def teach_reading(run: Run, steps: int, rate: float) -> None:
             run.save()
 
 
+def teach_copying(run: Run, first: int, steps: int, rate: float, reader: Reader) -> None:
+    """Phase two: everything, on single lines of text; ``first`` is the step at which it began."""
+    rights: list[float] = []
+    while run.step < first + steps:
+        rng = Random(f"line {run.step}")
+        items = sorted((reader.item(line(rng), rng) for _ in range(128)), key=lambda item: len(item.ids))
+        for group in (items[:64], items[64:]):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, auxiliary, right = run.model(group)
+            run.update(loss + 0.3 * auxiliary, rate * min(1.0, (run.step - first + 1) / 100))
+            rights += right.tolist()
+        if run.step % 50 == 0:
+            row = {"phase": "copy", "step": run.step - first, "loss": round(loss.item(), 4)}
+            run.report({**row, "exact": round(sum(rights) / len(rights), 4)})
+            rights = []
+        if run.step % 200 == 0:
+            run.save()
+
+
 def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, reader: Reader) -> None:
-    """Phase two: everything, on screens with questions; ``first`` is the step at which it began."""
+    """Phase three: everything, on screens with questions; ``first`` is the step at which it began."""
     seen: dict[str, list[float]] = defaultdict(list)
     losses, begin = [], time.time()
     while run.step < first + steps:
@@ -384,13 +293,22 @@ def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, r
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The checkpoint directory.")
 @click.option("--state", type=click.Path(path_type=Path), required=True, help="Saved progress; continues from it.")
 @click.option("--read-steps", type=int, default=1200, show_default=True, help="Of the first phase, in batches of 64.")
-@click.option("--steps", type=int, default=4000, show_default=True, help="Of the second phase.")
+@click.option("--copy-steps", type=int, default=1500, show_default=True, help="Of the second phase, in batches of 64.")
+@click.option("--steps", type=int, default=4000, show_default=True, help="Of the third phase.")
 @click.option("--batch", type=int, default=32, show_default=True)
 @click.option("--rate", type=float, default=1.5e-3, show_default=True, help="Highest learning rate.")
 @click.option("--unpruned", is_flag=True, help="Train without pruned samples.")
 @click.option("--threads", type=int, default=2, show_default=True)
 def main(
-    output: Path, state: Path, read_steps: int, steps: int, batch: int, rate: float, unpruned: bool, threads: int
+    output: Path,
+    state: Path,
+    read_steps: int,
+    copy_steps: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    unpruned: bool,
+    threads: int,
 ) -> None:
     """Train, printing loss and teacher-forced accuracy per skill, saving often."""
     torch.set_num_threads(threads)
@@ -404,7 +322,9 @@ def main(
     trained = sum(p.numel() for n, p in model.named_parameters() if "head." not in n)
     click.echo(f"{trained / 1e6:.2f} M parameters")
     teach_reading(run, read_steps, rate)
-    teach_answering(run, read_steps, steps, batch, rate, Reader(0.0 if unpruned else 0.5))
+    reader = Reader(0.0 if unpruned else 0.5)
+    teach_copying(run, read_steps, copy_steps, rate, reader)
+    teach_answering(run, read_steps + copy_steps, steps, batch, rate, reader)
 
 
 if __name__ == "__main__":

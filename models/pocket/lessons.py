@@ -1,0 +1,156 @@
+"""What the pocket model is taught, as arrays: pages and lines of text, screens with questions, in a curriculum."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from ...runtime.image import prepare
+from ...runtime.language import build_prompt
+from ...runtime.prune import Prune, Selection, packaged_selector
+from ..bytelevel import IDS, byte_tokenizer
+from . import words
+from .canvas import FONT_SIZES, Canvas, Sample
+from .screens import sample
+
+MIN_PIXELS, MAX_PIXELS = 9216, 307200
+CELLS, CLASSES = 2, 128  # a patch is split in halves of 8 pixels; ASCII, 0 where no character has its centre
+BLOCK, PATCH = 32, 16
+PAGE = (192, 96)  # pixels of a page of random characters
+ALPHABET = string.ascii_letters + string.digits + ".,:$%-[]/"
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample as arrays."""
+
+    pixels: np.ndarray  # uint8 [4 K, 768]
+    y: np.ndarray  # float32 [4 K], patch coordinates
+    x: np.ndarray
+    grid: tuple[int, int]  # patches
+    ids: np.ndarray  # int32 [S]
+    positions: np.ndarray  # int32 [3, S]
+    targets: np.ndarray  # int64 [S], the token to predict at each position
+    cells: np.ndarray  # int64 [4 K, CELLS], characters under each kept patch
+
+
+class Reader:
+    """Samples -> arrays."""
+
+    def __init__(self, pruned_share: float):
+        self.pruned_share, self.tokenizer = pruned_share, byte_tokenizer()
+        self.selector = packaged_selector(BLOCK)
+
+    def item(self, made: Sample, rng: Random) -> Item:
+        """Resize, select, tokenize; prompt and answer as the chat template writes them."""
+        image = prepare(np.asarray(made.image), BLOCK, MIN_PIXELS, MAX_PIXELS)
+        prune = Prune() if rng.random() < self.pruned_share else None
+        _, selection = self.selector.select(self.selector.backend.upload(image), prune)
+        rows, cols = np.divmod(selection.keep, selection.cols)
+        H, W = image.shape[:2]
+        pixels = blocks(image)[rows, cols].reshape(-1, 768)
+        within_y, within_x = np.repeat([0, 1], 2), np.tile([0, 1], 2)
+        y, x = (rows[:, None] * 2 + within_y).reshape(-1), (cols[:, None] * 2 + within_x).reshape(-1)
+        ids, targets = self._tokens(made, selection)
+        prompt = build_prompt(ids, IDS["<|image_pad|>"], [selection])
+        is_image = ids == IDS["<|image_pad|>"]
+        stays = ~is_image
+        stays[np.flatnonzero(is_image)[selection.keep]] = True
+        return Item(
+            pixels,
+            y.astype(np.float32),
+            x.astype(np.float32),
+            (H // 16, W // 16),
+            prompt.ids,
+            prompt.positions,
+            targets[stays],
+            cells_of(made, H, W)[y, x],
+        )
+
+    def _tokens(self, made: Sample, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+        before = encode("<|im_start|>user\n<|vision_start|>")
+        after = encode(f"<|vision_end|>{made.question}<|im_end|>\n<|im_start|>assistant\n")
+        answer = [*encode(made.answer), IDS["<|im_end|>"]]
+        prompt = [*before, *[IDS["<|image_pad|>"]] * selection.total, *after]
+        ids = np.array(prompt + answer[:-1], np.int32)
+        targets = np.full(len(ids), IGNORE, np.int64)
+        targets[len(prompt) - 1 :] = answer
+        return ids, targets
+
+
+def blocks(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> [rows, cols, 2, 2, 16, 16, 3], patch by patch as the tower takes them."""
+    H, W, _ = image.shape
+    return image.reshape(H // 32, 2, 16, W // 32, 2, 16, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+
+
+def cells_of(made: Sample, H: int, W: int) -> np.ndarray:
+    """The character whose centre lies in each half of each patch of the resized picture: [H / 16, W / 16, CELLS]."""
+    cells = np.zeros((H // PATCH, W // PATCH, CELLS), np.int64)
+    for cx, cy, character in made.characters:
+        x, y = cx * W / made.image.width, cy * H / made.image.height
+        if ord(character) < CLASSES and 0 <= x < W and 0 <= y < H:
+            cells[int(y // PATCH), int(x // PATCH), int(x % PATCH * CELLS // PATCH)] = ord(character)
+    return cells
+
+
+def page(rng: Random) -> Sample:
+    """A page full of random characters, in every size and colour."""
+    c = Canvas(rng, *PAGE, rng.random() < 0.3, rng.choice(FONT_SIZES))
+    top = rng.randint(0, 10)
+    while top + c.size < c.height:
+        left = rng.randint(0, 12)
+        while True:
+            word = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 8)))
+            if left + c.length(word) > c.width:
+                break
+            c.text(left, top, word)
+            left += c.length(word) + rng.randint(4, 10)
+        top += c.line + rng.randint(0, 6)
+    return Sample(c.image, "page", "", "", None, (), tuple(c.characters))
+
+
+def line(rng: Random) -> Sample:
+    """One line of text, half of its words random, to be transcribed."""
+    known = [*words.BUTTONS, *words.TITLES, *words.FIELDS]
+    while True:
+        width = rng.choice((96, 128, 160, 192))
+        c = Canvas(rng, width, 96, rng.random() < 0.3, rng.choice(FONT_SIZES))
+        left, text = rng.randint(2, 30), ""
+        while True:
+            made_up = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 7)))
+            longer = f"{text} {made_up if rng.random() < 0.5 else rng.choice(known)}".strip()
+            if left + c.length(longer) > width:
+                break
+            text = longer
+        if text:
+            c.text(left, rng.randint(2, 60), text)
+            return Sample(c.image, "transcribe", "Transcribe the text.", text, None, (), tuple(c.characters))
+
+
+def stage(progress: float) -> tuple[dict[str, float], tuple[int, int]]:
+    """The curriculum: shares of the skills and the largest picture, at a progress of 0 ... 1."""
+    if progress < 0.12:
+        return {"transcribe": 0.4, "read": 0.3, "locate": 0.15, "yesno": 0.15}, (288, 192)
+    if progress < 0.8:
+        return {"transcribe": 0.17, "read": 0.55, "locate": 0.15, "yesno": 0.13}, (384, 256)
+    return {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, (640, 480)
+
+
+def batches(step: int, steps: int, size: int, reader: Reader) -> list[list[tuple[str, Item]]]:
+    """Four batches of samples of like length; the same ones for the same step."""
+    shares, largest = stage(step / steps)
+    rng = Random(f"pocket {step}")
+    items = []
+    for _ in range(4 * size):
+        skill = rng.choices(list(shares), list(shares.values()))[0]
+        items.append((skill, reader.item(sample(skill, rng.randrange(10**9), largest), rng)))
+    items.sort(key=lambda pair: len(pair[1].ids))
+    groups = [items[i : i + size] for i in range(0, len(items), size)]
+    rng.shuffle(groups)
+    return groups
