@@ -5,8 +5,8 @@ pruned (pred_2d, tau = 0) unless --unpruned.
 
 With the language loss alone the pictures are ignored for long, so reading is taught first: the vision tower sees pages
 of random characters, and two heads, dropped afterwards, predict for each half of each patch the character whose centre
-lies in it, from the tower's last hidden state and from the merged token. The heads of attention start out looking at the
-four neighbours of a patch (through their biases and the rotary positions), as a convolution would; both together learn
+lies in it, from the tower's last hidden state and from the merged token. The attention heads start out looking at the
+four neighbours of a patch (through their biases and the rotary positions), as a convolution would. Both together learn
 in hundreds of steps what otherwise takes thousands. Then the whole model copies single lines of text, and only then it
 sees screens and questions.
 """
