@@ -63,6 +63,8 @@ def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Pla
         notices.append("no chat template: using the one of the family")
     if not _stop_tokens(checkpoint):
         notices.append("no end-of-sequence token: answers end at their longest length only")
+    if (checkpoint.optional_json("generation_config.json") or {}).get("do_sample"):
+        notices.append("generation_config.json asks for sampling: requests are greedy unless they ask for it too")
     sizes = [
         math.prod(weight.shape)
         for table in checkpoint.family.weights(checkpoint.config).values()

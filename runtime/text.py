@@ -97,6 +97,11 @@ def _messages(prompt: PromptLike, images: int) -> Messages:
         raise RequestError(
             f"the prompt is {prompt!r:.80}, expected a string or a list of messages with 'role' and 'content'"
         )
+    for message in messages:
+        parts = message["content"]
+        for part in [] if isinstance(parts, str) or not isinstance(parts, Sequence) else parts:
+            if not isinstance(part, Mapping) or part.get("type") not in ("image", "text"):
+                raise RequestError(f"a message holds the part {part!r:.80}, expected {{'type': 'image'}} or 'text'")
     return messages
 
 

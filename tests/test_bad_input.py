@@ -366,6 +366,7 @@ def test_images_without_placeholders(golden_pipe: ppexport.Pipeline, screen: np.
         ({"top_k": 1.5}, "top_k is 1.5, expected a whole number"),
         ({"seed": -1}, "seed is -1, expected at least 0"),
         ({"prompt": "\udcff"}, "the prompt is not valid text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "holds the part .'type': 'video'., expected"),
         ({"prompt": [{"role": "user", "content": 5}]}, "the chat template refused the prompt"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,3 +172,21 @@ def test_interrupted_build_leaves_nothing_and_the_next_works(
     done = subprocess.run([*command, "-q"], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert ppexport.load(output).manifest.family == "qwen3_vl"
+
+
+def test_build_says_what_it_will_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (checkpoint / name).unlink()
+    generation = {"eos_token_id": 1, "do_sample": True}
+    (checkpoint / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    code, out, err = invoke("build", checkpoint, "-o", tmp_path / "b")
+    assert code == 0
+    assert out == f"built {tmp_path / 'b'}\n"
+    said = " ".join(err.split())
+    assert "MB of disk and" in said
+    assert "no tokenizer.json: the bundle takes token ids only" in said
+    assert "using the family's 65536 to 16777216 pixels" in said
+    assert "generation_config.json asks for sampling" in said
+    for stage in ("trace", "vision weights", "language weights", "hash bundle", "hash checkpoint"):
+        assert stage in said
