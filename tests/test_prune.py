@@ -26,7 +26,7 @@ INDEX = json.loads((GOLDEN / "selection" / "index.json").read_text())
 
 
 def source(name: str) -> Path:
-    """The image; the one photo is not in the repository (its licence is not ours to give)."""
+    """The image; the one photo is not part of the repository."""
     path = IMAGES / name if (IMAGES / name).exists() else SHARED_PHOTO
     if not path.exists():
         pytest.skip(f"{name} is not part of the repository")
