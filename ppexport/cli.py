@@ -61,8 +61,7 @@ def _prune(tau: float | None, mode: str | None) -> Any:
     from .runtime.prune import Prune
 
     tau = tau or 0.0
-    exact = Prune(tau=tau, anchored=False).threshold == 0  # both modes are equal
-    return Prune(tau=tau, anchored=exact if mode is None else mode == "anchored")
+    return Prune.at(tau) if mode is None else Prune(tau=tau, anchored=mode == "anchored")
 
 
 @main.command()

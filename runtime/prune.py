@@ -48,6 +48,12 @@ class Prune:
                 "expected tau=0 (where both modes are equal) or anchored=False"
             )
 
+    @classmethod
+    def at(cls, tau: float, method: str = "pred_2d") -> Prune:
+        """Pruning at ``tau`` in the mode that is available for it: sliding, or at threshold 0 anchored, its equal."""
+        sliding = cls(method, tau=tau, anchored=False)
+        return sliding if sliding.threshold else cls(method, tau=tau)
+
     @property
     def threshold(self) -> int:
         """The largest byte difference that still counts as equal, 0 ... 255."""

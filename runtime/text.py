@@ -42,8 +42,9 @@ class Text:
         ``prompt``: a question (the images come before it) or chat messages as transformers takes them; ``grids``: N of
         each image. Raises RequestError if the rendered prompt does not hold one placeholder per image.
         """
+        messages = _messages(prompt, len(grids))
         try:
-            rendered = self.template.render(messages=_messages(prompt, len(grids)), add_generation_prompt=True)
+            rendered = self.template.render(messages=messages, add_generation_prompt=True)
         except Exception as err:  # a template may raise anything that Python can
             raise RequestError(f"the chat template refused the prompt: {err}") from err
         try:

@@ -150,6 +150,12 @@ def test_unknown_block_size(screen: np.ndarray) -> None:
         ppexport.select(screen, patch=20, merge=3)
 
 
+def test_the_mode_that_is_available_for_a_tau() -> None:
+    assert ppexport.Prune.at(0.0) == ppexport.Prune()
+    assert ppexport.Prune.at(0.003) == ppexport.Prune(tau=0.003)  # no byte may differ: threshold 0
+    assert ppexport.Prune.at(0.05, "random") == ppexport.Prune("random", tau=0.05, anchored=False)
+
+
 def test_prune_is_frozen() -> None:
     with pytest.raises(AttributeError, match="cannot assign"):
         ppexport.Prune().tau = 0.5  # type: ignore[misc]
