@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import click
 import numpy as np
 
 from .models.errors import RequestError
-from .models.pocket.canvas import Sample
+from .models.pocket.score import score
 from .models.pocket.screens import HELD_OUT, SKILLS, sample
 from .runtime.pipeline import Pipeline, load
 from .runtime.prune import Prune
@@ -56,30 +55,6 @@ def evaluate(pipe: Pipeline, skill: str, prune: Prune | None, count: int) -> Res
         low, high = _wilson(accuracy, count)
     name = "off" if prune is None else f"{prune.method} tau {prune.tau:.4g}"
     return Result(skill, name, count, accuracy, low, high, kept / total, seconds, tuple(answers))
-
-
-def score(made: Sample, found: str) -> float:
-    """1 for a right answer, 0 for a wrong one; for transcribe 1 - edit distance / length, at least 0."""
-    if made.skill == "transcribe":
-        return max(0.0, 1 - edit_distance(made.answer, found) / len(made.answer))
-    if made.skill == "locate":
-        numbers = re.findall(r"\d+", found)
-        if len(numbers) != 2 or made.box is None:
-            return 0.0
-        x, y = (int(n) / 1000 * side for n, side in zip(numbers, made.image.size, strict=True))
-        left, top, right, bottom = made.box
-        return float(left <= x <= right and top <= y <= bottom)
-    return float(found == made.answer)
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions of characters."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
 
 
 def _wilson(p: float, n: int) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from ppexport.cli import main
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.models.pocket import lessons, train
 from ppexport.models.pocket.canvas import Sample
+from ppexport.models.pocket.score import edit_distance, score
 from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
 
 
@@ -49,7 +50,7 @@ def test_what_is_asked_is_on_the_screen(skill: str) -> None:
         elif skill == "yesno":
             assert made.answer in ("yes", "no")
         elif skill == "locate":
-            assert evaluation.score(made, made.answer) == 1
+            assert score(made, made.answer) == 1
         else:
             assert 0 < len(made.answer) <= 160
 
@@ -88,7 +89,7 @@ def test_screens_command(tmp_path: Path) -> None:
 
 def test_edit_distance() -> None:
     for a, b, distance in (("", "abc", 3), ("kitten", "sitting", 3), ("same", "same", 0), ("ab", "ba", 2)):
-        assert evaluation.edit_distance(a, b) == evaluation.edit_distance(b, a) == distance
+        assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
 def with_skill(skill: str, check: Callable[[Sample], bool]) -> Sample:
@@ -97,15 +98,15 @@ def with_skill(skill: str, check: Callable[[Sample], bool]) -> Sample:
 
 def test_scores() -> None:
     read = sample("read", 1)
-    assert evaluation.score(read, read.answer) == 1
-    assert evaluation.score(read, read.answer + "x") == 0
+    assert score(read, read.answer) == 1
+    assert score(read, read.answer + "x") == 0
     text = with_skill("transcribe", lambda s: len(s.answer) > 20)
-    assert evaluation.score(text, text.answer) == 1
-    assert evaluation.score(text, text.answer[:-5]) == pytest.approx(1 - 5 / len(text.answer))
-    assert evaluation.score(text, "q" * 500) == 0
+    assert score(text, text.answer) == 1
+    assert score(text, text.answer[:-5]) == pytest.approx(1 - 5 / len(text.answer))
+    assert score(text, "q" * 500) == 0
     click = sample("locate", 1)
     for wrong in ("[999, 999]", "", "[1]", "[1, 2, 3]"):
-        assert evaluation.score(click, wrong) == 0
+        assert score(click, wrong) == 0
 
 
 def test_intervals() -> None:

@@ -48,6 +48,7 @@ class Canvas:
     elements: list[Element] = field(default_factory=list)
     lines: list[tuple[int, int, str]] = field(default_factory=list)  # top, left, text
     characters: list[tuple[float, float, str]] = field(default_factory=list)
+    busy: set[tuple[int, int]] = field(default_factory=set)  # blocks of 32 pixels with text
 
     def __post_init__(self) -> None:
         rng = self.rng
@@ -64,6 +65,10 @@ class Canvas:
         """Width of a text in pixels."""
         return int(self.font.getlength(text)) + 1
 
+    def full(self) -> bool:
+        """No more text, please: real screens are mostly flat."""
+        return len(self.busy) > 0.36 * (self.width / 32) * (self.height / 32)
+
     def text(self, x: int, y: int, text: str, colour: Colour | None = None) -> Box:
         """Write a text with its top left corner at (x, y); returns its box."""
         self.draw.text((x, y), text, fill=colour or self.ink, font=self.font)
@@ -74,7 +79,9 @@ class Canvas:
                 self.characters.append((at + step / 2, y + self.size * 0.6, character))
             at += step
         self.lines.append((y, x, text))
-        return (x, y, x + self.length(text), y + self.size + 2)
+        right, bottom = x + self.length(text), y + self.size + 2
+        self.busy |= {(i, j) for i in range(y // 32, bottom // 32 + 1) for j in range(x // 32, right // 32 + 1)}
+        return (x, y, right, bottom)
 
     def rectangle(self, box: Box, fill: Colour | None = None, outline: Colour | None = None) -> None:
         """A filled or outlined rectangle."""

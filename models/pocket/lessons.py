@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -14,7 +14,8 @@ from ...runtime.prune import Prune, Selection, packaged_selector
 from ..bytelevel import IDS, byte_tokenizer
 from . import words
 from .canvas import FONT_SIZES, Canvas, Sample
-from .screens import sample
+from .score import score
+from .screens import about, sample
 
 MIN_PIXELS, MAX_PIXELS = 9216, 307200
 CELLS, CLASSES = 2, 128  # a patch is split in halves of 8 pixels; ASCII, 0 where no character has its centre
@@ -22,6 +23,7 @@ BLOCK, PATCH = 32, 16
 PAGE = (192, 96)  # pixels of a page of random characters
 ALPHABET = string.ascii_letters + string.digits + ".,:$%-[]/"
 IGNORE = -100
+MORE = 4  # questions about a screen after the first
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class Item:
     positions: np.ndarray  # int32 [3, S]
     targets: np.ndarray  # int64 [S], the token to predict at each position
     cells: np.ndarray  # int64 [4 K, CELLS], characters under each kept patch
+    turns: tuple[Sample, ...]  # the questions, in their order
+
+    def runs(self) -> list[np.ndarray]:
+        """The positions of each answer's targets."""
+        at = np.flatnonzero(self.targets != IGNORE)
+        return np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
 
 
 class Reader:
@@ -45,8 +53,9 @@ class Reader:
         self.pruned_share, self.tokenizer = pruned_share, byte_tokenizer()
         self.selector = packaged_selector(BLOCK)
 
-    def item(self, made: Sample, rng: Random) -> Item:
-        """Resize, select, tokenize; prompt and answer as the chat template writes them."""
+    def item(self, made: Sample, rng: Random, more: int = 0) -> Item:
+        """Resize, select, tokenize; turns as the chat template writes them, up to ``more`` after the first."""
+        turns = [made, *further(made, rng, more)]
         image = prepare(np.asarray(made.image), BLOCK, MIN_PIXELS, MAX_PIXELS)
         prune = Prune() if rng.random() < self.pruned_share else None
         _, selection = self.selector.select(self.selector.backend.upload(image), prune)
@@ -55,7 +64,7 @@ class Reader:
         pixels = blocks(image)[rows, cols].reshape(-1, 768)
         within_y, within_x = np.repeat([0, 1], 2), np.tile([0, 1], 2)
         y, x = (rows[:, None] * 2 + within_y).reshape(-1), (cols[:, None] * 2 + within_x).reshape(-1)
-        ids, targets = self._tokens(made, selection)
+        ids, targets = self._tokens(turns, selection)
         prompt = build_prompt(ids, IDS["<|image_pad|>"], [selection])
         is_image = ids == IDS["<|image_pad|>"]
         stays = ~is_image
@@ -69,18 +78,40 @@ class Reader:
             prompt.positions,
             targets[stays],
             cells_of(made, H, W)[y, x],
+            tuple(turns),
         )
 
-    def _tokens(self, made: Sample, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, turns: list[Sample], selection: Selection) -> tuple[np.ndarray, np.ndarray]:
         encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-        before = encode("<|im_start|>user\n<|vision_start|>")
-        after = encode(f"<|vision_end|>{made.question}<|im_end|>\n<|im_start|>assistant\n")
-        answer = [*encode(made.answer), IDS["<|im_end|>"]]
-        prompt = [*before, *[IDS["<|image_pad|>"]] * selection.total, *after]
-        ids = np.array(prompt + answer[:-1], np.int32)
-        targets = np.full(len(ids), IGNORE, np.int64)
-        targets[len(prompt) - 1 :] = answer
-        return ids, targets
+        ids = [*encode("<|im_start|>user\n<|vision_start|>"), *[IDS["<|image_pad|>"]] * selection.total]
+        targets = [IGNORE] * len(ids)
+        for i, turn in enumerate(turns):
+            opening = "<|vision_end|>" if i == 0 else "\n<|im_start|>user\n"
+            asked = encode(f"{opening}{turn.question}<|im_end|>\n<|im_start|>assistant\n")
+            answer = [*encode(turn.answer), IDS["<|im_end|>"]]
+            ids += asked + answer
+            targets += [IGNORE] * (len(asked) - 1) + answer + [IGNORE]
+        return np.array(ids[:-1], np.int32), np.array(targets[:-1], np.int64)
+
+    def scores(self, items: list[Item], found: np.ndarray) -> list[tuple[str, float]]:
+        """(skill, score) of each question, from the most likely tokens under teacher forcing [B, S]."""
+        return [
+            (turn.skill, score(turn, self.tokenizer.decode(list(row[run]))))
+            for item, row in zip(items, found, strict=True)
+            for turn, run in zip(item.turns, item.runs(), strict=True)
+        ]
+
+
+def further(made: Sample, rng: Random, most: int) -> list[Sample]:
+    """More questions about the same picture: several turns teach more than one for the same picture tokens."""
+    turns = []
+    for element in rng.sample(made.elements, len(made.elements)):
+        if element.kind == "text":
+            continue
+        skill, question, answer, box = about(element, *made.image.size)
+        if question != made.question:
+            turns.append(replace(made, skill=skill, question=question, answer=answer, box=box))
+    return turns[:most]
 
 
 def blocks(image: np.ndarray) -> np.ndarray:
@@ -142,15 +173,15 @@ def stage(progress: float) -> tuple[dict[str, float], tuple[int, int]]:
     return {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, (640, 480)
 
 
-def batches(step: int, steps: int, size: int, reader: Reader) -> list[list[tuple[str, Item]]]:
+def batches(step: int, steps: int, size: int, reader: Reader) -> list[list[Item]]:
     """Four batches of samples of like length; the same ones for the same step."""
     shares, largest = stage(step / steps)
     rng = Random(f"pocket {step}")
     items = []
     for _ in range(4 * size):
         skill = rng.choices(list(shares), list(shares.values()))[0]
-        items.append((skill, reader.item(sample(skill, rng.randrange(10**9), largest), rng)))
-    items.sort(key=lambda pair: len(pair[1].ids))
+        items.append(reader.item(sample(skill, rng.randrange(10**9), largest), rng, MORE))
+    items.sort(key=lambda item: len(item.ids))
     groups = [items[i : i + size] for i in range(0, len(items), size)]
     rng.shuffle(groups)
     return groups

@@ -16,7 +16,7 @@ from random import Random
 import click
 
 from . import words
-from .canvas import FONT_SIZES, Canvas, Element, Sample, busy_share
+from .canvas import FONT_SIZES, Box, Canvas, Element, Sample, busy_share
 
 SKILLS = ("read", "transcribe", "locate", "yesno")
 HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
@@ -30,7 +30,7 @@ def _rows(c: Canvas, top: int, fields: dict[str, Callable[[Random], str]], count
     aligned = c.rng.random() < 0.4 and c.width >= 256
     column = left + max((c.length(label + ": ") for label in labels), default=0) + 6
     for label in labels:
-        if top + c.line > c.height:
+        if top + c.line > c.height or c.full():
             break
         value = fields[label](c.rng)
         x = column if aligned else left + c.length(label + ": ")
@@ -63,13 +63,15 @@ def settings(c: Canvas) -> None:
     boxes, right = c.rng.random() < 0.5, c.rng.random() < 0.5
     left = c.rng.randint(3, 20)
     for i, option in enumerate(options):
-        if top + c.line > c.height or (i >= 2 and c.rng.random() < 0.1):
+        if top + c.line > c.height or c.full() or (i >= 2 and c.rng.random() < 0.1):
             break
         on = c.rng.random() < 0.5
         mark_width = c.size if boxes else 2 * c.size
         x = min(c.width - mark_width - 6, left + 12 * c.size) if right else left
-        _mark(c, x, top, on, boxes)
         text_left = left if right else left + mark_width + 8
+        if text_left + c.length(option) > c.width:
+            continue
+        _mark(c, x, top, on, boxes)
         box = c.text(text_left, top, option)
         c.elements.append(Element("option", option, "yes" if on else "no", box))
         top += c.line + 4
@@ -102,7 +104,7 @@ def table(c: Canvas) -> None:
     top += c.line
     c.draw.line((0, top - 3, c.width, top - 3), fill=c.accent, width=2)
     for item in items:
-        if top + c.line > c.height:
+        if top + c.line > c.height or c.full():
             break
         c.text(first, top, item)
         for x, column in zip(lefts, columns, strict=True):
@@ -142,7 +144,7 @@ def window(c: Canvas) -> None:
         width = c.length(name) + c.rng.choice((12, 20, 28))
         if at_x + width > right - 2:
             at_x, at_y = x + c.rng.randint(4, 20), at_y + c.line + 8 + c.rng.randint(2, 20)
-        if at_y + c.line + 4 > bottom or at_x + width > right - 2:
+        if at_y + c.line + 4 > bottom or at_x + width > right - 2 or c.full():
             break
         box = (at_x, at_y, at_x + width, at_y + c.line + 4)
         filled = c.rng.random() < 0.5
@@ -180,6 +182,17 @@ def _canvas(rng: Random, largest: tuple[int, int]) -> Canvas:
     return Canvas(rng, width, height, rng.random() < 0.3, size)
 
 
+def about(element: Element, width: int, height: int) -> tuple[str, str, str, Box | None]:
+    """(skill, question, answer, box) about an element of a picture of that size."""
+    if element.kind == "value":
+        return "read", f"What is the {element.name}?", element.text, None
+    if element.kind == "option":
+        return "yesno", f"Is {element.name} on?", element.text, None
+    left, top, right, bottom = element.box
+    x, y = (left + right) / 2 / width, (top + bottom) / 2 / height
+    return "locate", f"Click {element.name}", f"[{x * 1000:.0f}, {y * 1000:.0f}]", element.box
+
+
 def _question(c: Canvas, skill: str) -> Sample | None:
     """A question about what was drawn, or None if there is nothing to ask."""
     box = None
@@ -191,15 +204,7 @@ def _question(c: Canvas, skill: str) -> Sample | None:
         asked = [e for e in c.elements if e.kind == KIND[skill]]
         if not asked:
             return None
-        element = c.rng.choice(asked)
-        if skill == "read":
-            question, answer = f"What is the {element.name}?", element.text
-        elif skill == "yesno":
-            question, answer = f"Is {element.name} on?", element.text
-        else:
-            box = element.box
-            x, y = (box[0] + box[2]) / 2 / c.width, (box[1] + box[3]) / 2 / c.height
-            question, answer = f"Click {element.name}", f"[{x * 1000:.0f}, {y * 1000:.0f}]"
+        _, question, answer, box = about(c.rng.choice(asked), c.width, c.height)
     return Sample(c.image, skill, question, answer, box, tuple(c.elements), tuple(c.characters))
 
 

@@ -24,166 +24,49 @@ from random import Random
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...exporters import language, vision
-from ...exporters.random_checkpoint import qwen3_vl_config, write_text_files
 from .. import qwen3_vl
-from ..config import ModelConfig
-from .lessons import (
-    BLOCK,
-    CELLS,
-    CLASSES,
-    IGNORE,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    PAGE,
-    Item,
-    Reader,
-    batches,
-    blocks,
-    cells_of,
-    line,
-    page,
-)
+from .lessons import Reader, batches, line
+from .network import Pocket, pocket_config
+from .save import save_checkpoint
 from .screens import SKILLS
 
 
-class Pocket(nn.Module):
-    """Both towers and the two heads that read characters in training."""
+class Optimizer:
+    """Muon for the matrices inside the layers, AdamW for everything else.
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.tower = vision.VisionTower(config.vision)
-        self.decoder = language.Decoder(config.text, config.image_token)
-        self.patch_head = nn.Sequential(
-            nn.LayerNorm(config.vision.width), nn.Linear(config.vision.width, CELLS * CLASSES)
-        )
-        self.token_head = nn.Linear(config.text.width, 4 * CELLS * CLASSES)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-            else:
-                fan = parameter.shape[0] if "table" not in name and "positions" not in name else 2500
-                nn.init.normal_(parameter, 0.0, min(0.06, fan**-0.5))
-        _look_at_neighbours(self.tower)
-        fixed = vision.constants(config.vision, qwen3_vl.PREPROCESSING)
-        for module, values in ((self.tower, fixed), (self.decoder, language.constants(config.text))):
-            for name, value in values.items():
-                module.get_buffer(name).copy_(torch.from_numpy(value))
-
-    def reading_loss(self, hidden: Tensor, embeds: Tensor, cells: Tensor) -> Tensor:
-        """Both heads' loss: hidden [T, width], embeds [T / 4, D], cells [T, CELLS] of real patches only."""
-        patch = F.cross_entropy(self.patch_head(hidden).reshape(-1, CLASSES), cells.reshape(-1))
-        return patch + F.cross_entropy(self.token_head(embeds).reshape(-1, CLASSES), cells.reshape(-1))
-
-    def read_pages(self, rng: Random, batch: int) -> tuple[Tensor, float]:
-        """(loss, share of characters that the merged tokens give right) on pages of random characters."""
-        made = [page(rng) for _ in range(batch)]
-        pixels = torch.from_numpy(np.stack([blocks(np.asarray(m.image)) for m in made])).float()
-        rows, cols = PAGE[1] // BLOCK, PAGE[0] // BLOCK
-        row, col = np.divmod(np.arange(rows * cols), cols)
-        y = (row[:, None] * 2 + np.repeat([0, 1], 2)).reshape(-1)
-        x = (col[:, None] * 2 + np.tile([0, 1], 2)).reshape(-1)
-        cells = torch.from_numpy(np.concatenate([cells_of(m, PAGE[1], PAGE[0])[y, x] for m in made]))
-        at_y, at_x = (torch.from_numpy(v).float().expand(batch, -1) for v in (y, x))
-        hidden, _ = self.tower.trunk(pixels.reshape(-1, 768), at_y, at_x, 2 * rows, 2 * cols, None)
-        embeds = self.tower.merger(hidden)
-        found = self.token_head(embeds).reshape(-1, CLASSES).argmax(-1)
-        wanted = cells.reshape(-1)
-        right = (found == wanted)[wanted > 0].float().mean().item()
-        return self.reading_loss(hidden, embeds, cells), right
-
-    def forward(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
-        """(answer loss, auxiliary loss, which answers are right at every position under teacher forcing [B])."""
-        B, T, S = len(items), max(len(i.y) for i in items), max(len(i.ids) for i in items)
-        pixels, mask = torch.zeros(B, T, 768), torch.zeros(B, T, dtype=torch.bool)
-        y, x = torch.zeros(B, T), torch.zeros(B, T)
-        ids = torch.zeros(B, S, dtype=torch.int32)
-        positions = torch.zeros(3, B, S, dtype=torch.int32)
-        targets = torch.full((B, S), IGNORE)
-        for b, item in enumerate(items):
-            t, s = len(item.y), len(item.ids)
-            pixels[b, :t], mask[b, :t] = torch.from_numpy(item.pixels).float(), True
-            y[b, :t], x[b, :t] = torch.from_numpy(item.y), torch.from_numpy(item.x)
-            ids[b, :s], targets[b, :s] = torch.from_numpy(item.ids), torch.from_numpy(item.targets)
-            positions[:, b, :s] = torch.from_numpy(item.positions)
-        height, width = (torch.tensor([[float(i.grid[a])] for i in items]) for a in (0, 1))
-        hidden, levels = self.tower.trunk(pixels.reshape(-1, 768), y, x, height, width, mask)
-        real = mask[:, ::4].reshape(-1)
-        embeds, *deepstack = (level[real] for level in (self.tower.merger(hidden), *levels))
-        c = self.decoder.c
-        cache = torch.zeros(B, c.kv_heads, S, c.head_dim)
-        at = torch.arange(S, dtype=torch.int32).expand(B, S)
-        start = torch.zeros(B, dtype=torch.int32)
-        logits, *_ = self.decoder(ids, embeds, torch.stack(deepstack), positions, start, at, [cache] * (2 * c.layers))
-        loss = F.cross_entropy(logits.reshape(-1, c.vocab), targets.reshape(-1), ignore_index=IGNORE)
-        cells = torch.from_numpy(np.concatenate([i.cells for i in items]))
-        auxiliary = self.reading_loss(hidden[mask.reshape(-1)], embeds, cells)
-        right = ((logits.argmax(-1) == targets) | (targets == IGNORE)).all(1)
-        return loss, auxiliary, right
-
-
-def _look_at_neighbours(tower: vision.VisionTower, strength: float = 5.0) -> None:
-    """Start each attention head at one of the four neighbours of a patch.
-
-    Constant queries and keys (the biases) make the attention a function of the relative position alone, largest where
-    the rotary angles of the offset cancel; the part that depends on content starts small.
+    Muon (Jordan et al. 2024; torch.optim.Muon) makes each matrix's update orthogonal. With AdamW alone reading took
+    about three times as many steps.
     """
-    c = tower.c
-    half = c.head_dim // 2
-    frequencies = 1.0 / c.rope_theta ** (torch.arange(0, half, 2) / half)
-    for block in tower.blocks:
-        q, k = torch.zeros(c.heads, c.head_dim), torch.zeros(c.heads, c.head_dim)
-        for head in range(c.heads):
-            dy, dx = ((0, -1), (0, 1), (-1, 0), (1, 0))[head % 4]
-            angle = torch.cat((dy * frequencies, dx * frequencies))
-            q[head, :half] = strength
-            k[head, :half], k[head, half:] = strength * torch.cos(angle), -strength * torch.sin(angle)
-        with torch.no_grad():
-            block.qkv.bias[: 2 * c.width] = torch.cat((q.reshape(-1), k.reshape(-1)))
-            block.qkv.weight[:, : 2 * c.width] *= 0.3
 
+    def __init__(self, model: Pocket, rate: float):
+        inside = lambda name: not any(part in name for part in ("head.", "table", "positions"))  # noqa: E731
+        named = list(model.named_parameters())
+        hidden = [p for n, p in named if p.ndim == 2 and inside(n)]
+        tables = [p for n, p in named if p.ndim > 1 and not (p.ndim == 2 and inside(n))]
+        vectors = [p for _, p in named if p.ndim <= 1]
+        groups = [{"params": tables, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        muon = torch.optim.Muon(hidden, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        self.parts = [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))]
 
-def pocket_config() -> dict[str, Any]:
-    """config.json of the pocket model."""
-    config = qwen3_vl_config("pocket")
-    config["text_config"]["max_position_embeddings"] = 2048
-    config["vision_config"]["num_position_embeddings"] = 256
-    return config
+    def step(self, rate: float) -> None:
+        """Apply the gradients and forget them."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
 
+    def state(self) -> list[dict[str, Any]]:
+        """To be saved."""
+        return [part.state_dict() for part in self.parts]
 
-def save_checkpoint(model: Pocket, directory: Path) -> None:
-    """The Hugging Face checkpoint in bf16: names and layouts of the weight table, reversed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    raw = pocket_config()
-    config = qwen3_vl.parse_config(raw)
-    tables = qwen3_vl.weights(config)
-    tensors = {}
-    for module, graph in ((model.tower, "vision"), (model.decoder, "language")):
-        parameters = dict(module.named_parameters())
-        for name, weight in tables[graph].items():
-            value = parameters[name].detach()
-            if weight.layout == "transpose":
-                value = value.t()
-            elif weight.layout == "patch":  # each of the frames carries half
-                d, c, frames, p, _ = weight.shape
-                kernel = value.reshape(p, p, c, d).permute(3, 2, 0, 1) / frames
-                value = kernel.unsqueeze(2).expand(weight.shape)
-            tensors[weight.source] = value.to(torch.bfloat16).contiguous()
-    partial = directory / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    write_text_files(directory)
-    file = directory / "preprocessor_config.json"
-    pre = json.loads(file.read_text(encoding="utf-8"))
-    pre["size"] = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
-    file.write_text(json.dumps(pre, indent=1) + "\n", encoding="utf-8")
+    def load(self, saved: list[dict[str, Any]]) -> None:
+        """What ``state`` gave."""
+        for part, state in zip(self.parts, saved, strict=True):
+            part.load_state_dict(state)
 
 
 @dataclass
@@ -191,7 +74,7 @@ class Run:
     """Training in progress; ``save`` and ``resume`` keep all of it but the random state of torch, which is not used."""
 
     model: Pocket
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     output: Path
     state: Path
     step: int = 0  # of both phases together
@@ -202,24 +85,21 @@ class Run:
         if self.state.exists():
             saved = torch.load(self.state, weights_only=True)
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.load(saved["optimizer"])
             self.step, self.log = saved["step"], json.loads(saved["log"])
 
     def save(self) -> None:
         """Write the state and the checkpoint; an interruption leaves the ones before."""
-        saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
         torch.save({**saved, "step": self.step, "log": json.dumps(self.log)}, self.state.with_suffix(".partial"))
         os.replace(self.state.with_suffix(".partial"), self.state)
         save_checkpoint(self.model, self.output)
 
     def update(self, loss: Tensor, rate: float) -> None:
         """One step of the optimizer."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.step += 1
 
     def report(self, row: dict[str, Any]) -> None:
@@ -252,12 +132,12 @@ def teach_copying(run: Run, first: int, steps: int, rate: float, reader: Reader)
         items = sorted((reader.item(line(rng), rng) for _ in range(128)), key=lambda item: len(item.ids))
         for group in (items[:64], items[64:]):
             with torch.autocast("cpu", torch.bfloat16):
-                loss, auxiliary, right = run.model(group)
+                loss, auxiliary, found = run.model(group)
             run.update(loss + 0.3 * auxiliary, rate * min(1.0, (run.step - first + 1) / 100))
-            rights += right.tolist()
+            rights += [s for _, s in reader.scores(group, found.numpy())]
         if run.step % 50 == 0:
             row = {"phase": "copy", "step": run.step - first, "loss": round(loss.item(), 4)}
-            run.report({**row, "exact": round(sum(rights) / len(rights), 4)})
+            run.report({**row, "characters": round(sum(rights) / len(rights), 4)})
             rights = []
         if run.step % 200 == 0:
             run.save()
@@ -272,12 +152,12 @@ def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, r
             done = run.step - first
             progress = min(1.0, done / steps)
             with torch.autocast("cpu", torch.bfloat16):
-                loss, auxiliary, right = run.model([item for _, item in group])
+                loss, auxiliary, found = run.model(group)
             cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
             run.update(loss + (0.5 if progress < 0.3 else 0.2) * auxiliary, rate * min(1.0, (done + 1) / 200) * cosine)
             losses.append((loss.item(), auxiliary.item()))
-            for (skill, _), ok in zip(group, right.tolist(), strict=True):
-                seen[skill].append(ok)
+            for skill, value in reader.scores(group, found.numpy()):
+                seen[skill].append(value)
         if (run.step - first) % 40 == 0:
             mean_loss, mean_auxiliary = (sum(v) / len(v) for v in zip(*losses, strict=True))
             row = {"phase": "answer", "step": run.step - first, "seconds": round(time.time() - begin)}
@@ -292,11 +172,11 @@ def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, r
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The checkpoint directory.")
 @click.option("--state", type=click.Path(path_type=Path), required=True, help="Saved progress; continues from it.")
-@click.option("--read-steps", type=int, default=1200, show_default=True, help="Of the first phase, in batches of 64.")
+@click.option("--read-steps", type=int, default=700, show_default=True, help="Of the first phase, in batches of 64.")
 @click.option("--copy-steps", type=int, default=1500, show_default=True, help="Of the second phase, in batches of 64.")
 @click.option("--steps", type=int, default=4000, show_default=True, help="Of the third phase.")
 @click.option("--batch", type=int, default=32, show_default=True)
-@click.option("--rate", type=float, default=1.5e-3, show_default=True, help="Highest learning rate.")
+@click.option("--rate", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
 @click.option("--unpruned", is_flag=True, help="Train without pruned samples.")
 @click.option("--threads", type=int, default=2, show_default=True)
 def main(
@@ -314,10 +194,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = Pocket(qwen3_vl.parse_config(pocket_config()))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    run = Run(model, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98)), output, state)
+    run = Run(model, Optimizer(model, rate), output, state)
     run.resume()
     trained = sum(p.numel() for n, p in model.named_parameters() if "head." not in n)
     click.echo(f"{trained / 1e6:.2f} M parameters")

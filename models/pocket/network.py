@@ -1,0 +1,120 @@
+"""The pocket model in training: both towers as they are exported, and two heads that read characters."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...exporters import language, vision
+from ...exporters.random_checkpoint import qwen3_vl_config
+from .. import qwen3_vl
+from ..config import ModelConfig
+from .lessons import BLOCK, CELLS, CLASSES, IGNORE, PAGE, Item, blocks, cells_of, page
+
+
+def pocket_config() -> dict[str, Any]:
+    """config.json of the pocket model."""
+    config = qwen3_vl_config("pocket")
+    config["text_config"]["max_position_embeddings"] = 2048
+    config["vision_config"]["num_position_embeddings"] = 256
+    return config
+
+
+class Pocket(nn.Module):
+    """Both towers and the two heads that read characters in training."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.tower = vision.VisionTower(config.vision)
+        self.decoder = language.Decoder(config.text, config.image_token)
+        self.patch_head = nn.Sequential(
+            nn.LayerNorm(config.vision.width), nn.Linear(config.vision.width, CELLS * CLASSES)
+        )
+        self.token_head = nn.Linear(config.text.width, 4 * CELLS * CLASSES)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            else:
+                fan = parameter.shape[0] if "table" not in name and "positions" not in name else 2500
+                nn.init.normal_(parameter, 0.0, min(0.06, fan**-0.5))
+        _look_at_neighbours(self.tower)
+        fixed = vision.constants(config.vision, qwen3_vl.PREPROCESSING)
+        for module, values in ((self.tower, fixed), (self.decoder, language.constants(config.text))):
+            for name, value in values.items():
+                module.get_buffer(name).copy_(torch.from_numpy(value))
+
+    def reading_loss(self, hidden: Tensor, embeds: Tensor, cells: Tensor) -> Tensor:
+        """Both heads' loss: hidden [T, width], embeds [T / 4, D], cells [T, CELLS] of real patches only."""
+        patch = F.cross_entropy(self.patch_head(hidden).reshape(-1, CLASSES), cells.reshape(-1))
+        return patch + F.cross_entropy(self.token_head(embeds).reshape(-1, CLASSES), cells.reshape(-1))
+
+    def read_pages(self, rng: Random, batch: int) -> tuple[Tensor, float]:
+        """(loss, share of characters that the merged tokens give right) on pages of random characters."""
+        made = [page(rng) for _ in range(batch)]
+        pixels = torch.from_numpy(np.stack([blocks(np.asarray(m.image)) for m in made])).float()
+        rows, cols = PAGE[1] // BLOCK, PAGE[0] // BLOCK
+        row, col = np.divmod(np.arange(rows * cols), cols)
+        y = (row[:, None] * 2 + np.repeat([0, 1], 2)).reshape(-1)
+        x = (col[:, None] * 2 + np.tile([0, 1], 2)).reshape(-1)
+        cells = torch.from_numpy(np.concatenate([cells_of(m, PAGE[1], PAGE[0])[y, x] for m in made]))
+        at_y, at_x = (torch.from_numpy(v).float().expand(batch, -1) for v in (y, x))
+        hidden, _ = self.tower.trunk(pixels.reshape(-1, 768), at_y, at_x, 2 * rows, 2 * cols, None)
+        embeds = self.tower.merger(hidden)
+        found = self.token_head(embeds).reshape(-1, CLASSES).argmax(-1)
+        wanted = cells.reshape(-1)
+        right = (found == wanted)[wanted > 0].float().mean().item()
+        return self.reading_loss(hidden, embeds, cells), right
+
+    def forward(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
+        """(answer loss, auxiliary loss, most likely token at every position under teacher forcing [B, S])."""
+        B, T, S = len(items), max(len(i.y) for i in items), max(len(i.ids) for i in items)
+        pixels, mask = torch.zeros(B, T, 768), torch.zeros(B, T, dtype=torch.bool)
+        y, x = torch.zeros(B, T), torch.zeros(B, T)
+        ids = torch.zeros(B, S, dtype=torch.int32)
+        positions = torch.zeros(3, B, S, dtype=torch.int32)
+        targets = torch.full((B, S), IGNORE)
+        for b, item in enumerate(items):
+            t, s = len(item.y), len(item.ids)
+            pixels[b, :t], mask[b, :t] = torch.from_numpy(item.pixels).float(), True
+            y[b, :t], x[b, :t] = torch.from_numpy(item.y), torch.from_numpy(item.x)
+            ids[b, :s], targets[b, :s] = torch.from_numpy(item.ids), torch.from_numpy(item.targets)
+            positions[:, b, :s] = torch.from_numpy(item.positions)
+        height, width = (torch.tensor([[float(i.grid[a])] for i in items]) for a in (0, 1))
+        hidden, levels = self.tower.trunk(pixels.reshape(-1, 768), y, x, height, width, mask)
+        real = mask[:, ::4].reshape(-1)
+        embeds, *deepstack = (level[real] for level in (self.tower.merger(hidden), *levels))
+        c = self.decoder.c
+        cache = torch.zeros(B, c.kv_heads, S, c.head_dim)
+        at = torch.arange(S, dtype=torch.int32).expand(B, S)
+        start = torch.zeros(B, dtype=torch.int32)
+        logits, *_ = self.decoder(ids, embeds, torch.stack(deepstack), positions, start, at, [cache] * (2 * c.layers))
+        loss = F.cross_entropy(logits.reshape(-1, c.vocab), targets.reshape(-1), ignore_index=IGNORE)
+        cells = torch.from_numpy(np.concatenate([i.cells for i in items]))
+        auxiliary = self.reading_loss(hidden[mask.reshape(-1)], embeds, cells)
+        return loss, auxiliary, logits.argmax(-1)
+
+
+def _look_at_neighbours(tower: vision.VisionTower, strength: float = 5.0) -> None:
+    """Start each attention head at one of the four neighbours of a patch.
+
+    Constant queries and keys (the biases) make the attention a function of the relative position alone, largest where
+    the rotary angles of the offset cancel; the part that depends on content starts small.
+    """
+    c = tower.c
+    half = c.head_dim // 2
+    frequencies = 1.0 / c.rope_theta ** (torch.arange(0, half, 2) / half)
+    for block in tower.blocks:
+        q, k = torch.zeros(c.heads, c.head_dim), torch.zeros(c.heads, c.head_dim)
+        for head in range(c.heads):
+            dy, dx = ((0, -1), (0, 1), (-1, 0), (1, 0))[head % 4]
+            angle = torch.cat((dy * frequencies, dx * frequencies))
+            q[head, :half] = strength
+            k[head, :half], k[head, half:] = strength * torch.cos(angle), -strength * torch.sin(angle)
+        with torch.no_grad():
+            block.qkv.bias[: 2 * c.width] = torch.cat((q.reshape(-1), k.reshape(-1)))
+            block.qkv.weight[:, : 2 * c.width] *= 0.3
