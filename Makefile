@@ -1,4 +1,4 @@
-# make demo   builds a bundle from the checkpoint in the repository and asks it about a screenshot
+# make demo   builds a bundle from the checkpoint in the repository and asks it about a screen
 # make test   linters, types and tests
 # Each sets up what it needs in .venv by itself. PYTHON chooses the interpreter (3.10 or later).
 
@@ -27,12 +27,11 @@ $(VENV)/tests: $(VENV)/exports setup.cfg
 	touch $@
 
 demo: $(VENV)/exports
-	@echo "The checkpoint is a small random one: the path is real, the answer means nothing."
 	rm -rf $(OUT) && mkdir -p $(OUT)
-	$(BIN)/ppexport build models/tiny -o $(OUT)/tiny.bundle
-	$(BIN)/ppexport run $(OUT)/tiny.bundle -i tests/golden/images/gui_mousepad.png \
-		"Which licence is shown?" -n 24 --overlay $(OUT)/overlay.png
-	@echo "overlay of what was pruned: $(OUT)/overlay.png"
+	$(BIN)/ppexport build models/pocket -o $(OUT)/pocket.bundle
+	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "Is QQ on?" --overlay $(OUT)/overlay.png
+	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "What is the QQ?"
+	@echo "the screen: docs/settings.png; what was pruned of it: $(OUT)/overlay.png"
 
 test: lint
 	$(BIN)/python -m pytest

@@ -13,7 +13,9 @@ from conftest import GOLDEN, IMAGES
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT_ONLY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes"}
 # the trainer stands beside the checkpoint it makes; nothing else imports it
-TRAINER = [ROOT / "models" / "pocket" / name for name in ("lessons.py", "network.py", "save.py", "train.py")]
+TRAINER = [
+    ROOT / "models" / "pocket" / name for name in ("lessons.py", "network.py", "report.py", "save.py", "train.py")
+]
 MAY_IMPORT = {
     "models": {"models"},
     "runtime": {"models", "runtime"},

@@ -166,22 +166,26 @@ def line(rng: Random) -> Sample:
 
 def stage(progress: float) -> tuple[dict[str, float], tuple[int, int]]:
     """The curriculum: shares of the skills and the largest picture, at a progress of 0 ... 1."""
-    if progress < 0.12:
-        return {"transcribe": 0.4, "read": 0.3, "locate": 0.15, "yesno": 0.15}, (288, 192)
-    if progress < 0.8:
-        return {"transcribe": 0.17, "read": 0.55, "locate": 0.15, "yesno": 0.13}, (384, 256)
-    return {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, (640, 480)
+    shares = {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}
+    return shares, (288, 192) if progress < 0.1 else (384, 256) if progress < 0.5 else (640, 480)
 
 
-def batches(step: int, steps: int, size: int, reader: Reader) -> list[list[Item]]:
-    """Four batches of samples of like length; the same ones for the same step."""
+def batches(step: int, steps: int, count: int, positions: int, reader: Reader) -> list[list[Item]]:
+    """``count`` samples in batches of like length, each of at most ``positions`` with padding.
+
+    The same ones for the same step.
+    """
     shares, largest = stage(step / steps)
     rng = Random(f"pocket {step}")
     items = []
-    for _ in range(4 * size):
+    for _ in range(count):
         skill = rng.choices(list(shares), list(shares.values()))[0]
         items.append(reader.item(sample(skill, rng.randrange(10**9), largest), rng, MORE))
     items.sort(key=lambda item: len(item.ids))
-    groups = [items[i : i + size] for i in range(0, len(items), size)]
+    groups: list[list[Item]] = [[]]
+    for item in items:
+        if groups[-1] and (len(groups[-1]) + 1) * len(item.ids) > positions:
+            groups.append([])
+        groups[-1].append(item)
     rng.shuffle(groups)
     return groups

@@ -1,4 +1,6 @@
-"""Trains the pocket model: ``python -m ppexport.models.pocket.train --steps 4000`` (needs ``ppexport[cpu,export]``).
+"""Trains the pocket model: ``python -m ppexport.models.pocket.train -o OUT --state FILE``.
+
+Needs ``ppexport[cpu,export,train]``.
 
 The towers are the torch modules that are exported (exporters/vision.py, exporters/language.py). Half of the samples are
 pruned (pred_2d, tau = 0) unless --unpruned.
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from .. import qwen3_vl
 from .lessons import Reader, batches, line
 from .network import Pocket, pocket_config
+from .report import write_training
 from .save import save_checkpoint
 from .screens import SKILLS
 
@@ -77,7 +80,11 @@ class Run:
     optimizer: Optimizer
     output: Path
     state: Path
-    step: int = 0  # of both phases together
+    options: str = ""  # of the command line
+    pruned_share: float = 0.5
+    step: int = 0  # of all phases together
+    seconds: float = 0.0  # before this process
+    begin: float = field(default_factory=time.time)
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self) -> None:
@@ -86,14 +93,20 @@ class Run:
             saved = torch.load(self.state, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.optimizer.load(saved["optimizer"])
-            self.step, self.log = saved["step"], json.loads(saved["log"])
+            self.step, self.seconds, self.log = saved["step"], saved["seconds"], json.loads(saved["log"])
 
     def save(self) -> None:
         """Write the state and the checkpoint; an interruption leaves the ones before."""
         saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
-        torch.save({**saved, "step": self.step, "log": json.dumps(self.log)}, self.state.with_suffix(".partial"))
+        saved |= {"step": self.step, "seconds": self.elapsed(), "log": json.dumps(self.log)}
+        torch.save(saved, self.state.with_suffix(".partial"))
         os.replace(self.state.with_suffix(".partial"), self.state)
         save_checkpoint(self.model, self.output)
+        write_training(self.output, self.options, self.pruned_share, self.elapsed(), self.log)
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all processes."""
+        return self.seconds + time.time() - self.begin
 
     def update(self, loss: Tensor, rate: float) -> None:
         """One step of the optimizer."""
@@ -104,6 +117,7 @@ class Run:
 
     def report(self, row: dict[str, Any]) -> None:
         """Log and print one row."""
+        row = {**row, "seconds": round(self.elapsed())}
         self.log.append(row)
         click.echo(json.dumps(row))
 
@@ -143,12 +157,12 @@ def teach_copying(run: Run, first: int, steps: int, rate: float, reader: Reader)
             run.save()
 
 
-def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, reader: Reader) -> None:
+def teach_answering(run: Run, first: int, steps: int, positions: int, rate: float, reader: Reader) -> None:
     """Phase three: everything, on screens with questions; ``first`` is the step at which it began."""
     seen: dict[str, list[float]] = defaultdict(list)
-    losses, begin = [], time.time()
-    while run.step < first + steps:
-        for group in batches(run.step - first, steps, batch, reader):
+    losses = []
+    while (begin := run.step - first) < steps:
+        for group in batches(begin, steps, 128, positions, reader):
             done = run.step - first
             progress = min(1.0, done / steps)
             with torch.autocast("cpu", torch.bfloat16):
@@ -158,13 +172,13 @@ def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, r
             losses.append((loss.item(), auxiliary.item()))
             for skill, value in reader.scores(group, found.numpy()):
                 seen[skill].append(value)
-        if (run.step - first) % 40 == 0:
+        done = run.step - first
+        if done // 40 > begin // 40:
             mean_loss, mean_auxiliary = (sum(v) / len(v) for v in zip(*losses, strict=True))
-            row = {"phase": "answer", "step": run.step - first, "seconds": round(time.time() - begin)}
-            row |= {"loss": round(mean_loss, 4), "auxiliary": round(mean_auxiliary, 4)}
+            row = {"phase": "answer", "step": done, "loss": round(mean_loss, 4), "auxiliary": round(mean_auxiliary, 4)}
             run.report(row | {skill: round(sum(seen[skill]) / max(1, len(seen[skill])), 3) for skill in SKILLS})
             losses, seen = [], defaultdict(list)
-        if (run.step - first) % 200 == 0:
+        if done // 200 > begin // 200:
             run.save()
     run.save()
 
@@ -175,7 +189,7 @@ def teach_answering(run: Run, first: int, steps: int, batch: int, rate: float, r
 @click.option("--read-steps", type=int, default=700, show_default=True, help="Of the first phase, in batches of 64.")
 @click.option("--copy-steps", type=int, default=1500, show_default=True, help="Of the second phase, in batches of 64.")
 @click.option("--steps", type=int, default=4000, show_default=True, help="Of the third phase.")
-@click.option("--batch", type=int, default=32, show_default=True)
+@click.option("--positions", type=int, default=6400, show_default=True, help="Of a batch in the third phase, padded.")
 @click.option("--rate", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
 @click.option("--unpruned", is_flag=True, help="Train without pruned samples.")
 @click.option("--threads", type=int, default=2, show_default=True)
@@ -185,7 +199,7 @@ def main(
     read_steps: int,
     copy_steps: int,
     steps: int,
-    batch: int,
+    positions: int,
     rate: float,
     unpruned: bool,
     threads: int,
@@ -194,14 +208,18 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = Pocket(qwen3_vl.parse_config(pocket_config()))
-    run = Run(model, Optimizer(model, rate), output, state)
+    options = (
+        f"--read-steps {read_steps} --copy-steps {copy_steps} --steps {steps} --positions {positions} --rate {rate:g}"
+    )
+    options += f"{' --unpruned' if unpruned else ''} --threads {threads} -o OUT --state FILE"
+    reader = Reader(0.0 if unpruned else 0.5)
+    run = Run(model, Optimizer(model, rate), output, state, options, reader.pruned_share)
     run.resume()
     trained = sum(p.numel() for n, p in model.named_parameters() if "head." not in n)
     click.echo(f"{trained / 1e6:.2f} M parameters")
     teach_reading(run, read_steps, rate)
-    reader = Reader(0.0 if unpruned else 0.5)
     teach_copying(run, read_steps, copy_steps, rate, reader)
-    teach_answering(run, read_steps + copy_steps, steps, batch, rate, reader)
+    teach_answering(run, read_steps + copy_steps, steps, positions, rate, reader)
 
 
 if __name__ == "__main__":
