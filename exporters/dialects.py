@@ -2,9 +2,11 @@
 
 ``ort``       ONNX Runtime on CPU and CUDA: GroupQueryAttention and MultiHeadAttention, caches updated in place.
 ``standard``  ONNX opset 24, no vendor op: TensorScatter + Attention, for TensorRT (10.15 or later) and TensorRT-RTX.
+``plain``     ONNX opset 20 and the operators of TensorRT 10.3 (JetPack 6): attention from MatMul and Softmax.
 
-Sources: the ONNX operator pages (Attention-24, TensorScatter-24, RMSNormalization-23, Gelu-20) and ONNX Runtime's
-docs/ContribOperators.md (com.microsoft: GroupQueryAttention, MultiHeadAttention, RotaryEmbedding).
+Sources: the ONNX operator pages (Attention-24, TensorScatter-24, RMSNormalization-23, Gelu-20), ONNX Runtime's
+docs/ContribOperators.md (com.microsoft: GroupQueryAttention, MultiHeadAttention, RotaryEmbedding) and onnx-tensorrt's
+docs/operators.md of release 10.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from .ops import DOMAIN
+from .passes import cache_rows, float_cumsum, shapes_after_cast
 from .tape import Ops
 
 Translation = Callable[[Ops, ir.Node], Sequence[ir.Value]]
@@ -29,6 +32,7 @@ class Dialect:
     opset: int  # of the default domain
     cast_first: bool  # cast a uint8 image before anything else (TensorRT takes uint8 as a graph input only)
     table: Mapping[str, Translation]  # op type in the domain "ppexport" -> its nodes
+    passes: tuple[Callable[[ir.Model], None], ...] = ()  # over the whole graph, afterwards
 
 
 def lower(model: ir.Model, dialect: Dialect) -> None:
@@ -48,6 +52,8 @@ def lower(model: ir.Model, dialect: Dialect) -> None:
     model.graph.opset_imports[""] = dialect.opset
     for domain in {node.domain for node in model.graph} - {""}:
         model.graph.opset_imports[domain] = 1
+    for step in dialect.passes:
+        step(model)
 
 
 def _sizes(node: ir.Node, index: int = 0) -> tuple[int, int]:
@@ -164,6 +170,67 @@ def _standard_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     return [op("RMSNormalization", x, weight, axis=-1, epsilon=_attr(node, "epsilon"))]
 
 
+# -------------------------------------------------------------------------------------------------- plain
+
+
+def _in_type_of(op: Ops, value: float, x: Any) -> ir.Value:
+    """A scalar constant of the type of ``x``."""
+    return op("Cast", op.const(value), to=x.dtype)
+
+
+def _scaled(op: Ops, node: ir.Node) -> ir.Value:
+    """The queries times the scale: smaller than the scores, and in range where scores of 16 bits might not be."""
+    q = node.inputs[0]
+    return op("Mul", q, _in_type_of(op, _attr(node, "scale"), q))
+
+
+def _plain_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    _, k, v = node.inputs
+    scores = op("MatMul", _swap(op, _scaled(op, node)), op("Transpose", k, perm=[0, 2, 3, 1]))
+    return [_swap(op, op("MatMul", op("Softmax", scores, axis=-1), _swap(op, v)))]
+
+
+def _plain_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """Scores against the cache and against the new rows, side by side: the cache is read once and never copied.
+
+    The query heads that share a key head stand below each other ([B, kv_heads, S * groups, Dh]), so keys are read once.
+    """
+    q, k, v, k_cache, v_cache, own, entries = node.inputs
+    (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
+    groups = heads // kv_heads
+    grouped = op("Reshape", _scaled(op, node), op.ints([0, 0, kv_heads, groups, width]))
+    grouped = op("Reshape", op("Transpose", grouped, perm=[0, 2, 1, 3, 4]), op.ints([0, kv_heads, -1, width]))
+    lowest = _in_type_of(op, -30000.0, q)
+    first = op("ReduceMin", own, op.ints([1]), keepdims=1)  # [B, 1]
+    in_cache = op("Less", entries, op("Unsqueeze", first, op.ints([1, 2])))  # [B, 1, 1, M]
+    query = op("Unsqueeze", own, op.ints([2]))
+    query = op("Reshape", op("Concat", *[query] * groups, axis=2), op.ints([0, 1, -1, 1]))  # [B, 1, S * groups, 1]
+    causal = op("LessOrEqual", op("Unsqueeze", own, op.ints([1, 2])), query)  # [B, 1, S * groups, S]
+    old = op("MatMul", grouped, op("Transpose", k_cache, perm=[0, 1, 3, 2]))
+    new = op("MatMul", grouped, op("Transpose", k, perm=[0, 2, 3, 1]))
+    scores = op("Concat", op("Where", in_cache, old, lowest), op("Where", causal, new, lowest), axis=-1)
+    share = op("Softmax", scores, axis=-1)
+    capacity, axis = op("Shape", entries), op.ints([3])
+    out = op(
+        "Add",
+        op("MatMul", op("Slice", share, op.ints([0]), capacity, axis), v_cache),
+        op("MatMul", op("Slice", share, capacity, op.ints([1 << 30]), axis), _swap(op, v)),
+    )
+    out = op("Transpose", op("Reshape", out, op.ints([0, kv_heads, -1, groups, width])), perm=[0, 2, 1, 3, 4])
+    rows = [op("Transpose", x, perm=[1, 0, 2, 3]) for x in (k, v)]
+    return [op("Reshape", out, op.ints([0, 0, heads, width])), *rows]
+
+
+def _plain_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """The sum of squares in float32: in 16 bits it would overflow or lose its small terms."""
+    x, weight = node.inputs
+    assert x is not None
+    wide = x if x.dtype == ir.DataType.FLOAT else op("Cast", x, to=ir.DataType.FLOAT)
+    square = op("ReduceMean", op("Mul", wide, wide), op.ints([-1]))
+    out = op("Div", wide, op("Sqrt", op("Add", square, op.const(_attr(node, "epsilon")))))
+    return [op("Mul", out if wide is x else op("Cast", out, to=x.dtype), weight)]
+
+
 DIALECTS = {
     "ort": Dialect(
         "ort",
@@ -188,5 +255,18 @@ DIALECTS = {
             "RMSNorm": _standard_rms_norm,
             "Gelu": _gelu,
         },
+    ),
+    "plain": Dialect(
+        "plain",
+        opset=20,
+        cast_first=True,
+        table={
+            "Attention": _plain_attention,
+            "CachedAttention": _plain_cached_attention,
+            "Rotary": _standard_rotary,
+            "RMSNorm": _plain_rms_norm,
+            "Gelu": _gelu,
+        },
+        passes=(float_cumsum, shapes_after_cast, cache_rows),
     ),
 }

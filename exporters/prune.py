@@ -48,6 +48,8 @@ def prune_graph(block: int, dialect: Dialect) -> ir.Model:
         [image, threshold], [order, count], nodes=op.nodes, name="prune", opset_imports={"": dialect.opset}
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="ppexport")
+    for step in dialect.passes:
+        step(model)
     clean(model)
     return model
 
@@ -110,8 +112,10 @@ def _predict(op: Ops, left: ir.Value, above: ir.Value) -> ir.Value:
 def _compact(op: Ops, keep: ir.Value) -> tuple[ir.Value, ir.Value]:
     """keep bool [N] -> order int32 [N] (kept indices, then the dropped ones, both rising), count int32 [1]."""
     kept = op("Cast", keep, to=ir.DataType.INT32)
+    kept.type = ir.TensorType(ir.DataType.INT32)
     count = op("ReduceSum", kept, op.ints([0]), keepdims=1)
     upto = op("CumSum", kept, op.const(0))  # kept tokens up to and including each position
+    upto.type = kept.type
     index64 = op("Range", op.const(0), op("Squeeze", op("Shape", keep)), op.const(1))
     index = op("Cast", index64, to=ir.DataType.INT32)
     one = op("Cast", op.const(1), to=ir.DataType.INT32)

@@ -11,6 +11,7 @@ import numpy as np
 from ..models.checks import integer, number
 from ..models.config import TextConfig
 from ..models.errors import RequestError
+from .cache import FORMS, Cache
 from .prune import Selection
 from .session import Backend, Binding, Buffer, Session
 from .vision import Features
@@ -104,9 +105,10 @@ class Sampling:
 class Language:
     """The decoder graph on a backend."""
 
-    def __init__(self, backend: Backend, graph: Path, config: TextConfig, image_token: int, dtype: str):
+    def __init__(self, backend: Backend, graph: Path, config: TextConfig, image_token: int, dtype: str, dialect: str):
         self.backend, self.config, self.image_token, self.dtype = backend, config, image_token, dtype
         self.session: Session = backend.session(graph)
+        self.cache_form = FORMS[dialect]
 
     def start(self, capacity: int, features: Features) -> Decoding:
         """A new sequence with room for ``capacity`` tokens."""
@@ -114,17 +116,13 @@ class Language:
 
 
 class Decoding:
-    """One sequence in progress: its caches and its binding. Caches are updated in place, bound once."""
+    """One sequence in progress: its caches and its binding."""
 
     def __init__(self, language: Language, capacity: int, features: Features):
         self.language, self.backend, self.capacity, self.length = language, language.backend, capacity, 0
         c = language.config
         self.binding: Binding = language.session.binding()
-        for i in range(c.layers):
-            for kind in ("key", "value"):
-                cache = self.backend.zeros((1, c.kv_heads, capacity, c.head_dim), language.dtype)
-                self.binding.input(f"{kind}_{i}", cache)
-                self.binding.output(f"new_{kind}_{i}", cache)
+        self.cache: Cache = language.cache_form(self.backend, self.binding, c, language.dtype, capacity)
         self._features(features)
         self.logits = self.backend.zeros((1, 1, c.vocab), "float32")
         self.binding.output("logits", self.logits)
@@ -161,6 +159,8 @@ class Decoding:
         }
         for name, buffer in inputs.items():
             self.binding.input(name, buffer)
+        self.cache.before(self.length, S)
         self.binding.run()
+        self.cache.after(self.length, S)
         self.length += S
         return self.backend.download(self.logits).reshape(-1)

@@ -98,3 +98,7 @@ class OrtCpu:
         memory = buffer.owner.reshape(-1).view(np.uint8)
         start = buffer.pointer - buffer.owner.ctypes.data
         return memory[start : start + buffer.nbytes].view(NUMPY[buffer.dtype]).reshape(buffer.shape)
+
+    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
+        """See session.Backend."""
+        self.download(target)[:, at : at + source.shape[1]] = self.download(source)

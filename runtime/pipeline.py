@@ -138,7 +138,8 @@ class Pipeline:
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
         self.selector = Selector(backend, graphs["prune"], model.vision.block)
         self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
-        self.language = Language(backend, graphs["language"], model.text, model.image_token, dtype)
+        dialect = manifest.graphs["language"].dialect
+        self.language = Language(backend, graphs["language"], model.text, model.image_token, dtype, dialect)
         self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
 
     def generate(
@@ -290,9 +291,9 @@ def load(
             integer(name, value, 1)
     directory, manifest = open_bundle(path, verify)
     dialects = sorted({graph.dialect for graph in manifest.graphs.values()})
-    if dialects != ["ort"]:
+    if dialects not in (["ort"], ["plain"]) or manifest.compute == "bf16":
         raise BundleError(
-            f"{directory}: has graphs of dialect {', '.join(dialects)}, expected 'ort' for ONNX Runtime; "
-            "build it with --dialect ort"
+            f"{directory}: has {manifest.compute} graphs of dialect {', '.join(dialects)}, expected 'ort' for ONNX "
+            "Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
         )
     return Pipeline(directory, manifest, OrtCpu(threads), min_pixels, max_pixels)

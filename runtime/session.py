@@ -88,6 +88,9 @@ class Backend(Protocol):
     def download(self, buffer: Buffer) -> np.ndarray:
         """A buffer as a host array; where that is host memory, a view of it."""
 
+    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
+        """target[:, at : at + n] = source, for a source [A, n, ...] and a target [A, m, ...], m >= at + n."""
+
 
 def run(session: Session, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
     """Bind everything and run once."""

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import GOLDEN, IMAGES
+from conftest import E2E_PIXELS, GOLDEN, IMAGES
 from invariants import relative_error
 
 import ppexport
+from ppexport.build import build
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
 CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]
+
+
+@pytest.fixture(scope="module", params=["ort", "plain"])
+def golden_pipe(
+    request: pytest.FixtureRequest, golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ppexport.Pipeline:
+    """The golden checkpoint in each dialect that ONNX Runtime runs."""
+    bundle = golden_bundle
+    if request.param != "ort":
+        directory = tmp_path_factory.mktemp(request.param)
+        bundle = build(GOLDEN / "e2e" / "model", directory / "bundle", dialect=request.param)
+    return ppexport.load(bundle, max_pixels=E2E_PIXELS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -104,12 +104,12 @@ def test_types_are_consistent(dialect: str, precision: str, tmp_path: Path) -> N
     models = {}
     for name in ("vision", "language"):
         models[name] = onnx.load(bundle / f"{name}.onnx", load_external_data=False)
-        inferred = onnx.shape_inference.infer_shapes(models[name], check_type=True, strict_mode=dialect == "standard")
-        onnx.checker.check_model(bundle / f"{name}.onnx") if dialect == "standard" else None
+        inferred = onnx.shape_inference.infer_shapes(models[name], check_type=True, strict_mode=dialect != "ort")
+        onnx.checker.check_model(bundle / f"{name}.onnx") if dialect != "ort" else None
         assert {o.name for o in inferred.graph.output} == {o.name for o in models[name].graph.output}
     taken = {v.name: v.type.tensor_type.elem_type for v in models["language"].graph.input}
     given = {v.type.tensor_type.elem_type for v in models["vision"].graph.output}
-    computed = precision if dialect == "standard" else "fp32"
+    computed = precision if dialect != "ort" else "fp32"
     assert given == {taken["embeds"]} == {taken["deepstack"]} == {taken["key_0"]}
     assert given == {int(graphs.PRECISIONS[computed])}
 
@@ -123,8 +123,37 @@ def test_standard_vision_equals_ort(checkpoint: Checkpoint, tmp_path: Path, gold
     embeds, *levels = session.run(None, {"image": pixels, "keep": expected.keep})
     assert relative_error(embeds, expected.embeds) < 1e-5
     assert relative_error(np.stack(levels), expected.deepstack) < 1e-5
-    with pytest.raises(ppexport.BundleError, match="has graphs of dialect standard, expected 'ort' for ONNX Runtime"):
+    with pytest.raises(ppexport.BundleError, match="has fp32 graphs of dialect standard, expected 'ort' for"):
         ppexport.load(bundle)
+
+
+FLOATS, INTEGERS = ("FLOAT", "FLOAT16", "BFLOAT16"), ("INT32", "INT64")
+TENSORRT_10_3 = {  # types -> operators, from onnx-tensorrt's docs/operators.md of release 10; opset 9 to 20
+    (*FLOATS, *INTEGERS, "BOOL", "UINT8"): "Cast CastLike",
+    (*FLOATS, *INTEGERS, "BOOL"): "Concat Constant ConstantOfShape Expand Gather Identity Reshape Shape Slice Split "
+    "Squeeze Transpose Unsqueeze Where",
+    (*FLOATS, *INTEGERS): "Abs Add Div Equal Greater Less LessOrEqual Max Min Mul Range ReduceMax ReduceMean ReduceMin "
+    "ReduceProd ReduceSum ScatterElements Sub",
+    FLOATS: "Clip Cos CumSum Floor Gelu Gemm LayerNormalization MatMul Pow Sigmoid Sin Softmax Sqrt",
+    ("BOOL",): "And Not Or",
+}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_plain_keeps_to_the_operators_of_tensorrt_10_3(precision: str, tmp_path: Path) -> None:
+    """No operator and no type beyond the support table; uint8 images are cast before anything else."""
+    bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", precision=precision, dialect="plain")
+    for name in ("prune", "vision", "language"):
+        proto = onnx.load(bundle / f"{name}.onnx", load_external_data=False)
+        model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True))
+        assert model.graph.opset_imports == {"": 20}
+        for node in model.graph:
+            first = node.inputs[0] if node.inputs else node.outputs[0]
+            if node.op_type == "Where":
+                first = node.inputs[1]
+            kind = first.dtype.name  # type: ignore[union-attr]
+            allowed = next((types for types, ops in TENSORRT_10_3.items() if node.op_type in ops.split()), ())
+            assert kind in allowed, (name, node.op_type, kind)
 
 
 def test_tracing_holds_no_weights(checkpoint: Checkpoint) -> None:

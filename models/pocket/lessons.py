@@ -19,6 +19,7 @@ from .screens import about, sample
 
 MIN_PIXELS, MAX_PIXELS = 9216, 307200
 CELLS, CLASSES = 2, 128  # a patch is split in halves of 8 pixels; ASCII, 0 where no character has its centre
+PLACES = 20  # along each side of a picture, for an auxiliary loss
 BLOCK, PATCH = 32, 16
 PAGE = (192, 96)  # pixels of a page of random characters
 ALPHABET = string.ascii_letters + string.digits + ".,:$%-[]/"
@@ -128,6 +129,12 @@ def cells_of(made: Sample, H: int, W: int) -> np.ndarray:
         if ord(character) < CLASSES and 0 <= x < W and 0 <= y < H:
             cells[int(y // PATCH), int(x // PATCH), int(x % PATCH * CELLS // PATCH)] = ord(character)
     return cells
+
+
+def places_of(y: np.ndarray, x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """In which twentieth of the picture's height and width each merged token lies: y, x [4 K] -> int64 [K, 2]."""
+    middle = np.stack([y[::4] + 1, x[::4] + 1], axis=1)  # in patches; the first of four is the upper left one
+    return (middle / grid * PLACES).astype(np.int64)
 
 
 def page(rng: Random) -> Sample:

@@ -1,4 +1,4 @@
-"""The pocket model in training: both towers as they are exported, and two heads that read characters."""
+"""The pocket model in training: both towers as they are exported, and three heads that are dropped afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...exporters import language, vision
 from ...exporters.random_checkpoint import qwen3_vl_config
 from .. import qwen3_vl
 from ..config import ModelConfig
-from .lessons import BLOCK, CELLS, CLASSES, IGNORE, PAGE, Item, blocks, cells_of, page
+from .lessons import BLOCK, CELLS, CLASSES, IGNORE, PAGE, PLACES, Item, blocks, cells_of, page, places_of
 
 
 def pocket_config() -> dict[str, Any]:
@@ -26,7 +26,10 @@ def pocket_config() -> dict[str, Any]:
 
 
 class Pocket(nn.Module):
-    """Both towers and the two heads that read characters in training."""
+    """Both towers, two heads that read characters, and one that says where in the picture a merged token lies.
+
+    Without the last one the embeddings carry no places for long, and ``locate`` is not learned.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -36,6 +39,7 @@ class Pocket(nn.Module):
             nn.LayerNorm(config.vision.width), nn.Linear(config.vision.width, CELLS * CLASSES)
         )
         self.token_head = nn.Linear(config.text.width, 4 * CELLS * CLASSES)
+        self.place_head = nn.Linear(config.text.width, 2 * PLACES)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
@@ -48,10 +52,12 @@ class Pocket(nn.Module):
             for name, value in values.items():
                 module.get_buffer(name).copy_(torch.from_numpy(value))
 
-    def reading_loss(self, hidden: Tensor, embeds: Tensor, cells: Tensor) -> Tensor:
-        """Both heads' loss: hidden [T, width], embeds [T / 4, D], cells [T, CELLS] of real patches only."""
+    def auxiliary_loss(self, hidden: Tensor, embeds: Tensor, cells: Tensor, places: Tensor) -> Tensor:
+        """The heads' loss over real patches: hidden [T, width], embeds [K, D], cells [T, CELLS], places [K, 2]."""
         patch = F.cross_entropy(self.patch_head(hidden).reshape(-1, CLASSES), cells.reshape(-1))
-        return patch + F.cross_entropy(self.token_head(embeds).reshape(-1, CLASSES), cells.reshape(-1))
+        token = F.cross_entropy(self.token_head(embeds).reshape(-1, CLASSES), cells.reshape(-1))
+        place = F.cross_entropy(self.place_head(embeds).reshape(-1, PLACES), places.reshape(-1))
+        return patch + token + 0.1 * place
 
     def read_pages(self, rng: Random, batch: int) -> tuple[Tensor, float]:
         """(loss, share of characters that the merged tokens give right) on pages of random characters."""
@@ -68,7 +74,8 @@ class Pocket(nn.Module):
         found = self.token_head(embeds).reshape(-1, CLASSES).argmax(-1)
         wanted = cells.reshape(-1)
         right = (found == wanted)[wanted > 0].float().mean().item()
-        return self.reading_loss(hidden, embeds, cells), right
+        places = torch.from_numpy(np.tile(places_of(y, x, (2 * rows, 2 * cols)), (batch, 1)))
+        return self.auxiliary_loss(hidden, embeds, cells, places), right
 
     def forward(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
         """(answer loss, auxiliary loss, most likely token at every position under teacher forcing [B, S])."""
@@ -95,7 +102,8 @@ class Pocket(nn.Module):
         logits, *_ = self.decoder(ids, embeds, torch.stack(deepstack), positions, start, at, [cache] * (2 * c.layers))
         loss = F.cross_entropy(logits.reshape(-1, c.vocab), targets.reshape(-1), ignore_index=IGNORE)
         cells = torch.from_numpy(np.concatenate([i.cells for i in items]))
-        auxiliary = self.reading_loss(hidden[mask.reshape(-1)], embeds, cells)
+        places = torch.from_numpy(np.concatenate([places_of(i.y, i.x, i.grid) for i in items]))
+        auxiliary = self.auxiliary_loss(hidden[mask.reshape(-1)], embeds, cells, places)
         return loss, auxiliary, logits.argmax(-1)
 
 

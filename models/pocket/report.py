@@ -80,7 +80,8 @@ def draw(log: list[Row], path: Path) -> None:
     above.set_ylabel("loss")
     below.set_ylabel("accuracy")
     below.set_xlabel("step")
-    below.legend()
+    if below.get_legend_handles_labels()[0]:
+        below.legend()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -21,6 +21,7 @@ from .canvas import FONT_SIZES, Box, Canvas, Element, Sample, busy_share
 SKILLS = ("read", "transcribe", "locate", "yesno")
 HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
 MOST_BUSY = 0.42  # real screens are mostly flat
+ON, OFF = "\x01", "\x02"  # among the characters: the marks of options
 
 
 def _rows(c: Canvas, top: int, fields: dict[str, Callable[[Random], str]], count: int) -> int:
@@ -81,6 +82,7 @@ def settings(c: Canvas) -> None:
 def _mark(c: Canvas, x: int, y: int, on: bool, box: bool) -> None:
     """A check box or a switch, on or off."""
     s = c.size
+    c.characters.append((x + (s if not box else s / 2), y + s / 2, ON if on else OFF))
     if box:
         c.rectangle((x, y + 1, x + s, y + 1 + s), fill=c.accent if on else c.paper, outline=c.ink)
         if on:

@@ -1,0 +1,63 @@
+"""The key and value caches of one sequence, in the two forms that decoder graphs take them (exporters/dialects.py)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..models.config import TextConfig
+from .session import Backend, Binding
+
+
+class Cache(Protocol):
+    """Memory for the keys and values of up to ``capacity`` tokens of a sequence, bound to a decoder's binding."""
+
+    def before(self, length: int, count: int) -> None:
+        """Bind for a run that adds ``count`` tokens to the ``length`` that are there."""
+
+    def after(self, length: int, count: int) -> None:
+        """Keep what that run computed."""
+
+
+class InPlace:
+    """Caches [1, kv_heads, capacity, Dh], input and output of the graph at once (``ort``, ``standard``)."""
+
+    def __init__(self, backend: Backend, binding: Binding, c: TextConfig, dtype: str, capacity: int):
+        for i in range(c.layers):
+            for kind in ("key", "value"):
+                cache = backend.zeros((1, c.kv_heads, capacity, c.head_dim), dtype)
+                binding.input(f"{kind}_{i}", cache)
+                binding.output(f"new_{kind}_{i}", cache)
+
+    def before(self, length: int, count: int) -> None:
+        """See Cache."""
+
+    def after(self, length: int, count: int) -> None:
+        """See Cache."""
+
+
+class Rows:
+    """One buffer [2 * layers, capacity, 1, kv_heads, Dh]; the graph reads what is used and puts out new rows.
+
+    Where nothing is used yet, one entry is bound that the graph masks out.
+    """
+
+    def __init__(self, backend: Backend, binding: Binding, c: TextConfig, dtype: str, capacity: int):
+        self.backend, self.binding, self.dtype, self.layers = backend, binding, dtype, c.layers
+        self.row = (1, c.kv_heads, c.head_dim)
+        self.memory = backend.zeros((2 * c.layers, capacity, *self.row), dtype)
+
+    def before(self, length: int, count: int) -> None:
+        """See Cache."""
+        capacity = self.memory.shape[1]
+        for i in range(2 * self.layers):
+            cache = self.memory.rows(i, i + 1).reshape(capacity, *self.row)
+            self.binding.input(f"{('key', 'value')[i % 2]}_{i // 2}", cache.rows(0, max(length, 1)))
+        self.new = self.backend.zeros((2 * self.layers, count, *self.row), self.dtype)
+        self.binding.output("rows", self.new)
+
+    def after(self, length: int, count: int) -> None:
+        """See Cache."""
+        self.backend.copy_into(self.memory, length, self.new)
+
+
+FORMS: dict[str, type[InPlace] | type[Rows]] = {"ort": InPlace, "standard": InPlace, "plain": Rows}
