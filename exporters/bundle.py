@@ -36,9 +36,15 @@ class Plan:
     precision: str
     dialect: str
     preprocessing: Preprocessing
+    weights: int  # bytes of the stored weights
     disk: int  # bytes the bundle takes
     ram: int  # bytes of memory at the peak
     notices: tuple[str, ...]  # what the user should know
+
+    @property
+    def compute(self) -> str:
+        """What the graphs calculate in."""
+        return graphs.compute_precision(self.precision, DIALECTS[self.dialect])
 
 
 def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Plan:
@@ -70,10 +76,11 @@ def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Pla
         for table in checkpoint.family.weights(checkpoint.config).values()
         for weight in table.values()
     ]
-    disk = int(sum(sizes) * BYTES[precision] * 1.01) + (32 << 20)
+    weights = sum(sizes) * BYTES[precision]
+    disk = int(weights * 1.01) + (32 << 20)
     # the largest tensor: as mapped, as read, as converted
     ram = FIXED_RAM + max(sizes) * (2 * 4 if checkpoint.dtype == "F32" else 2 * 2) + max(sizes) * BYTES[precision]
-    return Plan(checkpoint, precision, dialect, pre, disk, ram, tuple(notices))
+    return Plan(checkpoint, precision, dialect, pre, weights, disk, ram, tuple(notices))
 
 
 def export(plan: Plan, directory: Path, progress: Progress) -> None:
@@ -114,7 +121,7 @@ def _manifest(
         family=config.family,
         source=manifest.Source(plan.checkpoint.path.resolve().name, hashes),
         precision=plan.precision,
-        compute=graphs.compute_precision(plan.precision, dialect),
+        compute=plan.compute,
         interface=interface,
         graphs={name: manifest.Graph(f"{name}.onnx", dialect.name) for name in ("prune", "vision", "language")},
         model=config,

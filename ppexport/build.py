@@ -1,4 +1,4 @@
-"""``ppexport build``: check, estimate, export into a temporary directory, rename when everything is there."""
+"""``ppexport build``: check, estimate, export and compile into a temporary directory, rename when it is complete."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .engines import Options, check_dialect, compile_bundle, plan_sizes
+from .models.config import ModelConfig
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
+from .models.profiles import Profiles
+from .runtime import trt_api
 from .runtime.bundle import open_bundle
 
 if TYPE_CHECKING:
@@ -21,16 +25,21 @@ def build(
     checkpoint: str | Path,
     output: str | Path,
     precision: str = "auto",
-    dialect: str = "ort",
-    on_plan: Callable[[Plan], None] = lambda plan: None,
+    dialect: str = "auto",
+    targets: Sequence[str] = (),
+    sizes: Profiles | None = None,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    on_plan: Callable[[Plan, Profiles | None], None] = lambda plan, sizes: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Path:
     """Make a bundle directory from a Hugging Face checkpoint directory; returns its path.
 
-    ``precision``: of the stored weights, "auto" (the checkpoint's), "fp32", "fp16" or "bf16". ``on_plan`` is told what
-    will be done before anything is written. Raises CheckpointError, SpaceError (disk or memory would not suffice),
-    BundleError (the output exists), BackendError (the export packages are not installed). On any error or
-    interruption nothing is left behind.
+    ``precision``: of the stored weights, "auto" (the checkpoint's; bf16 for a float32 checkpoint and a target), "fp32",
+    "fp16" or "bf16". ``targets``: what to compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes``
+    and ``options`` are theirs). ``dialect`` "auto" is "standard" with a target and "ort" without. ``on_plan`` is told
+    what will be done before anything is written. Raises CheckpointError, SpaceError (disk or memory would not suffice),
+    BundleError (the output exists), BackendError (packages are not installed, or a compiler refuses), RequestError
+    (sizes that do not fit). On any error or interruption nothing is left behind.
     """
     output = Path(output)
     try:
@@ -39,9 +48,19 @@ def build(
         raise BundleError(f"{output}: cannot be used as an output directory: {err}") from err
     if taken:
         raise BundleError(f"{output}: already exists; remove it or choose another name")
+    for target in targets:
+        trt_api.load(target)  # before minutes of exporting
     exporter = _exporter()
+    if dialect == "auto":
+        dialect = "standard" if targets else "ort"
     plan = exporter.plan(checkpoint, precision, dialect)
-    on_plan(plan)
+    if targets and precision == "auto" and plan.precision == "fp32":
+        plan = exporter.plan(checkpoint, "bf16", dialect)
+    if targets:
+        check_dialect({plan.dialect}, plan.compute, "what was asked for")
+        config, preprocessing = plan.checkpoint.config, plan.preprocessing
+        sizes = plan_sizes(config, config.text.context, preprocessing, sizes, options)
+    on_plan(plan, sizes)
     _check_space(plan, output)
     created = _make_parents(output.parent)
     try:
@@ -49,6 +68,8 @@ def build(
         try:
             exporter.export(plan, work, progress)
             _check_text(work)
+            for target in targets:
+                compile_bundle(work, target, sizes, options, progress)
             work.chmod(0o755)
             if output.exists():
                 raise BundleError(f"{output}: appeared while the bundle was being built; choose another name")
@@ -64,6 +85,26 @@ def build(
             raise SpaceError(f"{output}: cannot be written: {err}; nothing was left behind") from err
         raise
     return output
+
+
+def compile_in_place(
+    bundle: str | Path,
+    targets: Sequence[str],
+    sizes: Profiles | None = None,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    on_plan: Callable[[ModelConfig, str, int, Profiles], None] = lambda model, compute, weights, sizes: None,
+    progress: Progress = lambda stage, done, total: None,
+) -> None:
+    """Compile the engines of an existing bundle; needs no export packages. ``on_plan`` is told the sizes first.
+
+    Raises as engines.compile_bundle.
+    """
+    _, manifest = open_bundle(bundle)
+    sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, sizes, options)
+    weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx.data"))
+    on_plan(manifest.model, manifest.compute, weights, sizes)
+    for target in targets:
+        compile_bundle(bundle, target, sizes, options, progress)
 
 
 def _check_text(work: Path) -> None:

@@ -64,36 +64,92 @@ def _prune(tau: float | None, mode: str | None) -> Any:
     return Prune.at(tau) if mode is None else Prune(tau=tau, anchored=mode == "anchored")
 
 
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the engines that ``build --target`` compiles."""
+    for option in reversed(
+        [
+            click.option("--profiles", type=click.Path(), help="Sizes to compile for, a file of 'ppexport plan'."),
+            click.option("--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096]"),
+            click.option("--max-pixels", type=click.IntRange(1), help="Of an image.  [default: 2097152]"),
+            click.option("--batch", type=click.IntRange(1), help="Sequences at a time.  [default: 1]"),
+            click.option("--workspace", type=click.IntRange(1), help="Scratch memory of an engine, in MB."),
+            click.option("--version-compatible", is_flag=True, help="Engines for later versions of TensorRT too."),
+            click.option("--hardware-compatible", is_flag=True, help="Engines for all GPUs from Ampere on."),
+            click.option("--compute-capability", "compute_capabilities", multiple=True, help="RTX: for this one only."),
+            click.option("--timing-cache", type=click.Path(), help="tensorrt: a file reused between builds."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.argument("checkpoint", type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(), help="The bundle directory to make.")
+@click.argument("source", metavar="CHECKPOINT|BUNDLE", type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="The bundle directory to make from a checkpoint.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
     default="auto",
     show_default=True,
-    help="How weights are stored; auto keeps the checkpoint's dtype. ONNX Runtime on CPU computes in float32.",
+    help="How weights are stored; auto keeps the checkpoint's dtype. Engines calculate in it, ONNX Runtime on CPU in "
+    "float32.",
 )
 @click.option(
     "--dialect",
-    type=click.Choice(["ort", "standard"]),
-    default="ort",
+    type=click.Choice(["auto", "ort", "standard", "plain"]),
+    default="auto",
     show_default=True,
-    help="ort: for ONNX Runtime. standard: plain ONNX opset 24, for TensorRT.",
+    help="ort: for ONNX Runtime. standard: ONNX opset 24, for TensorRT 10.15 or later and TensorRT-RTX. plain: opset "
+    "20, for TensorRT 10.3 (JetPack 6). auto: standard with a target, else ort.",
 )
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    help="Compile engines; may be given several times. tensorrt needs a GPU, tensorrt-rtx none.",
+)
+@engine_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no notices.")
-def build(checkpoint: str, output: str, precision: str, dialect: str, quiet: bool) -> None:
-    """Make a bundle from the Hugging Face CHECKPOINT directory."""
+def build(
+    source: str, output: str | None, precision: str, dialect: str, targets: tuple[str, ...], quiet: bool, **engine: Any
+) -> None:
+    """Make a bundle from a Hugging Face CHECKPOINT directory, or compile engines for a BUNDLE in place."""
     from . import progress
     from .build import build as build_bundle
+    from .build import compile_in_place
 
     for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: clean up; Windows has no SIGHUP
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
+    if output is None and (not targets or precision != "auto" or dialect != "auto"):
+        raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
+    sizes, options = _engine(**engine)
     with progress.Bar(quiet) as bar:
-        path = build_bundle(checkpoint, output, precision, dialect, bar.plan, bar.update)
+        if output is None:
+            compile_in_place(source, targets, sizes, options, bar.sizes, bar.update)
+        else:
+            build_bundle(source, output, precision, dialect, targets, sizes, options, bar.plan, bar.update)
     if not quiet:
-        click.echo(f"built {path}")
+        click.echo(f"built {output or source}")
+
+
+def _engine(profiles: str | None, workspace: int | None, timing_cache: str | None, **given: Any) -> tuple[Any, Any]:
+    """Profiles (or None) and engine options of the command line."""
+    from pathlib import Path
+
+    from .engines import Options
+    from .models import profiles as files
+
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    if profiles and (clash := sorted({"capacity", "max_pixels", "batch"} & set(given))):
+        raise click.UsageError(f"--{clash[0].replace('_', '-')} is in the profile file; expected it there only")
+    options = Options(
+        workspace=None if workspace is None else workspace << 20,
+        timing_cache=None if timing_cache is None else Path(timing_cache),
+        **given,
+    )
+    return files.read(profiles) if profiles else None, options
 
 
 def _interrupt(*_: Any) -> None:

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .engines import memory
+from .models.config import ModelConfig
+from .models.profiles import Profiles
+
 if TYPE_CHECKING:
     from .exporters.bundle import Plan
 
@@ -30,20 +34,38 @@ class Bar:
     ) -> None:
         self.progress.__exit__(kind, value, trace)
 
-    def plan(self, plan: Plan) -> None:
-        """Say what will be done."""
+    def plan(self, plan: Plan, sizes: Profiles | None) -> None:
+        """Say what will be done, and what the engines for ``sizes`` will need."""
         if self.quiet:
             return
         say = self.console.print
         say(f"{plan.checkpoint.config.family}, weights in {plan.precision}, dialect {plan.dialect}", highlight=False)
         say(f"needs {plan.disk / 1e6:.0f} MB of disk and {plan.ram / 1e6:.0f} MB of memory", highlight=False)
+        if sizes is not None:
+            self.sizes(plan.checkpoint.config, plan.compute, plan.weights, sizes)
         for notice in plan.notices:
             say(f"notice: {notice}", highlight=False, style="yellow")
 
+    def sizes(self, model: ModelConfig, compute: str, weights: int, sizes: Profiles) -> None:
+        """Say what engines for ``sizes`` take and need on the device."""
+        if self.quiet:
+            return
+        need = memory(model, compute, weights, sizes)
+        kept = max(profile["K"][2] for profile in sizes.vision)
+        parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in need.items())
+        self.console.print(
+            f"engines for {sizes.batch} x {sizes.capacity} tokens, images of up to {kept} kept tokens: "
+            f"{sum(need.values()) / 1e6:.0f} MB on the device ({parts}) and the activations",
+            highlight=False,
+            soft_wrap=True,
+        )
+
     def update(self, stage: str, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` steps of a stage."""
-        if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=total)
+        """Show ``done`` of ``total`` steps of a stage; "stage: phase" shows the phase it is in, too."""
+        name = stage.partition(": ")[0]
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(name, total=total)
             if not self.quiet and not self.console.is_terminal:
-                self.console.print(stage, highlight=False)
-        self.progress.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+                self.console.print(name, highlight=False)
+        text = stage if done < total else name
+        self.progress.update(self.tasks[name], completed=done, total=total, description=text)  # type: ignore[arg-type]

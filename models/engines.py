@@ -1,0 +1,84 @@
+"""engines/<target>/record.json of a bundle: what was compiled, by what, for what. The runtime checks it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BundleError
+from .manifest import Manifest
+from .profiles import Profile, Profiles
+from .strict import StrictError, from_json, to_json
+
+SCHEMA = 1
+FILE = "record.json"
+TARGETS = ("tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One compiled graph."""
+
+    file: str
+    bytes: int
+    sha256: str
+    profiles: tuple[Profile, ...]  # in the engine's order
+    build_seconds: float
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """All engines of one target."""
+
+    schema: int
+    target: str  # one of TARGETS
+    module: str  # Python module that compiled them
+    version: str  # of that module; engines run on the same one only, unless a flag says otherwise
+    compute_capabilities: tuple[str, ...]  # "8.9", ...; what they were compiled for
+    dialect: str
+    precision: str  # what the engines calculate in
+    flags: tuple[str, ...]  # builder flags and compatibility levels
+    profiles: Profiles
+    workspace: int | None  # bytes the compiler could use, None: no limit
+    engines: dict[str, Engine]  # "prune", "vision", "language"
+    graphs: dict[str, str]  # sha256 of each graph and weight file that was compiled
+    build_seconds: float
+    peak_memory: int  # bytes, of the building process
+
+
+def folder(bundle: Path, target: str) -> Path:
+    """Where the engines of a target lie."""
+    return bundle / "engines" / target
+
+
+def compiled_files(manifest: Manifest) -> dict[str, str]:
+    """sha256 of the graphs and weights of a bundle, which tie engines to it."""
+    return {name: record.sha256 for name, record in manifest.files.items() if ".onnx" in name}
+
+
+def write(record: EngineRecord, directory: Path) -> None:
+    """Write record.json."""
+    (directory / FILE).write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
+
+
+def read(bundle: Path, manifest: Manifest, target: str) -> EngineRecord:
+    """The record of a target; raises BundleError if there is none, or it is damaged or of another bundle."""
+    path = folder(bundle, target) / FILE
+    rebuild = f"run: ppexport build {bundle} --target {target}"
+    if not path.is_file():
+        raise BundleError(f"{bundle}: has no engines for {target}; {rebuild}")
+    try:
+        record = from_json(EngineRecord, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, StrictError) as err:
+        raise BundleError(f"{path}: is damaged ({err}); {rebuild}") from err
+    if record.schema != SCHEMA or record.target != target or set(record.engines) != {"prune", "vision", "language"}:
+        raise BundleError(f"{path}: found schema {record.schema}, target {record.target!r}; {rebuild}")
+    if record.graphs != compiled_files(manifest):
+        raise BundleError(f"{path}: the engines were compiled from other graphs than the bundle's; {rebuild}")
+    for engine in record.engines.values():
+        file = path.parent / engine.file
+        size = file.stat().st_size if file.is_file() else None
+        if size != engine.bytes:
+            raise BundleError(f"{file}: found {size} bytes, expected {engine.bytes}; {rebuild}")
+    return record

@@ -1,0 +1,143 @@
+"""Optimization profiles: which sizes the engines of a bundle are made for. A file that a user may edit.
+
+``ppexport plan`` writes one from a user's images, ``ppexport build --profiles`` reads it. Axes: models/config.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ModelConfig
+from .errors import RequestError
+from .strict import StrictError, from_json, to_json
+
+SCHEMA = 1
+Range = tuple[int, int, int]  # smallest, the one to be fastest at, largest
+Profile = dict[str, Range]  # axis -> sizes
+
+# Axes of each graph that a profile gives. B (batch) and M (cache capacity) are set once for all profiles.
+AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Sizes for every graph. One engine holds all profiles of its graph; a request uses the first that it fits."""
+
+    schema: int
+    capacity: int  # M: tokens of prompt and answer together that fit the cache of one sequence
+    batch: int  # most sequences at a time
+    prune: tuple[Profile, ...]
+    vision: tuple[Profile, ...]
+    prefill: tuple[Profile, ...]
+
+
+def defaults(
+    model: ModelConfig, context: int, max_pixels: int, capacity: int | None = None, batch: int = 1
+) -> Profiles:
+    """Profiles for images of up to ``max_pixels`` with sides up to 4 : 1, nothing known of what they show.
+
+    ``capacity`` defaults to 4096 tokens, or the model's context if that is less. Raises RequestError for a capacity or
+    image size that no request could use.
+    """
+    block = model.vision.block
+    tokens = max_pixels // block**2
+    if tokens < 1:
+        raise RequestError(f"max_pixels is {max_pixels}, expected at least one token of {block} x {block}")
+    capacity = min(4096, context) if capacity is None else capacity
+    if not 2 <= capacity <= context:
+        raise RequestError(f"capacity is {capacity}, expected 2 to {context} (the model's context)")
+    usual, longest = (block * max(1, round(math.sqrt(n))) for n in (tokens, 4 * tokens))
+    sides = (block, usual, longest)
+    most = min(tokens, capacity - 1)
+    kept = (1, max(1, most // 3), most)
+    prompt = (1, min(kept[1] + 64, capacity), min(most + 256, capacity))
+    return Profiles(
+        SCHEMA,
+        capacity,
+        batch,
+        prune=({"H": sides, "W": sides},),
+        vision=({"H": sides, "W": sides, "K": kept},),
+        prefill=({"S": prompt, "K": kept},),
+    )
+
+
+def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
+    """The same profiles; raises RequestError naming the first value that the engines could not be built for."""
+    block = model.vision.block
+    if profiles.schema != SCHEMA:
+        raise RequestError(f"schema is {profiles.schema}, expected {SCHEMA}")
+    if not 2 <= profiles.capacity <= context:
+        raise RequestError(f"capacity is {profiles.capacity}, expected 2 to {context} (the model's context)")
+    if profiles.batch < 1:
+        raise RequestError(f"batch is {profiles.batch}, expected at least 1")
+    for graph in ("prune", "vision", "prefill"):
+        listed: tuple[Profile, ...] = getattr(profiles, graph)
+        if not listed:
+            raise RequestError(f"{graph} has no profile, expected at least one")
+        for i, profile in enumerate(listed):
+            name = f"{graph}[{i}]"
+            if sorted(profile) != sorted(AXES[graph]):
+                raise RequestError(f"{name} has the axes {sorted(profile)}, expected {sorted(AXES[graph])}")
+            for axis, sizes in profile.items():
+                step = block if axis in "HW" else 1
+                low, best, high = sizes
+                if not step <= low <= best <= high or any(n % step for n in sizes):
+                    multiples = f" multiples of {step}" if step > 1 else ""
+                    raise RequestError(f"{name}.{axis} is {list(sizes)}, expected rising{multiples}: min, opt, max")
+            if graph == "prefill" and profile["S"][2] > profiles.capacity:
+                raise RequestError(
+                    f"{name}.S goes to {profile['S'][2]}, expected at most {profiles.capacity} (capacity)"
+                )
+    return profiles
+
+
+def engine_profiles(profiles: Profiles, graph: str, dialect: str) -> list[Profile]:
+    """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode."""
+    if graph != "language":
+        return [dict(p) for p in getattr(profiles, graph)]
+    batch, capacity = profiles.batch, profiles.capacity
+    common = {"B": (1, 1, batch), "P": (1, 1, 1)}
+    start, used = common.copy(), common.copy()
+    if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
+        start["M"], used["M"] = (1, 1, capacity), (1, max(1, capacity // 2), capacity)
+    decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
+    return [*({**p, **start} for p in profiles.prefill), decode]
+
+
+def write(profiles: Profiles, path: Path) -> None:
+    """Write a profile file."""
+    path.write_text(json.dumps(to_json(profiles), indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: str | Path) -> Profiles:
+    """Read a profile file; raises RequestError that names what does not fit."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return from_json(Profiles, data)
+    except StrictError as err:
+        raise RequestError(f"{path}: {err}") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise RequestError(f"{path}: cannot be read as a profile file: {err}; 'ppexport plan' writes one") from err
+
+
+def fitting(listed: list[Profile], sizes: Mapping[str, int]) -> int | None:
+    """The first profile that holds all ``sizes`` (axis -> size), or None."""
+    for i, profile in enumerate(listed):
+        if all(profile[axis][0] <= n <= profile[axis][2] for axis, n in sizes.items()):
+            return i
+    return None
+
+
+def outside(listed: list[Profile], sizes: Mapping[str, int]) -> str:
+    """Which axis of ``sizes`` lies outside every profile, for an error: "K is 900, the engine takes 1 to 512"."""
+    for axis, n in sizes.items():
+        ranges = [profile[axis] for profile in listed]
+        if not any(low <= n <= high for low, _, high in ranges):
+            spans = ", ".join(sorted({f"{low} to {high}" for low, _, high in ranges}))
+            return f"{axis} is {n}, the engine takes {spans}"
+    together = ", ".join(f"{axis} {n}" for axis, n in sizes.items())
+    return f"no profile of the engine takes {together} together"
