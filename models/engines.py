@@ -24,6 +24,7 @@ class Engine:
     bytes: int
     sha256: str
     profiles: tuple[Profile, ...]  # in the engine's order
+    axes: dict[str, tuple[str, ...]]  # input -> name of each axis, "" where its size is fixed
     build_seconds: float
 
 

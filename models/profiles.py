@@ -20,6 +20,20 @@ Range = tuple[int, int, int]  # smallest, the one to be fastest at, largest
 Profile = dict[str, Range]  # axis -> sizes
 
 # Axes of each graph that a profile gives. B (batch) and M (cache capacity) are set once for all profiles.
+MEANING = {
+    "H": "height in pixels",
+    "W": "width in pixels",
+    "K": "kept image tokens",
+    "S": "tokens of the prompt",
+    "B": "sequences",
+    "P": "positions with logits",
+    "M": "tokens in the cache",
+}
+FLAG = {
+    **dict.fromkeys("HWKS", "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"),
+    **dict.fromkeys("BP", "--batch"),
+    "M": "--capacity",
+}
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
 
@@ -28,6 +42,7 @@ class Profiles:
     """Sizes for every graph. One engine holds all profiles of its graph; a request uses the first that it fits."""
 
     schema: int
+    max_pixels: int  # larger images are shrunk to this, unless a request says otherwise
     capacity: int  # M: tokens of prompt and answer together that fit the cache of one sequence
     batch: int  # most sequences at a time
     prune: tuple[Profile, ...]
@@ -52,16 +67,17 @@ def defaults(
         raise RequestError(f"capacity is {capacity}, expected 2 to {context} (the model's context)")
     usual, longest = (block * max(1, round(math.sqrt(n))) for n in (tokens, 4 * tokens))
     sides = (block, usual, longest)
-    most = min(tokens, capacity - 1)
-    kept = (1, max(1, most // 3), most)
-    prompt = (1, min(kept[1] + 64, capacity), min(most + 256, capacity))
+    kept = (1, max(1, tokens // 3), tokens)
+    prompt = (1, min(kept[1] + 64, capacity), capacity)
+    images = (1, min(kept[1], capacity), capacity)  # of all images of a prompt
     return Profiles(
         SCHEMA,
+        max_pixels,
         capacity,
         batch,
         prune=({"H": sides, "W": sides},),
         vision=({"H": sides, "W": sides, "K": kept},),
-        prefill=({"S": prompt, "K": kept},),
+        prefill=({"S": prompt, "K": images},),
     )
 
 
@@ -72,8 +88,11 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
         raise RequestError(f"schema is {profiles.schema}, expected {SCHEMA}")
     if not 2 <= profiles.capacity <= context:
         raise RequestError(f"capacity is {profiles.capacity}, expected 2 to {context} (the model's context)")
-    if profiles.batch < 1:
-        raise RequestError(f"batch is {profiles.batch}, expected at least 1")
+    for name, value in (("batch", profiles.batch), ("max_pixels", profiles.max_pixels // block**2)):
+        if value < 1:
+            raise RequestError(
+                f"{name} is {getattr(profiles, name)}, expected at least {1 if name == 'batch' else block**2}"
+            )
     for graph in ("prune", "vision", "prefill"):
         listed: tuple[Profile, ...] = getattr(profiles, graph)
         if not listed:
@@ -138,6 +157,6 @@ def outside(listed: list[Profile], sizes: Mapping[str, int]) -> str:
         ranges = [profile[axis] for profile in listed]
         if not any(low <= n <= high for low, _, high in ranges):
             spans = ", ".join(sorted({f"{low} to {high}" for low, _, high in ranges}))
-            return f"{axis} is {n}, the engine takes {spans}"
+            return f"{axis} ({MEANING[axis]}) is {n}, the engine takes {spans}; build it again with {FLAG[axis]}"
     together = ", ".join(f"{axis} {n}" for axis, n in sizes.items())
-    return f"no profile of the engine takes {together} together"
+    return f"no profile of the engine takes {together} together; build it again with other --profiles"

@@ -71,10 +71,11 @@ def compile_bundle(
             if graph == "language" and dialect == "standard":
                 model = set_axis(model, "M", sizes.capacity)  # TensorRT wants a fixed size for caches updated in place
             source = directory / manifest.graphs[graph].file
-            blob, seconds = _compile(trt, target, graph, model, source, listed, options, progress)
+            blob, axes, seconds = _compile(trt, target, graph, model, source, listed, options, progress)
             file = work / f"{graph}.engine"
             file.write_bytes(blob)
-            compiled[graph] = Engine(file.name, file.stat().st_size, sha256(file), tuple(listed), round(seconds, 2))
+            size, digest = file.stat().st_size, sha256(file)
+            compiled[graph] = Engine(file.name, size, digest, tuple(listed), axes, round(seconds, 2))
         record = EngineRecord(
             engines.SCHEMA,
             target,
@@ -151,8 +152,8 @@ def _compile(
     listed: Sequence[Profile],
     options: Options,
     progress: Progress,
-) -> tuple[memoryview, float]:
-    """One serialized engine and the seconds it took."""
+) -> tuple[memoryview, dict[str, tuple[str, ...]], float]:
+    """One serialized engine, the names of its inputs' axes and the seconds it took."""
     begin = time.perf_counter()
     log = trt_api.logger(trt)
     builder = trt.Builder(log)
@@ -165,8 +166,9 @@ def _compile(
     _configure(trt, target, config, options)
     monitor = _monitor(trt, graph, progress)
     config.progress_monitor = monitor
+    axes = _axes(network)
     for profile in listed:
-        config.add_optimization_profile(_profile(trt, builder, network, profile, graph))
+        config.add_optimization_profile(_profile(builder, network, axes, profile, graph))
     cache = _timing_cache(trt, target, config, options)
     blob = builder.build_serialized_network(network, config)
     if monitor.interrupted:
@@ -178,20 +180,28 @@ def _compile(
         )
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(memoryview(cache.serialize()))
-    return memoryview(blob), time.perf_counter() - begin
+    return memoryview(blob), axes, time.perf_counter() - begin
 
 
-def _profile(trt: Any, builder: Any, network: Any, profile: Profile, graph: str) -> Any:
+def _axes(network: Any) -> dict[str, tuple[str, ...]]:
+    """The axis names of every input of a network, "" for an axis of fixed size."""
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    return {
+        t.name: tuple(t.get_dimension_name(axis) if size < 0 else "" for axis, size in enumerate(t.shape))
+        for t in tensors
+    }
+
+
+def _profile(builder: Any, network: Any, axes: dict[str, tuple[str, ...]], profile: Profile, graph: str) -> Any:
     """A profile for all inputs of a network, from the sizes of its named axes."""
     made = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         shapes: list[list[int]] = [[], [], []]
-        for axis, size in enumerate(tensor.shape):
-            name = tensor.get_dimension_name(axis)
-            if size < 0 and name not in profile:
+        for size, name in zip(tensor.shape, axes[tensor.name], strict=True):
+            if name and name not in profile:
                 raise RequestError(f"the {graph} graph has the axis {name!r} ({tensor.name}), the profile does not")
-            for shape, n in zip(shapes, profile[name] if size < 0 else (size,) * 3, strict=True):
+            for shape, n in zip(shapes, profile[name] if name else (size,) * 3, strict=True):
                 shape.append(n)
         made.set_shape(tensor.name, *shapes)
     return made

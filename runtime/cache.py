@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ..models.config import TextConfig
-from .session import Backend, Binding
+from .session import Backend, Binding, Buffer
 
 
 class Cache(Protocol):
@@ -38,25 +38,29 @@ class InPlace:
 class Rows:
     """One buffer [2 * layers, capacity, 1, kv_heads, Dh]; the graph reads what is used and puts out new rows.
 
-    Where nothing is used yet, one entry is bound that the graph masks out.
+    Where nothing is used yet, one entry is bound; the graph masks out what lies behind the used part.
     """
 
     def __init__(self, backend: Backend, binding: Binding, c: TextConfig, dtype: str, capacity: int):
         self.backend, self.binding, self.dtype, self.layers = backend, binding, dtype, c.layers
         self.row = (1, c.kv_heads, c.head_dim)
         self.memory = backend.zeros((2 * c.layers, capacity, *self.row), dtype)
+        self.new: Buffer | None = None
 
     def before(self, length: int, count: int) -> None:
         """See Cache."""
-        capacity = self.memory.shape[1]
+        capacity, step = self.memory.shape[1], self.backend.cache_step
+        used = min(capacity, -(-length // step) * step) if length else 1
         for i in range(2 * self.layers):
             cache = self.memory.rows(i, i + 1).reshape(capacity, *self.row)
-            self.binding.input(f"{('key', 'value')[i % 2]}_{i // 2}", cache.rows(0, max(length, 1)))
-        self.new = self.backend.zeros((2 * self.layers, count, *self.row), self.dtype)
-        self.binding.output("rows", self.new)
+            self.binding.input(f"{('key', 'value')[i % 2]}_{i // 2}", cache.rows(0, used))
+        if self.new is None or self.new.shape[1] != count:
+            self.new = self.backend.zeros((2 * self.layers, count, *self.row), self.dtype)
+            self.binding.output("rows", self.new)
 
     def after(self, length: int, count: int) -> None:
         """See Cache."""
+        assert self.new is not None
         self.backend.copy_into(self.memory, length, self.new)
 
 

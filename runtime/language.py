@@ -14,7 +14,7 @@ from ..models.errors import RequestError
 from .cache import FORMS, Cache
 from .prune import Selection
 from .session import Backend, Binding, Buffer, Session
-from .vision import Features
+from .vision import Features, features_of
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,21 @@ class Sampling:
 class Language:
     """The decoder graph on a backend."""
 
-    def __init__(self, backend: Backend, graph: Path, config: TextConfig, image_token: int, dtype: str, dialect: str):
+    def __init__(
+        self,
+        backend: Backend,
+        graph: Path,
+        config: TextConfig,
+        image_token: int,
+        levels: int,
+        dtype: str,
+        dialect: str,
+    ):
         self.backend, self.config, self.image_token, self.dtype = backend, config, image_token, dtype
         self.session: Session = backend.session(graph)
         self.cache_form = FORMS[dialect]
+        zeros = backend.zeros((1 + levels, 1, config.width), dtype)
+        self.no_features = features_of(zeros)  # of a run without images, which takes none of them
 
     def start(self, capacity: int, features: Features) -> Decoding:
         """A new sequence with room for ``capacity`` tokens."""
@@ -119,13 +130,15 @@ class Decoding:
     """One sequence in progress: its caches and its binding."""
 
     def __init__(self, language: Language, capacity: int, features: Features):
-        self.language, self.backend, self.capacity, self.length = language, language.backend, capacity, 0
+        self.language, self.backend, self.length = language, language.backend, 0
+        self.capacity = language.backend.capacity or capacity
         c = language.config
         self.binding: Binding = language.session.binding()
-        self.cache: Cache = language.cache_form(self.backend, self.binding, c, language.dtype, capacity)
+        self.cache: Cache = language.cache_form(self.backend, self.binding, c, language.dtype, self.capacity)
         self._features(features)
         self.logits = self.backend.zeros((1, 1, c.vocab), "float32")
         self.binding.output("logits", self.logits)
+        self.inputs: dict[str, Buffer] = {}  # of a run, kept for the next one of the same length
 
     def _features(self, features: Features) -> None:
         self.binding.input("embeds", features.embeds)
@@ -134,7 +147,9 @@ class Decoding:
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
         """Run the prompt; returns the logits float32 [V] after its last token (valid until the next call)."""
-        return self._run(prompt.ids, prompt.positions)
+        logits = self._run(prompt.ids, prompt.positions)
+        self._features(self.language.no_features)
+        return logits
 
     def decode(self, token: int, position: int) -> np.ndarray:
         """Run one more token at ``position`` (all three axes); returns logits as ``prefill`` does.
@@ -150,15 +165,19 @@ class Decoding:
         S = len(ids)
         if self.length + S > self.capacity:
             raise RequestError(f"{self.length + S} tokens, expected at most {self.capacity} (the cache's capacity)")
-        upload = self.backend.upload
-        inputs: dict[str, Buffer] = {
-            "input_ids": upload(ids.reshape(1, S)),
-            "position_ids": upload(positions.reshape(3, 1, S)),
-            "start": upload(np.array([self.length], np.int32)),
-            "logits_at": upload(np.array([[S - 1]], np.int32)),
+        values = {
+            "input_ids": ids.reshape(1, S),
+            "position_ids": positions.reshape(3, 1, S),
+            "start": np.array([self.length], np.int32),
+            "logits_at": np.array([[S - 1]], np.int32),
         }
-        for name, buffer in inputs.items():
-            self.binding.input(name, buffer)
+        if self.inputs and self.inputs["input_ids"].shape[1] == S:
+            for name, value in values.items():
+                self.backend.write(self.inputs[name], value)
+        else:
+            self.inputs = {name: self.backend.upload(value) for name, value in values.items()}
+            for name, buffer in self.inputs.items():
+                self.binding.input(name, buffer)
         self.cache.before(self.length, S)
         self.binding.run()
         self.cache.after(self.length, S)

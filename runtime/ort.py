@@ -66,6 +66,9 @@ class OrtCpu:
     """The backend. ``threads``: threads per graph, 0 for one per core."""
 
     name = "onnxruntime-cpu"
+    capacity: int | None = None
+    max_pixels: int | None = None
+    cache_step = 1
 
     def __init__(self, threads: int = 0):
         self._ort, self._threads = _import(), threads
@@ -93,6 +96,10 @@ class OrtCpu:
         array = np.ascontiguousarray(array)
         return Buffer(array.ctypes.data, array.shape, array.dtype.name, array)
 
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """See session.Backend."""
+        self.download(buffer)[...] = array
+
     def download(self, buffer: Buffer) -> np.ndarray:
         """See session.Backend."""
         memory = buffer.owner.reshape(-1).view(np.uint8)
@@ -102,3 +109,6 @@ class OrtCpu:
     def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
         """See session.Backend."""
         self.download(target)[:, at : at + source.shape[1]] = self.download(source)
+
+    def wait(self) -> None:
+        """See session.Backend; a run returns when it is done."""

@@ -15,13 +15,13 @@ from ..models.checks import integer, sequence
 from ..models.errors import BundleError, RequestError
 from ..models.manifest import Manifest
 from .bundle import open_bundle
+from .devices import open_device
 from .image import ImageLike, prepare
 from .language import Language, Sampling, build_prompt
-from .ort import OrtCpu
 from .prune import Prune, Selection, Selector, check_prune
 from .session import Backend, Buffer
 from .text import PromptLike, Text
-from .vision import Vision
+from .vision import Vision, features_of
 
 PruneLike = Prune | Literal["default"] | None
 
@@ -130,16 +130,21 @@ class Pipeline:
         backend: Backend,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        chosen: str = "",
     ):
         model, dtype = manifest.model, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
         graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
         self.manifest, self.backend = manifest, backend
+        self.chosen = chosen  # where it runs, and why there
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
         self.selector = Selector(backend, graphs["prune"], model.vision.block)
         self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
         dialect = manifest.graphs["language"].dialect
-        self.language = Language(backend, graphs["language"], model.text, model.image_token, dtype, dialect)
+        self.language = Language(
+            backend, graphs["language"], model.text, model.image_token, len(model.vision.deepstack), dtype, dialect
+        )
+        self.context = min(manifest.context, backend.capacity or manifest.context)
         self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
 
     def generate(
@@ -244,16 +249,18 @@ class Pipeline:
             raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {vocab - 1}")
         prompt = build_prompt(ids, self.manifest.model.image_token, prepared.selections)
         stats.prompt_tokens, stats.prompt_tokens_full = len(prompt.ids), prompt.full_length
-        room = self.manifest.context - len(prompt.ids)
+        room = self.context - len(prompt.ids)
         if room < 1:
+            limit = "the model's context" if self.context == self.manifest.context else "the engines' capacity"
             raise RequestError(
-                f"the prompt takes {len(prompt.ids)} tokens, expected under {self.manifest.context} (the model's "
-                "context); lower max_pixels, prune more or ask less"
+                f"the prompt takes {len(prompt.ids)} tokens, expected under {self.context} ({limit}); "
+                "lower max_pixels, prune more or ask less"
             )
 
         def steps() -> Iterator[Step]:
             with stats.stage("vision"):
-                features = self.vision.view(self._encode(prepared))
+                features = features_of(self._encode(prepared))
+                self.backend.wait()
             with stats.stage("prefill"):
                 limit = min(max_new_tokens, room)
                 decoding = self.language.start(len(prompt.ids) + limit - 1, features)
@@ -275,25 +282,24 @@ class Pipeline:
 
 def load(
     path: str | Path,
+    device: str = "cpu",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     threads: int = 0,
     verify: bool = False,
 ) -> Pipeline:
-    """Open a bundle on ONNX Runtime (CPU).
+    """Open a bundle on a device: "cpu" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto" (see devices.py).
 
-    ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own. ``threads`` per graph, 0 for one
-    per core. ``verify`` checks the hashes of the large files too. Raises BundleError, BackendError.
+    ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own, or what its engines were compiled
+    for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files too.
+    Raises BundleError, BackendError.
     """
     integer("threads", threads, 0, 1024)
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None:
             integer(name, value, 1)
     directory, manifest = open_bundle(path, verify)
-    dialects = sorted({graph.dialect for graph in manifest.graphs.values()})
-    if dialects not in (["ort"], ["plain"]) or manifest.compute == "bf16":
-        raise BundleError(
-            f"{directory}: has {manifest.compute} graphs of dialect {', '.join(dialects)}, expected 'ort' for ONNX "
-            "Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
-        )
-    return Pipeline(directory, manifest, OrtCpu(threads), min_pixels, max_pixels)
+    backend, chosen = open_device(device, directory, manifest, threads)
+    limit = backend.max_pixels or manifest.preprocessing.max_pixels
+    max_pixels = min(limit, manifest.preprocessing.max_pixels) if max_pixels is None else max_pixels
+    return Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen)

@@ -58,7 +58,7 @@ class Binding(Protocol):
         """Write the graph output ``name`` to ``buffer`` from now on."""
 
     def run(self) -> None:
-        """Run the graph once and wait for the outputs."""
+        """Run the graph once. Whatever reads its outputs through the backend finds them there."""
 
 
 class Session(Protocol):
@@ -75,6 +75,9 @@ class Backend(Protocol):
     """Where graphs run and buffers live."""
 
     name: str
+    capacity: int | None  # tokens that a cache holds, where that is fixed
+    max_pixels: int | None  # of images, where there is a limit
+    cache_step: int  # a cache by position is read in multiples of this
 
     def session(self, path: Path) -> Session:
         """Load an ONNX graph with the weights beside it."""
@@ -85,11 +88,17 @@ class Backend(Protocol):
     def upload(self, array: np.ndarray) -> Buffer:
         """A host array in the backend's memory; where that is host memory, the array itself."""
 
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """Put a host array of the same shape and dtype into a buffer."""
+
     def download(self, buffer: Buffer) -> np.ndarray:
-        """A buffer as a host array; where that is host memory, a view of it."""
+        """A buffer as a host array; where that is host memory, a view of it. bfloat16 becomes float32."""
 
     def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
         """target[:, at : at + n] = source, for a source [A, n, ...] and a target [A, m, ...], m >= at + n."""
+
+    def wait(self) -> None:
+        """Return when everything that was started is done, so that times can be measured."""
 
 
 def run(session: Session, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:

@@ -17,6 +17,12 @@ class Features:
     deepstack: Buffer | None  # [L, K, D]; None where the model has no deepstack levels
 
 
+def features_of(buffer: Buffer) -> Features:
+    """The parts of a feature buffer [1 + L, K, D], by name."""
+    parts, K, D = buffer.shape
+    return Features(buffer.rows(0, 1).reshape(K, D), buffer.rows(1, parts) if parts > 1 else None)
+
+
 class Vision:
     """The vision graph on a backend. ``levels``: L, ``width``: D, ``dtype``: of the features."""
 
@@ -27,12 +33,6 @@ class Vision:
     def features(self, tokens: int) -> Buffer:
         """Memory for the features of ``tokens`` kept tokens: [1 + L, K, D], at least one (zero) token."""
         return self.backend.zeros((1 + self.levels, max(tokens, 1), self.width), self.dtype)
-
-    def view(self, features: Buffer) -> Features:
-        """The parts of a feature buffer, by name."""
-        _, K, D = features.shape
-        embeds = features.rows(0, 1).reshape(K, D)
-        return Features(embeds, features.rows(1, 1 + self.levels) if self.levels else None)
 
     def encode(self, images: Sequence[tuple[Buffer, Buffer]]) -> Buffer:
         """(image uint8 [H, W, 3], keep int32 [K_i]) per image -> features [1 + L, sum of K_i, D], in that order."""

@@ -1,0 +1,83 @@
+"""The few CUDA runtime calls that the TensorRT backend needs, through cuda-python: errors become exceptions."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from types import ModuleType
+from typing import Any
+
+from ..models.errors import BackendError
+
+INSTALL = "install cuda-python for the CUDA of this machine: pip install 'cuda-python>=12.6,<14'"
+
+
+def api() -> ModuleType:
+    """``cuda.bindings.runtime``. Raises BackendError that says what to install."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as err:
+        raise BackendError(f"cuda.bindings cannot be imported ({err}), expected for a GPU; {INSTALL}") from err
+    return runtime
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The value (or values) of a CUDA call; raises BackendError with CUDA's words if it failed."""
+    error, *values = result
+    if int(error) != 0:
+        name = getattr(error, "name", str(error))
+        hint = "; free GPU memory or build with smaller profiles" if "MemoryAllocation" in name else ""
+        raise BackendError(f"CUDA failed with {name}{hint}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def compute_capability(device: int = 0) -> str:
+    """ "8.9" for an RTX 4090. Raises BackendError where there is no GPU."""
+    cuda = api()
+    names = cuda.cudaDeviceAttr
+    kinds = (names.cudaDevAttrComputeCapabilityMajor, names.cudaDevAttrComputeCapabilityMinor)
+    return ".".join(str(check(cuda.cudaDeviceGetAttribute(kind, device))) for kind in kinds)
+
+
+class Memory:
+    """Device and pinned host memory that is kept for the next request instead of being given back to CUDA.
+
+    Sizes are rounded up to powers of two (at least 512 bytes, the alignment TensorRT wants is 256).
+    """
+
+    def __init__(self, cuda: ModuleType):
+        self.cuda, self.lock = cuda, threading.RLock()  # a block may be collected while the lock is held
+        self.free: dict[tuple[bool, int], list[int]] = defaultdict(list)
+        self.total = 0  # bytes taken from CUDA on the device
+
+    def take(self, nbytes: int, pinned: bool = False) -> Block:
+        """A block of at least ``nbytes``, with whatever it held before."""
+        size = max(512, 1 << max(0, nbytes - 1).bit_length())
+        with self.lock:
+            kept = self.free[pinned, size]
+            pointer = kept.pop() if kept else None
+        if pointer is None:
+            call = self.cuda.cudaMallocHost if pinned else self.cuda.cudaMalloc
+            pointer = int(check(call(size)))
+            self.total += 0 if pinned else size
+        return Block(self, pointer, size, pinned)
+
+    def close(self) -> None:
+        """Give all free blocks back to CUDA."""
+        with self.lock:
+            for (pinned, size), pointers in self.free.items():
+                for pointer in pointers:
+                    check((self.cuda.cudaFreeHost if pinned else self.cuda.cudaFree)(pointer))
+                    self.total -= 0 if pinned else size
+                pointers.clear()
+
+
+class Block:
+    """Memory that goes back to its ``Memory`` when nobody refers to it any more."""
+
+    def __init__(self, memory: Memory, pointer: int, size: int, pinned: bool):
+        self.memory, self.pointer, self.size, self.pinned = memory, pointer, size, pinned
+
+    def __del__(self) -> None:
+        with self.memory.lock:
+            self.memory.free[self.pinned, self.size].append(self.pointer)

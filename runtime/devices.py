@@ -1,0 +1,53 @@
+"""Where a bundle runs: the backend for a device, and how "auto" chooses one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..models.engines import TARGETS
+from ..models.errors import BackendError, BundleError, PpexportError
+from ..models.manifest import Manifest
+from .session import Backend
+
+DEVICES = ("auto", "cpu", *TARGETS)
+
+
+def open_device(device: str, directory: Path, manifest: Manifest, threads: int) -> tuple[Backend, str]:
+    """The backend of a device and one line that says what was chosen and why.
+
+    "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, else the CPU. Raises BackendError,
+    BundleError.
+    """
+    if device not in DEVICES:
+        raise BackendError(f"device is {device!r}, expected one of: {', '.join(DEVICES)}")
+    if device != "auto":
+        backend = _open(device, directory, manifest, threads)
+        return backend, f"{backend.name}, as asked for"
+    problems = []
+    for target in reversed(TARGETS):
+        try:
+            backend = _open(target, directory, manifest, threads)
+            return backend, f"{backend.name}: the bundle has engines for it that run here"
+        except PpexportError as err:
+            problems.append(f"{target}: {err}")
+    try:
+        backend = _open("cpu", directory, manifest, threads)
+    except PpexportError as err:
+        raise BackendError(f"the bundle runs on no device here: {'; '.join([*problems, f'cpu: {err}'])}") from err
+    return backend, f"{backend.name} ({'; '.join(problems)})"
+
+
+def _open(device: str, directory: Path, manifest: Manifest, threads: int) -> Backend:
+    if device in TARGETS:
+        from .trt import TrtBackend
+
+        return TrtBackend(directory, manifest, device)
+    from .ort import OrtCpu
+
+    dialects = sorted({graph.dialect for graph in manifest.graphs.values()})
+    if dialects not in (["ort"], ["plain"]) or manifest.compute == "bf16":
+        raise BundleError(
+            f"{directory}: has {manifest.compute} graphs of dialect {', '.join(dialects)}, expected 'ort' for ONNX "
+            "Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
+        )
+    return OrtCpu(threads)

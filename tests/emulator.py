@@ -1,0 +1,399 @@
+"""The parts of the tensorrt and CUDA APIs that ppexport calls, without a GPU.
+
+An "engine" holds an ONNX graph, which ONNX Runtime executes in float32 on host memory: pointers are real addresses,
+profile ranges are enforced, caches must be aliased, an address that is not set is an error, and memory is counted.
+test_trt.py checks that everything here exists in the real modules, so that the emulator cannot drift from them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import importlib.machinery
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+CAPABILITY = (8, 7)  # of the emulated GPU: a Jetson Orin
+NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+class Cuda(types.ModuleType):
+    """``cuda.bindings.runtime`` on host memory. ``allocated``: bytes per live pointer."""
+
+    cudaStreamNonBlocking = 1
+
+    class cudaMemcpyKind(enum.IntEnum):
+        cudaMemcpyHostToDevice = 1
+        cudaMemcpyDeviceToHost = 2
+        cudaMemcpyDeviceToDevice = 3
+
+    class cudaDeviceAttr(enum.IntEnum):
+        cudaDevAttrComputeCapabilityMajor = 75
+        cudaDevAttrComputeCapabilityMinor = 76
+
+    class cudaStreamCaptureMode(enum.IntEnum):
+        cudaStreamCaptureModeThreadLocal = 1
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.allocated: dict[int, ctypes.Array] = {}
+        self.pinned: dict[int, ctypes.Array] = {}
+        self.streams: dict[int, list | None] = {}  # what is being captured
+        self.graphs: dict[int, list] = {}
+        self.launches = 0
+
+    def _malloc(self, table: dict[int, ctypes.Array], size: int) -> tuple[int, int]:
+        memory = (ctypes.c_uint8 * (size + 512))()
+        pointer = -(-ctypes.addressof(memory) // 512) * 512
+        table[pointer] = memory
+        np.frombuffer(memory, np.uint8)[:] = 0xFF  # NaN: memory that nobody wrote must not matter
+        return 0, pointer
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
+        return self._malloc(self.allocated, size)
+
+    def cudaMallocHost(self, size: int) -> tuple[int, int]:
+        return self._malloc(self.pinned, size)
+
+    def cudaFree(self, pointer: int) -> tuple[int]:
+        del self.allocated[pointer]
+        return (0,)
+
+    def cudaFreeHost(self, pointer: int) -> tuple[int]:
+        del self.pinned[pointer]
+        return (0,)
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: int) -> tuple[int]:
+        assert self.streams[stream] is None, "a copy cannot be captured here"
+        ctypes.memmove(to, source, size)
+        return (0,)
+
+    def cudaMemcpy2DAsync(
+        self, to: int, pitch: int, source: int, source_pitch: int, width: int, height: int, kind: Any, stream: int
+    ) -> tuple[int]:
+        for row in range(height):
+            ctypes.memmove(to + row * pitch, source + row * source_pitch, width)
+        return (0,)
+
+    def cudaMemsetAsync(self, pointer: int, value: int, size: int, stream: int) -> tuple[int]:
+        ctypes.memset(pointer, value, size)
+        return (0,)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        stream = 1000 + len(self.streams)
+        self.streams[stream] = None
+        return 0, stream
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        assert self.streams[stream] is None, "synchronizing would break the capture"
+        return (0,)
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
+        del self.streams[stream]
+        return (0,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[int]:
+        self.streams[stream] = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, list]:
+        captured, self.streams[stream] = self.streams[stream], None
+        return 0, captured  # type: ignore[return-value]
+
+    def cudaGraphInstantiate(self, graph: list, flags: int) -> tuple[int, int]:
+        executable = 5000 + len(self.graphs)
+        self.graphs[executable] = graph
+        return 0, executable
+
+    def cudaGraphDestroy(self, graph: list) -> tuple[int]:
+        return (0,)
+
+    def cudaGraphExecDestroy(self, executable: int) -> tuple[int]:
+        self.graphs[executable] = []
+        return (0,)
+
+    def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
+        self.launches += 1
+        for run in self.graphs[executable]:
+            run()
+        return (0,)
+
+    def cudaDeviceGetAttribute(self, kind: int, device: int) -> tuple[int, int]:
+        return 0, CAPABILITY[kind - self.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor]
+
+    def cudaGetDeviceCount(self) -> tuple[int, int]:
+        return 0, 1
+
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+    def log(self, severity: int, message: str) -> None: ...
+
+
+class IProgressMonitor:
+    pass
+
+
+class BuilderFlag(enum.IntEnum):
+    VERSION_COMPATIBLE = 1
+
+
+class HardwareCompatibilityLevel(enum.IntEnum):
+    NONE = 0
+    AMPERE_PLUS = 1
+
+
+class MemoryPoolType(enum.IntEnum):
+    WORKSPACE = 0
+
+
+class NetworkDefinitionCreationFlag(enum.IntEnum):
+    STRONGLY_TYPED = 1
+
+
+class TensorIOMode(enum.IntEnum):
+    NONE = 0
+    INPUT = 1
+    OUTPUT = 2
+
+
+class Tensor:
+    def __init__(self, value: onnx.ValueInfoProto):
+        self.name = value.name
+        dims = value.type.tensor_type.shape.dim
+        self.shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
+        self._names = [d.dim_param for d in dims]
+
+    def get_dimension_name(self, axis: int) -> str:
+        return self._names[axis]
+
+
+class INetworkDefinition:
+    num_inputs = 0
+
+    def get_input(self, index: int) -> Tensor:
+        return Tensor(self.proto.graph.input[index])
+
+
+class OnnxParser:
+    num_errors = 0
+
+    def __init__(self, network: INetworkDefinition, log: ILogger):
+        self.network = network
+
+    def parse(self, model: bytes, path: str) -> bool:
+        self.network.proto = onnx.load_from_string(model)  # type: ignore[attr-defined]
+        self.network.path = path  # type: ignore[attr-defined]
+        self.network.num_inputs = len(self.network.proto.graph.input)  # type: ignore[attr-defined]
+        return True
+
+    def get_error(self, index: int) -> Any:
+        raise IndexError(index)
+
+
+class IOptimizationProfile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple] = {}
+
+    def set_shape(self, name: str, smallest: list[int], best: list[int], largest: list[int]) -> None:
+        self.shapes[name] = (smallest, best, largest)
+
+
+class ITimingCache:
+    def __init__(self, old: bytes):
+        self.old = old
+
+    def serialize(self) -> bytes:
+        return self.old + b"timed"
+
+
+class IBuilderConfig:
+    hardware_compatibility_level = HardwareCompatibilityLevel.NONE
+    progress_monitor: Any = None
+
+    def __init__(self) -> None:
+        self.profiles: list[dict] = []
+
+    def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
+        self.profiles.append(profile.shapes)
+        return len(self.profiles) - 1
+
+    def set_memory_pool_limit(self, pool: MemoryPoolType, size: int) -> None: ...
+
+    def set_flag(self, flag: BuilderFlag) -> None: ...
+
+    def create_timing_cache(self, old: bytes) -> ITimingCache:
+        return ITimingCache(old)
+
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        return True
+
+
+class Builder:
+    def __init__(self, log: ILogger):
+        self.log = log
+
+    def create_network(self, flags: int) -> INetworkDefinition:
+        assert flags == 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return INetworkDefinition()
+
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
+
+    def create_optimization_profile(self) -> IOptimizationProfile:
+        return IOptimizationProfile()
+
+    def build_serialized_network(self, network: Any, config: IBuilderConfig) -> memoryview:
+        config.progress_monitor.phase_start("Building engine", None, 2)
+        config.progress_monitor.step_complete("Building engine", 0)
+        config.progress_monitor.phase_finish("Building engine")
+        onnx.external_data_helper.load_external_data_for_model(network.proto, str(Path(network.path).parent))
+        return memoryview(pickle.dumps((network.proto.SerializeToString(), config.profiles)))
+
+
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine):
+        self.engine, self.profile = engine, 0
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return profile < len(self.engine.profiles)
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        assert pointer % 256 == 0 or name not in self.engine.caches, "caches are aligned"
+        self.addresses[name] = pointer
+        return name in self.engine.types
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.engine.profiles[self.profile][name]
+        self.shapes[name] = tuple(shape)
+        return all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+
+    def execute_async_v3(self, stream: int) -> bool:
+        addresses, shapes = dict(self.addresses), dict(self.shapes)
+        run = lambda: self.engine.run(addresses, shapes)  # noqa: E731
+        capturing = self.engine.cuda.streams[stream]
+        if capturing is not None:
+            capturing.append(run)
+            return True
+        return run()
+
+
+class ICudaEngine:
+    def __init__(self, blob: bytes, cuda: Cuda):
+        proto, self.profiles = pickle.loads(blob)
+        self.cuda = cuda
+        widened, self.types = widen(ir.from_proto(onnx.load_from_string(proto)))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(
+            ir.to_proto(widened).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.num_io_tensors = len(self.types)
+        self.caches = {n for n in self.types if n.startswith("new_")}
+
+    def get_tensor_name(self, index: int) -> str:
+        return [*self.inputs, *self.outputs][index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
+
+    def create_execution_context(self) -> IExecutionContext:
+        return IExecutionContext(self)
+
+    def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> bool:
+        for name in self.types:
+            if name not in addresses:
+                raise AssertionError(f"the address of {name} is not set")
+        for name in self.caches:
+            assert addresses[name] == addresses[name.removeprefix("new_")], f"{name} is not aliased with its input"
+        feed = {name: read(addresses[name], shapes[name], self.types[name]) for name in self.inputs}
+        for name, value in zip(self.outputs, self.session.run(self.outputs, feed), strict=True):
+            write(addresses[name], value, self.types[name])
+        return True
+
+
+class Runtime:
+    def __init__(self, log: ILogger):
+        self.cuda = sys.modules["cuda.bindings"].runtime
+
+    def deserialize_cuda_engine(self, blob: bytes) -> ICudaEngine:
+        return ICudaEngine(blob, self.cuda)
+
+
+def widen(model: ir.Model) -> tuple[ir.Model, dict[str, ir.DataType]]:
+    """The graph with every 16-bit value in float32, and the types its inputs and outputs had."""
+    types = {v.name: v.dtype for v in [*model.graph.inputs, *model.graph.outputs]}
+    for value in model.graph.initializers.values():
+        if value.dtype in NARROW:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for value in model.graph.inputs:
+        if value.dtype in NARROW:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.dtype in NARROW:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+        to = node.attributes.get("to")
+        if to is not None and ir.DataType(to.as_int()) in NARROW:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+        constant = node.attributes.get("value")
+        if constant is not None and constant.value.dtype in NARROW:
+            wide = ir.tensor(constant.value.numpy().astype(np.float32))
+            node.attributes["value"] = ir.AttrTensor("value", wide)
+    return model, types
+
+
+def read(pointer: int, shape: tuple[int, ...], dtype: ir.DataType) -> np.ndarray:
+    """The tensor at an address, 16-bit types as float32."""
+    size = int(np.prod(shape) * dtype.itemsize)
+    raw = np.frombuffer((ctypes.c_uint8 * size).from_address(pointer), np.uint8).copy()
+    return raw.view(dtype.numpy()).reshape(shape).astype(np.float32 if dtype in NARROW else dtype.numpy())
+
+
+def write(pointer: int, value: np.ndarray, dtype: ir.DataType) -> None:
+    narrow = np.ascontiguousarray(value.astype(dtype.numpy()))
+    ctypes.memmove(pointer, narrow.ctypes.data, narrow.nbytes)
+
+
+@contextmanager
+def installed() -> Iterator[Cuda]:
+    """The emulated modules in place of ``tensorrt`` and ``cuda.bindings``."""
+    tensorrt, bindings = types.ModuleType("tensorrt"), types.ModuleType("cuda.bindings")
+    for name, value in globals().items():
+        if isinstance(value, type) and value.__module__ == __name__:
+            setattr(tensorrt, name, value)
+    tensorrt.__version__ = "10.15.0"  # type: ignore[attr-defined]
+    runtime = Cuda()
+    bindings.runtime = runtime  # type: ignore[attr-defined]
+    emulated = {"tensorrt": tensorrt, "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}
+    emulated["cuda"] = types.ModuleType("cuda")
+    for name, module in emulated.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    before = {name: sys.modules.get(name) for name in emulated}
+    sys.modules.update(emulated)
+    try:
+        yield runtime
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
