@@ -23,7 +23,7 @@ $(VENV)/exports: $(VENV)/runs setup.cfg
 	touch $@
 
 $(VENV)/tests: $(VENV)/exports setup.cfg
-	$(PIP) -e '.[cpu,export,dev]'
+	$(PIP) -e '.[cpu,export,rtx,dev]'
 	touch $@
 
 demo: $(VENV)/exports

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # (text layers, width, ffn, heads, kv heads, head width, vocabulary, tied, mRoPE sections,
 #  vision depth, width, ffn, heads, deepstack blocks)
 SHAPES: dict[str, tuple[Any, ...]] = {
-    "tiny": (3, 64, 128, 4, 2, 16, VOCAB + 1, False, [4, 2, 2], 3, 64, 128, 4, [0, 1]),
+    "tiny": (2, 64, 128, 4, 2, 16, VOCAB + 1, False, [4, 2, 2], 3, 64, 128, 4, [0, 1]),
     "pocket": (6, 192, 512, 4, 2, 48, VOCAB, True, [8, 8, 8], 4, 128, 512, 4, [0, 2]),
     "300m": (16, 1024, 3072, 16, 8, 64, 32000, True, [12, 10, 10], 12, 768, 3072, 12, [3, 6, 9]),
     "2b": (28, 2048, 6144, 16, 8, 128, 151936, True, [24, 20, 20], 24, 1024, 4096, 16, [5, 11, 17]),

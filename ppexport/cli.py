@@ -64,6 +64,15 @@ def _prune(tau: float | None, mode: str | None) -> Any:
     return Prune.at(tau) if mode is None else Prune(tau=tau, anchored=mode == "anchored")
 
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
+    help="Where to run; auto takes engines of the bundle that run here, else the CPU, and says why.",
+)
+
+
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of the engines that ``build --target`` compiles."""
     for option in reversed(
@@ -162,6 +171,7 @@ def _interrupt(*_: Any) -> None:
 @click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
 @prune_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
+@device_option
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
@@ -203,6 +213,7 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
 @click.option(
     "--method", type=click.Choice(["pred_2d", "random"]), default="pred_2d", show_default=True, help="How to prune."
 )
+@device_option
 @click.option("-n", "--n", "count", type=click.IntRange(1), default=200, show_default=True, help="Samples per skill.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every answer included.")
 def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> None:

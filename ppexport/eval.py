@@ -97,6 +97,7 @@ def main(
     taus: Sequence[float],
     no_prune: bool,
     method: str,
+    device: str,
     count: int,
     as_json: bool,
 ) -> None:
@@ -105,7 +106,7 @@ def main(
     if unknown:
         raise RequestError(f"skill is {unknown[0]!r}, expected one of: {', '.join(SKILLS)}")
     found = []
-    pipe = load(bundle)
+    pipe = load(bundle, device)
     if not as_json:
         click.echo(f"{'skill':<12}{'pruning':<24}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}")
     for r in results(pipe, skills or SKILLS, settings(taus, no_prune, method), count):

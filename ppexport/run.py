@@ -20,6 +20,7 @@ def run(
     prompt: str,
     images: Sequence[str],
     prune: PruneLike = "default",
+    device: str = "auto",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     threads: int = 0,
@@ -32,17 +33,21 @@ def run(
     """Load the bundle, stream the answer to stdout, print the statistics to stderr (or all of it as JSON)."""
     if overlay:
         check_overlay(overlay, images[0])
-    answer = load(bundle, min_pixels, max_pixels, threads, verify).generate(prompt, images, prune, **generation)
+    pipe = load(bundle, device, min_pixels, max_pixels, threads, verify)
+    answer = pipe.generate(prompt, images, prune, **generation)
     for piece in answer:
         if not as_json:
             click.echo(piece, nl=False)
     if overlay:
         write_overlay(images[0], answer.stats.images[0], overlay)
     if as_json:
-        click.echo(json.dumps({"answer": answer.text(), **as_dict(answer.stats)}, ensure_ascii=False))
+        click.echo(
+            json.dumps({"answer": answer.text(), "device": pipe.chosen, **as_dict(answer.stats)}, ensure_ascii=False)
+        )
         return
     click.echo()
     if not quiet:
+        click.echo(f"device  {pipe.chosen}", err=True)
         for line in summary(answer.stats):
             click.echo(line, err=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..models.engines import TARGETS
+from ..models.engines import TARGETS, folder
 from ..models.errors import BackendError, BundleError, PpexportError
 from ..models.manifest import Manifest
 from .session import Backend
@@ -25,16 +25,21 @@ def open_device(device: str, directory: Path, manifest: Manifest, threads: int) 
         return backend, f"{backend.name}, as asked for"
     problems = []
     for target in reversed(TARGETS):
+        if not folder(directory, target).is_dir():
+            continue
         try:
             backend = _open(target, directory, manifest, threads)
             return backend, f"{backend.name}: the bundle has engines for it that run here"
         except PpexportError as err:
-            problems.append(f"{target}: {err}")
+            problems.append(str(err))
+    if not problems:
+        backend = _open("cpu", directory, manifest, threads)
+        return backend, f"{backend.name}: the bundle has no engines"
     try:
         backend = _open("cpu", directory, manifest, threads)
     except PpexportError as err:
-        raise BackendError(f"the bundle runs on no device here: {'; '.join([*problems, f'cpu: {err}'])}") from err
-    return backend, f"{backend.name} ({'; '.join(problems)})"
+        raise BackendError(f"the bundle runs on no device here: {'; '.join([*problems, str(err)])}") from err
+    return backend, f"{backend.name}: {'; '.join(problems)}"
 
 
 def _open(device: str, directory: Path, manifest: Manifest, threads: int) -> Backend:

@@ -282,13 +282,14 @@ class Pipeline:
 
 def load(
     path: str | Path,
-    device: str = "cpu",
+    device: str = "auto",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     threads: int = 0,
     verify: bool = False,
 ) -> Pipeline:
-    """Open a bundle on a device: "cpu" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto" (see devices.py).
+    """Open a bundle on a device: "cpu" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto": one whose engines it has,
+    if they run here, else the CPU. ``chosen`` of the result says which and why.
 
     ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own, or what its engines were compiled
     for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files too.

@@ -15,6 +15,7 @@ import ppexport
 from ppexport.build import build
 from ppexport.cli import main
 from ppexport.engines import Options, compile_bundle
+from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
 from ppexport.models import engines, profiles
 from ppexport.models.manifest import Manifest
 from ppexport.onnx_dims import set_axis
@@ -24,6 +25,17 @@ pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not install
 RTX = "tensorrt-rtx"
 SMALL = Options(capacity=256, max_pixels=256 * 256)
 KINDS = [(dialect, precision) for dialect in ("standard", "plain") for precision in ("bf16", "fp16")]
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a layer more than deepstack levels, as every real model: TensorRT-RTX 1.7 cannot compile it without."""
+    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    config = qwen3_vl_config("tiny")
+    config["text_config"]["num_hidden_layers"] = 3
+    write_random(config, directory)
+    write_text_files(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")

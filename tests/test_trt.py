@@ -161,9 +161,15 @@ def test_engines_of_another_version_or_gpu_are_refused(bundle: Path, monkeypatch
 
 def test_auto_says_what_it_chose_and_why(bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ppexport.load(bundle, "auto").chosen == "tensorrt 10.15.0: the bundle has engines for it that run here"
-    chosen = ppexport.load(tiny_bundle, "auto").chosen
-    assert chosen.startswith("onnxruntime-cpu (tensorrt-rtx: ")
-    assert "has no engines for tensorrt; run: ppexport build" in chosen
+    assert ppexport.load(tiny_bundle).chosen == "onnxruntime-cpu: the bundle has no engines"
+    assert ppexport.load(tiny_bundle, "cpu").chosen == "onnxruntime-cpu, as asked for"
+    monkeypatch.setattr(emulator, "CAPABILITY", (12, 0))
+    if "plain" in str(bundle):
+        assert ppexport.load(bundle).chosen.startswith("onnxruntime-cpu: ")
+        assert "found 12.0 here; run: ppexport build" in ppexport.load(bundle).chosen
+    else:
+        with pytest.raises(ppexport.BackendError, match=r"runs on no device here: .*found 12.0 here.*dialect standard"):
+            ppexport.load(bundle)
     with pytest.raises(ppexport.BackendError, match="device is 'tpu', expected one of: auto, cpu, tensorrt"):
         ppexport.load(bundle, "tpu")
 
