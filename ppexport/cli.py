@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .models.errors import PpexportError
+from .models.errors import PpexportError, SpaceError
 from .models.version import __version__
 
 
@@ -224,6 +224,38 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 
 
 @main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="The profile file to write.")
+@prune_options
+@click.option("--no-prune", is_flag=True, help="Plan for images that are not pruned.")
+@click.option("--capacity", type=click.IntRange(2), default=4096, show_default=True, help="Tokens in a cache.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at a time.")
+@click.option("--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question.")
+@click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
+@click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
+def plan(
+    images: tuple[str, ...], output: str, tau: float | None, mode: str | None, no_prune: bool, **sizes: Any
+) -> None:
+    """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
+    from pathlib import Path
+
+    from . import plan as planner
+    from .models import profiles
+
+    prune = None if no_prune else _prune(tau, mode)
+    given = {name: value for name, value in sizes.items() if value is not None}
+    with click.progressbar(length=len(images), label="select", file=sys.stderr) as bar:
+        made = planner.plan(images, prune, progress=lambda done, total: bar.update(1), **given)
+    try:
+        profiles.write(made.profiles, Path(output))
+    except OSError as err:
+        raise SpaceError(f"{output}: cannot be written: {err}") from err
+    for line in planner.report(made):
+        click.echo(line)
+    click.echo(f"wrote {output}")
+
+
+@main.command()
 @click.argument("image", type=click.Path())
 @prune_options
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
@@ -262,6 +294,18 @@ def inspect(
     )
     if overlay:
         click.echo(f"overlay {overlay}")
+
+
+@main.command()
+@click.argument("bundle", required=False, type=click.Path())
+def doctor(bundle: str | None) -> None:
+    """What is installed, what can be built and run here, what to install for the rest; and whether BUNDLE runs."""
+    from .doctor import examine
+
+    for finding in examine(bundle):
+        click.echo(f"{finding.name:<18}{finding.found}")
+        if finding.todo:
+            click.echo(f"{'':<18}-> {finding.todo}")
 
 
 if __name__ == "__main__":

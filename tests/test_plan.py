@@ -1,0 +1,144 @@
+"""Profiles: from images, as a file, and what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import GOLDEN, IMAGES
+from PIL import Image
+
+import ppexport
+from ppexport import plan as planner
+from ppexport.cli import main
+from ppexport.exporters.checkpoint import Checkpoint
+from ppexport.models import profiles
+from ppexport.models.config import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return Checkpoint.open(GOLDEN / "e2e" / "model").config
+
+
+def test_defaults_pass_their_own_check(model: ModelConfig) -> None:
+    for pixels in (1024, 65536, 2097152):
+        for capacity in (2, 300, None):
+            profiles.check(profiles.defaults(model, 4096, pixels, capacity), model, 4096)
+    sizes = profiles.defaults(model, 32768, 2097152)
+    assert (sizes.capacity, sizes.vision[0]["K"], sizes.prefill[0]["S"][2]) == (4096, (1, 682, 2048), 4096)
+    assert profiles.defaults(model, 1000, 65536).capacity == 1000
+    with pytest.raises(ppexport.RequestError, match="max_pixels is 1000, expected at least one token of 32 x 32"):
+        profiles.defaults(model, 4096, 1000)
+    with pytest.raises(ppexport.RequestError, match="capacity is 5000, expected 2 to 4096"):
+        profiles.defaults(model, 4096, 65536, 5000)
+
+
+def test_file_there_and_back(model: ModelConfig, tmp_path: Path) -> None:
+    sizes = profiles.defaults(model, 4096, 65536, batch=3)
+    profiles.write(sizes, tmp_path / "p.json")
+    assert profiles.read(tmp_path / "p.json") == sizes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 7}, "schema is 7, expected 1"),
+        ({"capacity": 1}, "capacity is 1, expected 2 to 4096"),
+        ({"batch": 0}, "batch is 0, expected at least 1"),
+        ({"max_pixels": 5}, "max_pixels is 5, expected at least 1024"),
+        ({"vision": ()}, "vision has no profile, expected at least one"),
+        (
+            {"vision": ({"H": (32, 32, 32), "K": (1, 1, 1)},)},
+            r"vision\[0\] has the axes \['H', 'K'\], expected \['H', ",
+        ),
+        (
+            {"prune": ({"H": (32, 48, 64), "W": (32, 32, 32)},)},
+            r"prune\[0\].H is \[32, 48, 64\], expected rising multi",
+        ),
+        (
+            {"prefill": ({"S": (9, 5, 10), "K": (1, 1, 1)},)},
+            r"prefill\[0\].S is \[9, 5, 10\], expected rising: min, opt",
+        ),
+        ({"prefill": ({"S": (1, 5, 4097), "K": (1, 1, 1)},)}, r"prefill\[0\].S goes to 4097, expected at most 4096"),
+    ],
+)
+def test_profiles_that_do_not_fit(model: ModelConfig, change: dict, message: str) -> None:
+    sizes = dataclasses.replace(profiles.defaults(model, 4096, 65536), **change)
+    with pytest.raises(ppexport.RequestError, match=message):
+        profiles.check(sizes, model, 4096)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as a profile file"),
+        ('{"schema": 1}', "p.json: batch: is missing"),
+        (None, "cannot be read as a profile file.*'ppexport plan' writes one"),
+    ],
+)
+def test_bad_files(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ppexport.RequestError, match=message):
+        profiles.read(tmp_path / "p.json")
+
+
+def test_bucket_edges() -> None:
+    assert planner.bucket_edges([100] * 10, 2000) == [128, 2000]  # the ninth decile lies where the median does
+    assert planner.bucket_edges([100] * 8 + [900] * 2, 2000) == [128, 1024, 2000]
+    assert planner.bucket_edges([1900] * 10, 2000) == [2000]
+    assert planner.bucket_edges([1], 1) == [1]
+
+
+def test_plan_command(tmp_path: Path, model: ModelConfig) -> None:
+    images = sorted(str(p) for p in IMAGES.glob("*.png"))
+    result = CliRunner().invoke(main, ["plan", *images, "-o", str(tmp_path / "p.json"), "--max-pixels", "600000"])
+    assert result.exit_code == 0, result.output
+    sizes = profiles.check(profiles.read(tmp_path / "p.json"), model, 32768)
+    kept = sorted(ppexport.select(image, max_pixels=600000).kept for image in images)
+    assert f"{len(images)} images: kept tokens p10 {int(np.percentile(kept, 10))}, p50" in result.stdout
+    assert f"max {kept[-1]}" in result.stdout
+    assert result.stdout.count("bucket") == len(sizes.vision) > 1
+    assert sizes.vision[0]["K"][2] >= kept[len(kept) // 2 - 1]
+    assert sizes.vision[-1]["K"][2] == max(ppexport.select(image, max_pixels=600000).total for image in images)
+    assert sizes.prefill[-1]["S"][2] == 4096
+    served = [int(line.split("serves ")[1].split("%")[0]) for line in result.stdout.splitlines() if "serves" in line]
+    assert 99 <= sum(served) <= 101
+
+
+def test_plan_errors(tmp_path: Path) -> None:
+    Image.new("RGB", (640, 640)).save(tmp_path / "a.png")
+    command = ["plan", str(tmp_path / "a.png"), "-o", str(tmp_path / "p.json"), "--capacity", "300"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "an unpruned image of 400 tokens and 256 of text do not fit a capacity of 300" in result.output
+    result = CliRunner().invoke(main, ["plan", str(tmp_path / "none.png"), "-o", str(tmp_path / "p.json")])
+    assert result.exit_code == 1
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_outside_names_the_axis() -> None:
+    listed = [{"K": (1, 5, 10), "H": (32, 32, 64)}, {"K": (1, 5, 20), "H": (32, 32, 32)}]
+    assert profiles.fitting(listed, {"K": 15, "H": 32}) == 1
+    assert profiles.fitting(listed, {"K": 15, "H": 64}) is None
+    assert "no profile of the engine takes K 15, H 64 together" in profiles.outside(listed, {"K": 15, "H": 64})
+    assert "K (kept image tokens) is 21, the engine takes 1 to 10, 1 to 20" in profiles.outside(listed, {"K": 21})
+
+
+def test_doctor(tiny_bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["doctor", str(tiny_bundle)])
+    assert result.exit_code == 0, result.output
+    lines = {line[:18].strip(): line[18:] for line in result.stdout.splitlines()}
+    assert "onnxruntime" in lines["packages"]
+    assert "CPU" in lines["ONNX Runtime"]
+    assert "cpu" in lines["can run on"]
+    assert lines["on cpu"] == "runs"
+    assert "has no engines for tensorrt-rtx; run: ppexport build" in lines["on tensorrt-rtx"]
+    assert json.dumps(lines)
+    result = CliRunner().invoke(main, ["doctor", str(tiny_bundle / "nothing")])
+    assert result.exit_code == 1
