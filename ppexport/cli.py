@@ -66,7 +66,7 @@ def _prune(tau: float | None, mode: str | None) -> Any:
 
 device_option = click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "tensorrt", "tensorrt-rtx"]),
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]),
     default="auto",
     show_default=True,
     help="Where to run; auto takes engines of the bundle that run here, else the CPU, and says why.",

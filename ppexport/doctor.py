@@ -140,7 +140,7 @@ def _bundle(bundle: str) -> Iterator[Finding]:
     directory, manifest = open_bundle(bundle)
     dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
     yield Finding("bundle", f"{manifest.family}, weights in {manifest.precision}, dialect {dialects}")
-    for device in ("cpu", *TARGETS):
+    for device in ("cpu", "cuda", *TARGETS):
         try:
             open_device(device, directory, manifest, 0)
             yield Finding(f"  on {device}", "runs")

@@ -157,7 +157,8 @@ def _compile(
     begin = time.perf_counter()
     log = trt_api.logger(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other kind
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model, str(source)):
         told = " | ".join(parser.get_error(i).desc() for i in range(parser.num_errors))

@@ -9,7 +9,7 @@ from ..models.errors import BackendError, BundleError, PpexportError
 from ..models.manifest import Manifest
 from .session import Backend
 
-DEVICES = ("auto", "cpu", *TARGETS)
+DEVICES = ("auto", "cpu", "cuda", *TARGETS)
 
 
 def open_device(device: str, directory: Path, manifest: Manifest, threads: int) -> tuple[Backend, str]:
@@ -47,12 +47,18 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int) -> Bac
         from .trt import TrtBackend
 
         return TrtBackend(directory, manifest, device)
+    dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
+    found = f"{directory}: has {manifest.compute} graphs of dialect {dialects}"
+    if device == "cuda":
+        if dialects != "plain":
+            raise BundleError(f"{found}, expected 'plain' for CUDA; build it with --dialect plain --precision fp16")
+        from .ort_cuda import OrtCuda
+
+        return OrtCuda()
+    if dialects not in ("ort", "plain") or manifest.compute == "bf16":
+        raise BundleError(
+            f"{found}, expected 'ort' for ONNX Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
+        )
     from .ort import OrtCpu
 
-    dialects = sorted({graph.dialect for graph in manifest.graphs.values()})
-    if dialects not in (["ort"], ["plain"]) or manifest.compute == "bf16":
-        raise BundleError(
-            f"{directory}: has {manifest.compute} graphs of dialect {', '.join(dialects)}, expected 'ort' for ONNX "
-            "Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
-        )
     return OrtCpu(threads)

@@ -14,12 +14,14 @@ from .session import Buffer
 NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
 
 
-def _import() -> Any:
+def import_onnxruntime(device: str) -> Any:
+    """The module; raises BackendError that names the extra to install for a device, "cpu" or "cuda"."""
     try:
         import onnxruntime
     except ImportError as err:
         raise BackendError(
-            "onnxruntime is not installed, expected for device 'cpu'; install it with: pip install 'ppexport[cpu]'"
+            f"onnxruntime is not installed, expected for device '{device}'; install it with: "
+            f"pip install 'ppexport[{device}]'"
         ) from err
     return onnxruntime
 
@@ -71,7 +73,7 @@ class OrtCpu:
     cache_step = 1
 
     def __init__(self, threads: int = 0):
-        self._ort, self._threads = _import(), threads
+        self._ort, self._threads = import_onnxruntime("cpu"), threads
 
     def session(self, path: Path) -> OrtSession:
         """See session.Backend. Raises BackendError quoting ONNX Runtime if it refuses the graph."""

@@ -1,18 +1,10 @@
-"""TensorRT and TensorRT-RTX: engines run on one CUDA stream, on memory that is kept between requests.
-
-Pure Python on the vendor's API and cuda-python. Nothing here waits for the GPU but ``download`` and ``wait``. One lock
-guards the stream and the execution contexts, so several threads may share a pipeline; their requests take turns.
-"""
+"""TensorRT and TensorRT-RTX: engines run on one CUDA stream (runtime/gpu.py). Pure Python on the vendor's API."""
 
 from __future__ import annotations
 
-import ctypes
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..models import engines
 from ..models.engines import Engine, EngineRecord
@@ -20,103 +12,27 @@ from ..models.errors import BackendError, BundleError, RequestError
 from ..models.manifest import Manifest
 from ..models.profiles import fitting, outside
 from . import cuda, trt_api
+from .gpu import GpuBackend
 from .session import Buffer
 
-NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
 
-
-class TrtBackend:
+class TrtBackend(GpuBackend):
     """The backend. Raises BackendError, BundleError if the engines cannot run here, with the command to rebuild."""
-
-    cache_step = 128  # the used part of a cache by position grows in such steps, so that shapes seldom change
 
     def __init__(self, directory: Path, manifest: Manifest, target: str):
         self.record = engines.read(directory, manifest, target)
-        self.trt, self.cuda = trt_api.load(target), cuda.api()
+        self.trt = trt_api.load(target)
+        super().__init__()
         check_fits(self.record, self.trt, directory)
         self.name = f"{target} {self.trt.__version__}"
-        self.capacity: int | None = self.record.profiles.capacity
-        self.max_pixels: int | None = self.record.profiles.max_pixels
-        self.lock = threading.RLock()
-        self.memory = cuda.Memory(self.cuda)
-        self.stream = int(cuda.check(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking)))
+        self.capacity, self.max_pixels = self.record.profiles.capacity, self.record.profiles.max_pixels
         self.log = trt_api.logger(self.trt)
         self.runtime = self.trt.Runtime(self.log)
         self._folder = engines.folder(directory, target)
-        self._in_flight: list[cuda.Block] = []  # pinned memory that copies still read
 
     def session(self, path: Path) -> TrtSession:
         """The engine that was compiled from a graph; see session.Backend."""
         return TrtSession(self, path.stem, self.record.engines[path.stem], self._folder)
-
-    def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
-        """See session.Backend."""
-        buffer = self._new(shape, dtype)
-        with self.lock:
-            cuda.check(self.cuda.cudaMemsetAsync(buffer.pointer, 0, buffer.nbytes, self.stream))
-        return buffer
-
-    def upload(self, array: np.ndarray) -> Buffer:
-        """See session.Backend."""
-        array = np.ascontiguousarray(array)
-        buffer = self._new(array.shape, array.dtype.name)
-        self.write(buffer, array)
-        return buffer
-
-    def write(self, buffer: Buffer, array: np.ndarray) -> None:
-        """See session.Backend; one copy to pinned memory, one from there, in the background."""
-        array = np.ascontiguousarray(array)
-        staging = self.memory.take(array.nbytes, pinned=True)
-        ctypes.memmove(staging.pointer, array.ctypes.data, array.nbytes)
-        with self.lock:
-            self._copy(buffer.pointer, staging.pointer, array.nbytes, "HostToDevice")
-            self._in_flight.append(staging)
-
-    def download(self, buffer: Buffer) -> np.ndarray:
-        """See session.Backend; bfloat16 becomes float32."""
-        staging = self.memory.take(buffer.nbytes, pinned=True)
-        with self.lock:
-            self._copy(staging.pointer, buffer.pointer, buffer.nbytes, "DeviceToHost")
-            self.wait()
-        raw = np.frombuffer((ctypes.c_uint8 * buffer.nbytes).from_address(staging.pointer), np.uint8)
-        if buffer.dtype == "bfloat16":
-            return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(buffer.shape)
-        return raw.view(NUMPY[buffer.dtype]).reshape(buffer.shape).copy()
-
-    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
-        """See session.Backend; on the device."""
-        rows, width = source.shape[1], source.nbytes // source.shape[0]
-        row = width // rows
-        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        pitch = target.shape[1] * row
-        with self.lock:
-            cuda.check(
-                self.cuda.cudaMemcpy2DAsync(
-                    target.pointer + at * row, pitch, source.pointer, width, width, source.shape[0], kind, self.stream
-                )
-            )
-            self._in_flight.append(source.owner)
-
-    def wait(self) -> None:
-        """See session.Backend."""
-        with self.lock:
-            cuda.check(self.cuda.cudaStreamSynchronize(self.stream))
-            self._in_flight.clear()
-
-    def close(self) -> None:
-        """Give the memory and the stream back; the backend cannot be used afterwards."""
-        self.wait()
-        self.memory.close()
-        cuda.check(self.cuda.cudaStreamDestroy(self.stream))
-
-    def _new(self, shape: Sequence[int], dtype: str) -> Buffer:
-        empty = Buffer(0, tuple(shape), dtype, None)
-        block = self.memory.take(empty.nbytes)
-        return Buffer(block.pointer, empty.shape, dtype, block)
-
-    def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
-        value = getattr(self.cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
-        cuda.check(self.cuda.cudaMemcpyAsync(to, source, nbytes, value, self.stream))
 
 
 class TrtSession:

@@ -1,0 +1,102 @@
+"""What the GPU backends share: one CUDA stream, and buffers in memory that is kept between requests.
+
+Nothing here waits for the GPU but ``download`` and ``wait``. One lock guards the stream, so several threads may share a
+pipeline; their requests take turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import cuda
+from .session import Buffer
+
+NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
+
+
+class GpuBackend:
+    """Buffers on the current device; see session.Backend. Raises BackendError where there is no GPU."""
+
+    capacity: int | None = None
+    max_pixels: int | None = None
+    cache_step = 128  # the used part of a cache by position grows in such steps, so that shapes seldom change
+
+    def __init__(self) -> None:
+        self.cuda = cuda.api()
+        self.lock = threading.RLock()
+        self.memory = cuda.Memory(self.cuda)
+        self.stream = int(cuda.check(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking)))
+        self._in_flight: list[cuda.Block] = []  # memory that copies still read
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """See session.Backend."""
+        buffer = self._new(shape, dtype)
+        with self.lock:
+            cuda.check(self.cuda.cudaMemsetAsync(buffer.pointer, 0, buffer.nbytes, self.stream))
+        return buffer
+
+    def upload(self, array: np.ndarray) -> Buffer:
+        """See session.Backend."""
+        array = np.ascontiguousarray(array)
+        buffer = self._new(array.shape, array.dtype.name)
+        self.write(buffer, array)
+        return buffer
+
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """See session.Backend; one copy to pinned memory, one from there, in the background."""
+        array = np.ascontiguousarray(array)
+        staging = self.memory.take(array.nbytes, pinned=True)
+        ctypes.memmove(staging.pointer, array.ctypes.data, array.nbytes)
+        with self.lock:
+            self._copy(buffer.pointer, staging.pointer, array.nbytes, "HostToDevice")
+            self._in_flight.append(staging)
+
+    def download(self, buffer: Buffer) -> np.ndarray:
+        """See session.Backend; bfloat16 becomes float32."""
+        staging = self.memory.take(buffer.nbytes, pinned=True)
+        with self.lock:
+            self._copy(staging.pointer, buffer.pointer, buffer.nbytes, "DeviceToHost")
+            self.wait()
+        raw = np.frombuffer((ctypes.c_uint8 * buffer.nbytes).from_address(staging.pointer), np.uint8)
+        if buffer.dtype == "bfloat16":
+            return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(buffer.shape)
+        return raw.view(NUMPY[buffer.dtype]).reshape(buffer.shape).copy()
+
+    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
+        """See session.Backend; on the device."""
+        rows, width = source.shape[1], source.nbytes // source.shape[0]
+        row = width // rows
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        pitch = target.shape[1] * row
+        with self.lock:
+            cuda.check(
+                self.cuda.cudaMemcpy2DAsync(
+                    target.pointer + at * row, pitch, source.pointer, width, width, source.shape[0], kind, self.stream
+                )
+            )
+            self._in_flight.append(source.owner)
+
+    def wait(self) -> None:
+        """See session.Backend."""
+        with self.lock:
+            cuda.check(self.cuda.cudaStreamSynchronize(self.stream))
+            self._in_flight.clear()
+
+    def close(self) -> None:
+        """Give the memory and the stream back; the backend cannot be used afterwards."""
+        self.wait()
+        self.memory.close()
+        cuda.check(self.cuda.cudaStreamDestroy(self.stream))
+
+    def _new(self, shape: Sequence[int], dtype: str) -> Buffer:
+        empty = Buffer(0, tuple(shape), dtype, None)
+        block = self.memory.take(empty.nbytes)
+        return Buffer(block.pointer, empty.shape, dtype, block)
+
+    def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
+        value = getattr(self.cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
+        cuda.check(self.cuda.cudaMemcpyAsync(to, source, nbytes, value, self.stream))
