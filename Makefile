@@ -49,7 +49,7 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/selector.py -o build/bench/selector.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python bench/help.py -o build/bench/help.json
-	$(BIN)/python bench/export.py -o build/bench/export.json
+	$(BIN)/python bench/build.py -o build/bench/build.json
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -1,0 +1,68 @@
+"""On a real GPU: every device that is installed against the CPU, with the trained model of the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ppexport
+from ppexport.build import build
+from ppexport.engines import Options
+from ppexport.models.errors import PpexportError
+from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
+from ppexport.runtime import cuda, trt_api
+
+pytestmark = pytest.mark.gpu
+POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
+KINDS = [("cuda", "plain"), ("tensorrt-rtx", "standard"), ("tensorrt-rtx", "plain"), ("tensorrt", "plain")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ppexport.Pipeline:
+    device, dialect = request.param
+    try:
+        capability = cuda.compute_capability()
+        targets = [] if device == "cuda" else [device]
+        for target in targets:
+            trt_api.load(target)
+    except PpexportError as err:
+        pytest.skip(f"no {device} here: {err}")
+    path = tmp_path_factory.mktemp(device) / "bundle"
+    build(POCKET, path, "fp16", dialect, targets, None, Options(capacity=1024))
+    try:
+        return ppexport.load(path, device)
+    except PpexportError as err:
+        pytest.skip(f"{device} does not run on compute capability {capability}: {err}")
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> ppexport.Pipeline:
+    return ppexport.load(build(POCKET, tmp_path_factory.mktemp("cpu") / "bundle", "fp16"), "cpu")
+
+
+@pytest.mark.parametrize("prune", [None, ppexport.Prune()], ids=["unpruned", "pruned"])
+def test_answers_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline, prune: ppexport.Prune | None) -> None:
+    for skill in SKILLS:
+        for seed in range(5):
+            made = sample(skill, HELD_OUT + seed)
+            found, expected = (p.generate(made.question, [np.asarray(made.image)], prune).text() for p in (pipe, cpu))
+            assert found == expected
+
+
+def test_embeddings_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
+    image = sample("read", HELD_OUT).image
+    found, expected = (p.encode(image) for p in (pipe, cpu))
+    np.testing.assert_array_equal(found.keep, expected.keep)
+    assert np.abs(found.embeds - expected.embeds).max() < 2e-2 * np.abs(expected.embeds).max()
+
+
+def test_memory_does_not_grow(pipe: ppexport.Pipeline) -> None:
+    made = sample("read", HELD_OUT)
+    for count in (3, 20):
+        for _ in range(count):
+            pipe.generate(made.question, [np.asarray(made.image)]).text()
+        if count == 3:
+            before = pipe.backend.memory.total  # type: ignore[attr-defined]
+    assert pipe.backend.memory.total == before  # type: ignore[attr-defined]
