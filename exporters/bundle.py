@@ -20,6 +20,8 @@ from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
 from .dialects import DIALECTS, Dialect
+from .numeric import ALL as WIDE
+from .numeric import wide_kinds
 from .prune import prune_graph
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -89,9 +91,12 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
     config = checkpoint.config
     progress("trace", 0, 3)
     models = {"prune": prune_graph(config.vision.block, dialect)}
+    wide = {"vision": WIDE, "language": WIDE}
+    if plan.compute != "fp32":
+        wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress)
     for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
         progress("trace", i + 1, 3)
-        models[name] = build(config, dialect, plan.precision)
+        models[name] = build(config, dialect, plan.precision, wide[name])
     progress("trace", 3, 3)
     ir.save(models["prune"], directory / "prune.onnx")
     for name in ("vision", "language"):
@@ -105,7 +110,7 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
     for i, (name, file) in enumerate(sources.items()):
         hashes[name] = sha256(file)
         progress("hash checkpoint", i + 1, len(sources))
-    manifest.write(_manifest(plan, dialect, config, interface, files, hashes), directory)
+    manifest.write(_manifest(plan, dialect, config, interface, wide, files, hashes), directory)
 
 
 def _manifest(
@@ -113,6 +118,7 @@ def _manifest(
     dialect: Dialect,
     config: ModelConfig,
     interface: str,
+    wide: dict[str, tuple[str, ...]],
     files: dict[str, manifest.FileRecord],
     hashes: dict[str, str],
 ) -> manifest.Manifest:
@@ -122,6 +128,7 @@ def _manifest(
         source=manifest.Source(plan.checkpoint.path.resolve().name, hashes),
         precision=plan.precision,
         compute=plan.compute,
+        wide=wide,
         interface=interface,
         graphs={name: manifest.Graph(f"{name}.onnx", dialect.name) for name in ("prune", "vision", "language")},
         model=config,

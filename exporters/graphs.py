@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,14 @@ def compute_precision(precision: str, dialect: Dialect) -> str:
     return "fp32" if dialect.name == "ort" else precision
 
 
-def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32") -> ir.Model:
-    """The vision tower: inputs image, keep; outputs embeds, deepstack_0 ... (see VisionTower.forward)."""
+def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()) -> ir.Model:
+    """The vision tower: inputs image, keep; outputs embeds, deepstack_0 ... (see VisionTower.forward).
+
+    ``wide``: kinds of values to calculate in float32 whatever the precision (exporters/numeric.py).
+    """
     c = config.vision
     with FakeTensorMode():
-        tower = vision.VisionTower(c, dialect.cast_first, TORCH[compute_precision(precision, dialect)])
+        tower = vision.VisionTower(c, dialect.cast_first, TORCH[compute_precision(precision, dialect)], set(wide))
         args = (torch.empty(3 * c.block, 4 * c.block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
     shapes = ({0: c.block * Dim("rows", max=4096), 1: c.block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
     outputs = ["embeds", *(f"deepstack_{i}" for i in range(len(c.deepstack)))]
@@ -48,13 +51,18 @@ def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32")
     return model
 
 
-def language_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32") -> ir.Model:
-    """The decoder: inputs and outputs as in Decoder.forward; caches are key_0, value_0, ... and new_key_0, ..."""
+def language_graph(
+    config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()
+) -> ir.Model:
+    """The decoder: inputs and outputs as in Decoder.forward; caches are key_0, value_0, ... and new_key_0, ...
+
+    ``wide`` as for vision_graph.
+    """
     c, levels = config.text, len(config.vision.deepstack)
     dtype = TORCH[compute_precision(precision, dialect)]
     B, S, P, K, M = (Dim(name, min=1, max=1 << 20) for name in "BSPKM")
     with FakeTensorMode():
-        decoder = language.Decoder(c, config.image_token, dtype)
+        decoder = language.Decoder(c, config.image_token, dtype, set(wide))
         caches = [torch.empty(2, c.kv_heads, 11, c.head_dim, dtype=dtype) for _ in range(2 * c.layers)]
         args = (
             torch.empty(2, 7, dtype=torch.int32),

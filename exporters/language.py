@@ -5,6 +5,8 @@ Source of the architecture: transformers ``models/qwen3_vl`` (interleaved mRoPE,
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,9 @@ from .layers import Linear
 class Layer(nn.Module):
     """Pre-norm decoder layer: grouped-query attention over the cache, gated MLP."""
 
-    def __init__(self, c: TextConfig):
+    def __init__(self, c: TextConfig, dtype: torch.dtype, wide: Set[str]):
         super().__init__()
-        self.c = c
+        self.c, self.dtype, self.wide_mlp = c, dtype, "mlp" in wide
         self.norm1, self.norm2 = nn.Parameter(torch.empty(c.width)), nn.Parameter(torch.empty(c.width))
         self.q, self.o = Linear(c.width, c.heads * c.head_dim, False), Linear(c.heads * c.head_dim, c.width, False)
         self.k, self.v = (Linear(c.width, c.kv_heads * c.head_dim, False) for _ in range(2))
@@ -34,25 +36,32 @@ class Layer(nn.Module):
         """x [B, S, D] -> x [B, S, D] and the updated caches [B, kv_heads, M, Dh]."""
         c = self.c
         B, S, _ = x.shape
-        h = ops.rms_norm(x, self.norm1, c.norm_eps)
+        h = ops.rms_norm(x, self.norm1.to(x.dtype), c.norm_eps).to(self.dtype)
         q = ops.rms_norm(self.q(h).reshape(B, S, c.heads, c.head_dim), self.q_norm, c.norm_eps)
         k = ops.rms_norm(self.k(h).reshape(B, S, c.kv_heads, c.head_dim), self.k_norm, c.norm_eps)
-        v = self.v(h).reshape(B, S, c.kv_heads, c.head_dim)
+        v = ops.watch("attention", self.v(h)).reshape(B, S, c.kv_heads, c.head_dim)
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         out, k_cache, v_cache = ops.cached_attention(q, k, v, k_cache, v_cache, own, entries, c.head_dim**-0.5)
-        x = x + self.o(out.reshape(B, S, c.heads * c.head_dim))
-        h = ops.rms_norm(x, self.norm2, c.norm_eps)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h)), k_cache, v_cache
+        x = ops.watch("residual", x + self.o(out.reshape(B, S, c.heads * c.head_dim)).to(x.dtype))
+        h = ops.rms_norm(x, self.norm2.to(x.dtype), c.norm_eps).to(self.dtype)
+        if self.wide_mlp:
+            h = h.float()
+        inner = ops.watch("mlp", F.silu(self.gate(h)) * self.up(h))
+        x = x + ops.watch("mlp", self.down(inner)).to(x.dtype)
+        return ops.watch("residual", x), k_cache, v_cache
 
 
 class Decoder(nn.Module):
     """Token ids and image embeddings in, logits at the wanted positions out, caches updated."""
 
-    def __init__(self, c: TextConfig, image_token: int, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, c: TextConfig, image_token: int, dtype: torch.dtype = torch.float32, wide: Set[str] = frozenset()
+    ):
         super().__init__()
         self.c, self.image_token, self.dtype = c, image_token, dtype
+        self.residual = torch.float32 if "residual" in wide else dtype
         self.token_table = nn.Parameter(torch.empty(c.vocab, c.width))
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.layers = nn.ModuleList(Layer(c, dtype, wide) for _ in range(c.layers))
         self.norm = nn.Parameter(torch.empty(c.width))
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.width))
         self.register_buffer("axis_freq", torch.empty(3, c.head_dim // 2))
@@ -86,8 +95,8 @@ class Decoder(nn.Module):
         def placed(table: Tensor) -> Tensor:
             return table.index_select(0, entry).reshape(B, S, -1)
 
-        x = torch.where(is_image, placed(embeds), F.embedding(input_ids, self.token_table))
-        image_gate = is_image.to(self.dtype)
+        x = torch.where(is_image, placed(embeds), F.embedding(input_ids, self.token_table)).to(self.residual)
+        image_gate = is_image.to(self.residual)
         cos, sin = self.rotary_tables(position_ids)
         own = start.unsqueeze(1) + torch.arange(S, device=start.device, dtype=torch.int32)
         entries = torch.arange(caches[0].shape[2], device=start.device, dtype=torch.int32)
@@ -96,7 +105,7 @@ class Decoder(nn.Module):
             x, k, v = layer(x, cos, sin, caches[2 * i], caches[2 * i + 1], own, entries)
             new_caches += [k, v]
             if i < deepstack.shape[0]:
-                x = x + placed(deepstack.select(0, i)) * image_gate
+                x = x + placed(deepstack.select(0, i)).to(self.residual) * image_gate
         return self.logits(x, logits_at), *new_caches
 
     def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +119,8 @@ class Decoder(nn.Module):
         first = torch.arange(B, device=x.device, dtype=torch.int32).unsqueeze(1) * S
         wanted = x.reshape(-1, D).index_select(0, (first + logits_at).reshape(-1))
         table = self.token_table if self.head is None else self.head
-        out = F.linear(ops.rms_norm(wanted, self.norm, self.c.norm_eps), table)
+        wanted = ops.rms_norm(wanted, self.norm.to(x.dtype), self.c.norm_eps).to(self.dtype)
+        out = F.linear(wanted, table)
         return out.float().reshape(B, -1, self.c.vocab)
 
 

@@ -16,9 +16,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outer)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        y = x @ self.weight
-        return y if self.bias is None else y + self.bias
+        """x [..., in] -> [..., out]; x in float32 makes it a product in float32."""
+        y = x @ self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -31,4 +31,5 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> like x."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)

@@ -6,7 +6,9 @@ Each function runs eagerly as written below; under ``torch.onnx.export`` it beco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +16,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DOMAIN = "ppexport"
+Watcher = Callable[[str, Tensor], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Inside, ``watcher(what, x)`` is called with every value that ``watch`` names."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def watch(what: str, x: Tensor) -> Tensor:
+    """``x`` itself, shown to the watcher if there is one: how large values get (exporters/numeric.py)."""
+    if not torch.compiler.is_exporting() and (watcher := _watcher.get()) is not None:
+        watcher(what, x)
+    return x
 
 
 def _node(name: str, inputs: Sequence[Tensor], like: Sequence[Tensor], **attributes: Any) -> Sequence[Tensor]:

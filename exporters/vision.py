@@ -6,6 +6,8 @@ Source of the architecture: transformers ``models/qwen3_vl``. T = K * merge**2 p
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,10 @@ from .layers import LayerNorm, Linear
 class Block(nn.Module):
     """Pre-norm transformer block with full attention and two-dimensional rotary positions."""
 
-    def __init__(self, c: VisionConfig):
+    def __init__(self, c: VisionConfig, dtype: torch.dtype, wide: Set[str]):
         super().__init__()
         self.heads, self.head_dim = c.heads, c.head_dim
+        self.dtype, self.wide_mlp = dtype, "mlp" in wide
         self.norm1, self.norm2 = LayerNorm(c.width, c.norm_eps), LayerNorm(c.width, c.norm_eps)
         self.qkv, self.proj = Linear(c.width, 3 * c.width), Linear(c.width, c.width)
         self.fc1, self.fc2 = Linear(c.width, c.ffn), Linear(c.ffn, c.width)
@@ -30,18 +33,22 @@ class Block(nn.Module):
         """x [B * T, width]; cos, sin [B, T, Dh / 2]; mask bool [B, T] or None -> [B * T, width]."""
         B = cos.shape[0]
         width = self.heads * self.head_dim
-        qkv = self.qkv(self.norm1(x))
+        qkv = ops.watch("attention", self.qkv(self.norm1(x).to(self.dtype)))
         q, k, v = (qkv.narrow(1, i * width, width).reshape(B, -1, self.heads, self.head_dim) for i in range(3))
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-        x = x + self.proj(ops.attention(q, k, v, self.head_dim**-0.5, mask).reshape(-1, width))
-        return x + self.fc2(ops.gelu(self.fc1(self.norm2(x)), "tanh"))
+        out = self.proj(ops.attention(q, k, v, self.head_dim**-0.5, mask).reshape(-1, width))
+        x = ops.watch("residual", x + out.to(x.dtype))
+        h = self.norm2(x).to(torch.float32 if self.wide_mlp else self.dtype)
+        inner = ops.watch("mlp", ops.gelu(self.fc1(h), "tanh"))
+        return ops.watch("residual", x + ops.watch("mlp", self.fc2(inner)).to(x.dtype))
 
 
 class Merger(nn.Module):
     """merge x merge patches -> one token of the language model's width; normalises before or after merging."""
 
-    def __init__(self, c: VisionConfig, norm_merged: bool):
+    def __init__(self, c: VisionConfig, norm_merged: bool, dtype: torch.dtype, wide: Set[str]):
         super().__init__()
+        self.dtype, self.inner = dtype, torch.float32 if "merger" in wide else dtype
         self.merged, self.norm_merged = c.width * c.merge**2, norm_merged
         self.norm = LayerNorm(self.merged if norm_merged else c.width, c.norm_eps)
         self.fc1, self.fc2 = Linear(self.merged, self.merged), Linear(self.merged, c.out_width)
@@ -52,7 +59,8 @@ class Merger(nn.Module):
             x = self.norm(x.reshape(-1, self.merged))
         else:
             x = self.norm(x).reshape(-1, self.merged)
-        return self.fc2(ops.gelu(self.fc1(x), "none"))
+        inner = ops.watch("merger", ops.gelu(self.fc1(x.to(self.inner)), "none"))
+        return ops.watch("merger", self.fc2(inner)).to(self.dtype)
 
 
 class VisionTower(nn.Module):
@@ -62,14 +70,21 @@ class VisionTower(nn.Module):
     exports run, they have no values.
     """
 
-    def __init__(self, c: VisionConfig, cast_first: bool = False, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        c: VisionConfig,
+        cast_first: bool = False,
+        dtype: torch.dtype = torch.float32,
+        wide: Set[str] = frozenset(),
+    ):
         super().__init__()
         self.c, self.cast_first, self.dtype = c, cast_first, dtype
+        self.residual = torch.float32 if "residual" in wide else dtype
         self.patch_embed = Linear(c.patch * c.patch * c.channels, c.width)
         self.positions = nn.Parameter(torch.empty(c.positions, c.width))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.merger = Merger(c, norm_merged=False)
-        self.deepstack = nn.ModuleList(Merger(c, norm_merged=True) for _ in c.deepstack)
+        self.blocks = nn.ModuleList(Block(c, dtype, wide) for _ in range(c.depth))
+        self.merger = Merger(c, False, dtype, wide)
+        self.deepstack = nn.ModuleList(Merger(c, True, dtype, wide) for _ in c.deepstack)
         self.register_buffer("scale", torch.empty(c.patch * c.patch * c.channels))
         self.register_buffer("shift", torch.empty(c.patch * c.patch * c.channels))
         self.register_buffer("inv_freq", torch.empty(c.head_dim // 4))
@@ -111,8 +126,8 @@ class VisionTower(nn.Module):
         self, pixels: Tensor, y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor, mask: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The blocks: patches as in ``encode`` -> hidden [B * T, width of the tower] and the deepstack levels."""
-        hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype))
-        hidden = hidden + self.position_embedding(y, x, height, width).to(self.dtype)
+        hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype)).to(self.residual)
+        hidden = hidden + self.position_embedding(y, x, height, width).to(self.residual)
         cos, sin = self.rotary_tables(y, x)
         levels: list[Tensor] = []
         for i, block in enumerate(self.blocks):

@@ -60,6 +60,7 @@ class Manifest:
     source: Source
     precision: str  # of the weights: "fp32", "fp16" or "bf16"
     compute: str  # what the graphs calculate in
+    wide: dict[str, tuple[str, ...]]  # graph -> what it calculates in float32 all the same (exporters/numeric.py)
     interface: str  # "text" (tokenizer and chat template are there) or "tokens"
     graphs: dict[str, Graph]  # "prune", "vision", "language"
     model: ModelConfig

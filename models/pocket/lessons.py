@@ -173,8 +173,10 @@ def line(rng: Random) -> Sample:
 
 def stage(progress: float) -> tuple[dict[str, float], tuple[int, int]]:
     """The curriculum: shares of the skills and the largest picture, at a progress of 0 ... 1."""
-    shares = {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}
-    return shares, (288, 192) if progress < 0.1 else (384, 256) if progress < 0.5 else (640, 480)
+    if progress < 0.385:
+        shares = {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}
+        return shares, (288, 192) if progress < 0.077 else (384, 256)
+    return {"transcribe": 0.17, "read": 0.37, "locate": 0.27, "yesno": 0.19}, (640, 480)
 
 
 def batches(step: int, steps: int, count: int, positions: int, reader: Reader) -> list[list[Item]]:

@@ -20,12 +20,15 @@ PHASES = {
 MEASURES = ("characters", *SKILLS)
 
 
-def write_training(directory: Path, options: str, pruned_share: float, seconds: float, log: list[Row]) -> None:
+def write_training(
+    directory: Path, options: str, note: str, pruned_share: float, seconds: float, log: list[Row]
+) -> None:
     """Write ``TRAINING.md`` and ``training.svg`` into ``directory``, from the rows that the trainer reported."""
     draw(log, directory / "training.svg")
     parts = [
         "# How this checkpoint was trained",
         f"```sh\npython -m ppexport.models.pocket.train {options}\n```",
+        *([note] if note else []),
         f"Pruned samples (pred_2d, tau = 0): {pruned_share:.0%} in the copy and answer phases, drawn at random.",
         "Seeds: 0 for the initial weights; the samples of a step are drawn from its phase and number. Seeds of screens "
         "are below 1e9; from there on they are held out.",

@@ -81,6 +81,7 @@ class Run:
     output: Path
     state: Path
     options: str = ""  # of the command line
+    note: str = ""
     pruned_share: float = 0.5
     step: int = 0  # of all phases together
     seconds: float = 0.0  # before this process
@@ -102,7 +103,7 @@ class Run:
         torch.save(saved, self.state.with_suffix(".partial"))
         os.replace(self.state.with_suffix(".partial"), self.state)
         save_checkpoint(self.model, self.output)
-        write_training(self.output, self.options, self.pruned_share, self.elapsed(), self.log)
+        write_training(self.output, self.options, self.note, self.pruned_share, self.elapsed(), self.log)
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all processes."""
@@ -188,10 +189,11 @@ def teach_answering(run: Run, first: int, steps: int, positions: int, rate: floa
 @click.option("--state", type=click.Path(path_type=Path), required=True, help="Saved progress; continues from it.")
 @click.option("--read-steps", type=int, default=700, show_default=True, help="Of the first phase, in batches of 64.")
 @click.option("--copy-steps", type=int, default=700, show_default=True, help="Of the second phase, in batches of 64.")
-@click.option("--steps", type=int, default=2000, show_default=True, help="Of the third phase.")
+@click.option("--steps", type=int, default=2600, show_default=True, help="Of the third phase.")
 @click.option("--positions", type=int, default=6400, show_default=True, help="Of a batch in the third phase, padded.")
 @click.option("--rate", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
 @click.option("--unpruned", is_flag=True, help="Train without pruned samples.")
+@click.option("--note", default="", help="For TRAINING.md.")
 @click.option("--threads", type=int, default=2, show_default=True)
 def main(
     output: Path,
@@ -202,6 +204,7 @@ def main(
     positions: int,
     rate: float,
     unpruned: bool,
+    note: str,
     threads: int,
 ) -> None:
     """Train, printing loss and teacher-forced accuracy per skill, saving often."""
@@ -213,7 +216,7 @@ def main(
     )
     options += f"{' --unpruned' if unpruned else ''} --threads {threads} -o OUT --state FILE"
     reader = Reader(0.0 if unpruned else 0.5)
-    run = Run(model, Optimizer(model, rate), output, state, options, reader.pruned_share)
+    run = Run(model, Optimizer(model, rate), output, state, options, note, reader.pruned_share)
     run.resume()
     trained = sum(p.numel() for n, p in model.named_parameters() if "head." not in n)
     click.echo(f"{trained / 1e6:.2f} M parameters")

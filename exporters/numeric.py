@@ -1,0 +1,144 @@
+"""How large values get inside a model, to decide what float16 engines must calculate in float32.
+
+float16 ends at 65504, and the streams of vision towers and decoders exceed that in a few channels. So before an fp16
+export both towers run once in float32 on synthetic screens, one layer's weights in memory at a time, and every kind of
+value that comes near the end is calculated in float32 in the exported graph. bfloat16 cannot overflow.
+
+Kinds (``ops.watch`` in the towers): "residual", the sums that layers add to; "mlp", what is inside and comes out of an
+MLP; "merger", the same of the patch mergers; "attention", queries, keys and values. Always in float32: norms (their
+operators accumulate so), positions and rotary angles, the logits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..models.config import Preprocessing, Weight
+from ..models.pocket.screens import sample
+from . import language, ops, vision
+from .checkpoint import Checkpoint
+
+LIMIT = 65504 / 8  # room for pictures that excite the model more than the ones tried here
+ALWAYS = ("norm", "positions", "logits")
+ALL = ("everything",)  # of graphs that calculate in float32 anyway
+SCREENS = (("transcribe", 1), ("locate", 2), ("yesno", 3))  # skill and seed, drawn at up to 640 x 480 pixels
+
+
+def wide_kinds(
+    checkpoint: Checkpoint, pre: Preprocessing, precision: str, progress: Callable[[str, int, int], None]
+) -> dict[str, tuple[str, ...]]:
+    """Graph -> the kinds of values to calculate in float32, for graphs in ``precision`` ("fp16" or "bf16").
+
+    Raises CheckpointError for weights that cannot be read.
+    """
+    found: dict[str, set[str]] = {"vision": set(), "language": set()}
+    if precision == "fp16":
+        largest = measure(checkpoint, pre, progress)
+        for graph, kinds in largest.items():
+            found[graph] = {kind for kind, value in kinds.items() if not value < LIMIT}
+            if "mlp" in found[graph]:
+                found[graph].add("residual")  # which it is added to
+    return {graph: (*ALWAYS, *sorted(kinds)) for graph, kinds in found.items()}
+
+
+@torch.no_grad()
+def measure(
+    checkpoint: Checkpoint, pre: Preprocessing, progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, float]]:
+    """Graph -> kind -> the largest magnitude found."""
+    c = checkpoint.config
+    largest: dict[str, dict[str, float]] = {"vision": defaultdict(float), "language": defaultdict(float)}
+    graph = "vision"
+
+    def watcher(kind: str, x: Tensor) -> None:
+        largest[graph][kind] = max(largest[graph][kind], float(x.abs().max()))
+
+    with torch.device("meta"):
+        tower, decoder = vision.VisionTower(c.vision), language.Decoder(c.text, c.image_token)
+    steps = c.vision.depth + c.text.layers
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("check numbers", done, steps)
+
+    image = torch.from_numpy(_screens(c.vision.block))
+    total = image.shape[0] * image.shape[1] // c.vision.block**2
+    with ops.watching(watcher):
+        with _streamed(checkpoint, tower, "vision", "blocks", vision.constants(c.vision, pre), step):
+            embeds, *levels = tower(image, torch.arange(total, dtype=torch.int32))
+        graph = "language"
+        with _streamed(checkpoint, decoder, "language", "layers", language.constants(c.text), step):
+            _prefill(decoder, embeds, levels)
+    return {name: dict(kinds) for name, kinds in largest.items()}
+
+
+def _screens(block: int) -> np.ndarray:
+    """The screens below each other, cut to whole blocks: uint8 [H, W, 3]."""
+    images = [sample(skill, seed).image for skill, seed in SCREENS]
+    width, height = (max(i.width for i in images), sum(i.height for i in images))
+    canvas = Image.new("RGB", (width // block * block, height // block * block), "white")
+    top = 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height
+    return np.array(canvas)
+
+
+def _prefill(decoder: language.Decoder, embeds: Tensor, levels: list[Tensor]) -> None:
+    """An image and some text through the decoder."""
+    c, K = decoder.c, len(embeds)
+    text = torch.arange(0, 32, dtype=torch.int32) * max(1, c.vocab // 33)
+    ids = torch.cat((torch.full((K,), decoder.image_token, dtype=torch.int32), text))[None]
+    S = ids.shape[1]
+    positions = torch.arange(S, dtype=torch.int32).expand(3, 1, S)
+    stack = torch.stack(levels) if levels else embeds.new_zeros(0, K, c.width)
+    start, at = torch.zeros(1, dtype=torch.int32), torch.full((1, 1), S - 1, dtype=torch.int32)
+    caches = [torch.zeros(1, c.kv_heads, S, c.head_dim) for _ in range(2 * c.layers)]
+    decoder(ids, embeds, stack, positions, start, at, caches)
+
+
+@contextmanager
+def _streamed(
+    checkpoint: Checkpoint,
+    module: nn.Module,
+    graph: str,
+    layers: str,
+    constants: dict[str, np.ndarray],
+    step: Callable[[], None],
+) -> Iterator[None]:
+    """Inside, ``module`` (on the meta device) has its weights in float32, each of its ``layers`` only while it runs."""
+    table: dict[str, Weight] = checkpoint.family.weights(checkpoint.config)[graph]
+
+    def fill(prefix: str) -> None:
+        for path, weight in table.items():
+            if path.startswith(prefix) and (prefix or not path.startswith(f"{layers}.")):
+                owner, _, name = path.rpartition(".")
+                value = nn.Parameter(checkpoint.read(weight).float(), requires_grad=False)
+                setattr(module.get_submodule(owner), name, value)
+
+    def leave(layer: nn.Module) -> None:
+        layer.to("meta")
+        step()
+
+    fill("")
+    for name, value in constants.items():
+        module.register_buffer(name, torch.from_numpy(value))
+    hooks = []
+    for i, layer in enumerate(module.get_submodule(layers).children()):
+        hooks.append(layer.register_forward_pre_hook(lambda _, __, prefix=f"{layers}.{i}.": fill(prefix)))
+        hooks.append(layer.register_forward_hook(lambda child, *_: leave(child)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        module.to("meta")

@@ -1,0 +1,84 @@
+"""What float16 graphs calculate in float32, found by running the model before it is exported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import E2E_PIXELS, GOLDEN, IMAGES
+from invariants import relative_error
+from safetensors.torch import load_file, save_file
+
+import ppexport
+from ppexport.build import build
+from ppexport.exporters import numeric
+from ppexport.exporters.checkpoint import Checkpoint
+from ppexport.models import qwen3_vl
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model with one layer of each tower so loud that float16 cannot hold the sums after it."""
+    path = shutil.copytree(GOLDEN / "e2e" / "model", tmp_path_factory.mktemp("loud") / "checkpoint")
+    tensors = load_file(path / "model.safetensors")
+    for name in tensors:
+        if "blocks.1.mlp.linear_fc2" in name or "language_model.layers.1.mlp.down_proj" in name:
+            tensors[name] = tensors[name] * 1e5
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def largest(path: Path) -> dict[str, dict[str, float]]:
+    return numeric.measure(Checkpoint.open(path), qwen3_vl.PREPROCESSING, lambda *_: None)
+
+
+def test_measure_sees_the_loud_layers(loud: Path) -> None:
+    quiet, found = largest(GOLDEN / "e2e" / "model"), largest(loud)
+    for graph in ("vision", "language"):
+        assert quiet[graph]["residual"] < 100
+        assert found[graph]["residual"] > 65504
+        assert found[graph]["mlp"] > 65504
+        assert found[graph]["attention"] < 100  # the norms before it
+
+
+def test_an_ordinary_model_needs_only_what_is_always_wide(tmp_path: Path) -> None:
+    path = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", "fp16", "plain")
+    always = ("norm", "positions", "logits")
+    assert ppexport.load(path).manifest.wide == {"vision": always, "language": always}
+
+
+def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the check the features and tokens are those of float32; without it they are not even numbers."""
+    exact = ppexport.load(build(loud, tmp_path / "exact"), max_pixels=E2E_PIXELS)
+    checked = ppexport.load(build(loud, tmp_path / "checked", "fp16", "plain"), max_pixels=E2E_PIXELS)
+    kinds = ("norm", "positions", "logits", "mlp", "residual")
+    assert checked.manifest.wide == {"vision": kinds, "language": kinds}
+    image, ids = IMAGES / "web_gnuplot.png", np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
+    expected, found = exact.encode(image), checked.encode(image)
+    assert relative_error(found.embeds, expected.embeds) < 2e-2
+    first, second = (next(pipe.generate_tokens(ids, [image])).logits for pipe in (exact, checked))
+    assert relative_error(second, first) < 5e-2
+    monkeypatch.setattr(numeric, "LIMIT", float("inf"))
+    blind = ppexport.load(build(loud, tmp_path / "blind", "fp16", "plain"), max_pixels=E2E_PIXELS)
+    assert not np.isfinite(blind.encode(image).embeds).all()
+
+
+def test_bfloat16_needs_no_check(loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numeric, "measure", lambda *_: pytest.fail("measured"))
+    path = build(loud, tmp_path / "bundle", "bf16", "standard")
+    from ppexport.runtime.bundle import open_bundle
+
+    assert open_bundle(path)[1].wide["vision"] == ("norm", "positions", "logits")
+    types = {
+        o.type.tensor_type.elem_type for o in onnx.load(path / "vision.onnx", load_external_data=False).graph.output
+    }
+    assert types == {onnx.TensorProto.BFLOAT16}
+
+
+def test_a_loud_model_compiles(loud: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
+    for dialect in ("plain", "standard"):
+        build(loud, tmp_path / dialect, "fp16", dialect, ["tensorrt-rtx"])
