@@ -34,7 +34,7 @@ class GpuBackend:
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
         """See session.Backend."""
-        buffer = self._new(shape, dtype)
+        buffer = self.empty(shape, dtype)
         with self.lock:
             cuda.check(self.cuda.cudaMemsetAsync(buffer.pointer, 0, buffer.nbytes, self.stream))
         return buffer
@@ -42,7 +42,7 @@ class GpuBackend:
     def upload(self, array: np.ndarray) -> Buffer:
         """See session.Backend."""
         array = np.ascontiguousarray(array)
-        buffer = self._new(array.shape, array.dtype.name)
+        buffer = self.empty(array.shape, array.dtype.name)
         self.write(buffer, array)
         return buffer
 
@@ -92,7 +92,13 @@ class GpuBackend:
         self.memory.close()
         cuda.check(self.cuda.cudaStreamDestroy(self.stream))
 
-    def _new(self, shape: Sequence[int], dtype: str) -> Buffer:
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """target = source, of the same shape, on the device."""
+        with self.lock:
+            self._copy(target.pointer, source.pointer, source.nbytes, "DeviceToDevice")
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """New memory with whatever it held before."""
         empty = Buffer(0, tuple(shape), dtype, None)
         block = self.memory.take(empty.nbytes)
         return Buffer(block.pointer, empty.shape, dtype, block)

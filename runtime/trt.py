@@ -15,6 +15,8 @@ from . import cuda, trt_api
 from .gpu import GpuBackend
 from .session import Buffer
 
+ALIGNMENT = 256  # bytes, of every address that an engine reads or writes
+
 
 class TrtBackend(GpuBackend):
     """The backend. Raises BackendError, BundleError if the engines cannot run here, with the command to rebuild."""
@@ -88,6 +90,7 @@ class TrtBinding:
     def __init__(self, session: TrtSession):
         self.session, self.backend = session, session.backend
         self.buffers: dict[str, Buffer] = {}
+        self.copies: dict[str, Buffer] = {}  # where a buffer is not aligned
 
     def input(self, name: str, buffer: Buffer) -> None:
         """See session.Binding."""
@@ -98,18 +101,36 @@ class TrtBinding:
     def run(self) -> None:
         """See session.Binding. Raises RequestError for sizes outside every profile."""
         session, backend = self.session, self.backend
-        wanted = {name: (b.pointer, b.shape) for name, b in self.buffers.items()}
         context = session.contexts[self._profile()]
         with backend.lock:
+            aligned = {name: self._aligned(name, buffer) for name, buffer in self.buffers.items()}
+            wanted = {name: (b.pointer, b.shape) for name, b in aligned.items()}
             if context.graph is not None and context.graph[0] == wanted:
                 cuda.check(backend.cuda.cudaGraphLaunch(context.graph[1], backend.stream))
-                return
-            repeats = context.bound == wanted
-            self._set(context, wanted)
-            if repeats and context.captures and self._decodes():
-                self._capture(context, wanted)
             else:
-                self._enqueue(context)
+                repeats = context.bound == wanted
+                self._set(context, wanted)
+                if repeats and context.captures and self._decodes():
+                    self._capture(context, wanted)
+                else:
+                    self._enqueue(context)
+            for name in session.outputs:
+                if aligned[name] is not self.buffers[name]:
+                    backend.copy(self.buffers[name], aligned[name])
+
+    def _aligned(self, name: str, buffer: Buffer) -> Buffer:
+        """The buffer, or a copy of it (of an output: room for it) at an address as TensorRT wants it.
+
+        Views into a buffer with several parts can lie anywhere; with the widths of real models they do not.
+        """
+        if buffer.pointer % ALIGNMENT == 0:
+            return buffer
+        copy = self.copies.get(name)
+        if copy is None or copy.shape != buffer.shape:
+            copy = self.copies[name] = self.backend.empty(buffer.shape, buffer.dtype)
+        if name in self.session.inputs:
+            self.backend.copy(copy, buffer)
+        return copy
 
     def _decodes(self) -> bool:
         return self.session.graph == "language" and self.buffers["input_ids"].shape[1] == 1

@@ -67,6 +67,18 @@ def test_features_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline)
     np.testing.assert_allclose(found.embeds, expected.embeds, atol=2e-3 * np.abs(expected.embeds).max())
 
 
+def test_buffers_that_are_not_aligned(pipe: ppexport.Pipeline) -> None:
+    """Views that begin anywhere in a buffer give what aligned ones give."""
+    array = np.arange(3 * 32 * 32 * 6, dtype=np.uint8).reshape(32, 192, 3)
+    image = pipe.backend.upload(np.concatenate([np.zeros(1, np.uint8), array.reshape(-1)]))
+    shifted = image.rows(1, 1 + array.size).reshape(*array.shape)
+    keep, _ = pipe.selector.select(shifted, None)
+    expected = pipe.backend.download(pipe.vision.encode([(pipe.backend.upload(array), keep)]))
+    np.testing.assert_array_equal(pipe.backend.download(pipe.vision.encode([(shifted, keep)])), expected)
+    both = pipe.vision.encode([(shifted, keep.rows(1, 4)), (shifted, keep.rows(0, 6))])
+    assert np.isfinite(pipe.backend.download(both)).all()
+
+
 def test_decode_replays_a_graph(pipe: ppexport.Pipeline, gpu: emulator.Cuda) -> None:
     """The first decode runs, the second is captured, the others are replayed (as long as shapes stay)."""
     before = gpu.launches
