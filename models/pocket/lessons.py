@@ -24,7 +24,7 @@ BLOCK, PATCH = 32, 16
 PAGE = (192, 96)  # pixels of a page of random characters
 ALPHABET = string.ascii_letters + string.digits + ".,:$%-[]/"
 IGNORE = -100
-MORE = 4  # questions about a screen after the first
+MORE = 5  # questions about a screen after the first
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,13 @@ def line(rng: Random) -> Sample:
             return Sample(c.image, "transcribe", "Transcribe the text.", text, None, (), tuple(c.characters))
 
 
-def stage(progress: float) -> tuple[dict[str, float], tuple[int, int]]:
-    """The curriculum: shares of the skills and the largest picture, at a progress of 0 ... 1."""
-    if progress < 0.385:
-        shares = {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}
-        return shares, (288, 192) if progress < 0.077 else (384, 256)
-    return {"transcribe": 0.17, "read": 0.37, "locate": 0.27, "yesno": 0.19}, (640, 480)
+# progress from which it holds, shares of the skills, largest pictures (one of them for each step)
+CURRICULUM: tuple[tuple[float, dict[str, float], tuple[tuple[int, int], ...]], ...] = (
+    (0.0, {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, ((288, 192),)),
+    (0.067, {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, ((384, 256),)),
+    (0.333, {"transcribe": 0.17, "read": 0.37, "locate": 0.27, "yesno": 0.19}, ((640, 480),)),
+    (0.467, {"transcribe": 0.1, "read": 0.27, "locate": 0.4, "yesno": 0.23}, ((384, 256), (640, 480))),
+)
 
 
 def batches(step: int, steps: int, count: int, positions: int, reader: Reader) -> list[list[Item]]:
@@ -184,8 +185,9 @@ def batches(step: int, steps: int, count: int, positions: int, reader: Reader) -
 
     The same ones for the same step.
     """
-    shares, largest = stage(step / steps)
+    _, shares, sizes = [stage for stage in CURRICULUM if stage[0] <= step / steps][-1]
     rng = Random(f"pocket {step}")
+    largest = rng.choice(sizes)
     items = []
     for _ in range(count):
         skill = rng.choices(list(shares), list(shares.values()))[0]
