@@ -24,7 +24,7 @@ from ppexport.runtime.pipeline import Pipeline
 from ppexport.runtime.prune import Prune
 
 LEVELS = (0, 2, 5, 10, 25)  # tau in 1 / 255
-METHODS = ("pred_2d", "random")
+METHODS = ("pred_2d", "raster", "random")
 Row = dict[str, Any]
 
 
@@ -68,7 +68,7 @@ def sweep(bundle: Path, levels: tuple[int, ...], count: int) -> list[Row]:
     rows = measure(pipe, None, None, count, full)
     for method in METHODS:
         for level in levels:
-            rows += measure(pipe, Prune.at(level / 255, method), level, count, full)
+            rows += measure(pipe, Prune(method, tau=level / 255), level, count, full)
     return rows
 
 
@@ -113,7 +113,7 @@ def draw(rows: list[Row], levels: tuple[int, ...], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(SKILLS), figsize=(12, 3.4), sharey=True, layout="constrained")
     for axis, skill in zip(axes, SKILLS, strict=True):
         axis.axhline(100 * pick(rows, "off", None)[skill]["accuracy"], color="gray", linestyle=":", label="unpruned")
-        for method, marker in zip(METHODS, "ox", strict=True):
+        for method, marker in zip(METHODS, "osx", strict=True):
             at = [pick(rows, method, level)[skill] for level in levels]
             axis.plot(
                 [100 * r["kept_share"] for r in at], [100 * r["accuracy"] for r in at], marker=marker, label=method

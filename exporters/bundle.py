@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import math
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..models import manifest
-from ..models.config import ModelConfig, Preprocessing
+from ..models.config import PRUNE_METHODS, PRUNE_METRICS, ModelConfig, Preprocessing, prune_file
 from ..models.errors import CheckpointError
 from ..models.hfconfig import Reader
 from ..models.manifest import sha256
@@ -27,6 +28,7 @@ from .prune import prune_graph
 Progress = Callable[[str, int, int], None]  # stage, done, total
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+GRAPHS = {"prune": prune_file("pred_2d", "max"), "vision": "vision.onnx", "language": "language.onnx"}
 FIXED_RAM = 900 << 20  # torch, the exporter and one traced graph
 
 
@@ -90,7 +92,7 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
     checkpoint, dialect = plan.checkpoint, DIALECTS[plan.dialect]
     config = checkpoint.config
     progress("trace", 0, 3)
-    models = {"prune": prune_graph(config.vision.block, dialect)}
+    models: dict[str, ir.Model] = {}
     wide = {"vision": WIDE, "language": WIDE}
     if plan.compute != "fp32":
         wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress)
@@ -98,7 +100,8 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision, wide[name])
     progress("trace", 3, 3)
-    ir.save(models["prune"], directory / "prune.onnx")
+    for method, metric in itertools.product(PRUNE_METHODS, PRUNE_METRICS):
+        ir.save(prune_graph(config.vision.block, dialect, method, metric), directory / prune_file(method, metric))
     for name in ("vision", "language"):
         graphs.attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)
         _save(models[name], directory, name, progress)
@@ -130,7 +133,7 @@ def _manifest(
         compute=plan.compute,
         wide=wide,
         interface=interface,
-        graphs={name: manifest.Graph(f"{name}.onnx", dialect.name) for name in ("prune", "vision", "language")},
+        graphs={name: manifest.Graph(file, dialect.name) for name, file in GRAPHS.items()},
         model=config,
         preprocessing=plan.preprocessing,
         prune=manifest.PruneDefaults(),

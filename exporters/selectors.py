@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import onnx_ir as ir
 
-from ..models.config import SELECTOR_BLOCKS
+from ..models.config import PRUNE_METHODS, PRUNE_METRICS, SELECTOR_BLOCKS, prune_file
 from .dialects import DIALECTS
 from .prune import prune_graph
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "runtime" / "selectors"
 
 
-def selector_bytes(block: int) -> bytes:
-    """The packaged graph for tokens of ``block`` x ``block`` pixels, serialized."""
-    return ir.to_proto(prune_graph(block, DIALECTS["ort"])).SerializeToString(deterministic=True)
+def packaged() -> dict[Path, bytes]:
+    """File -> the serialized graph, for every block size, method and metric."""
+    found = {}
+    for block, method, metric in itertools.product(SELECTOR_BLOCKS, PRUNE_METHODS, PRUNE_METRICS):
+        proto = ir.to_proto(prune_graph(block, DIALECTS["ort"], method, metric))
+        found[DIRECTORY / str(block) / prune_file(method, metric)] = proto.SerializeToString(deterministic=True)
+    return found
 
 
 if __name__ == "__main__":
-    DIRECTORY.mkdir(exist_ok=True)
-    for block in SELECTOR_BLOCKS:
-        (DIRECTORY / f"block_{block}.onnx").write_bytes(selector_bytes(block))
+    for path, content in packaged().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

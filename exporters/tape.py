@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 
 class Ops:
-    """Records nodes in order; ``nodes`` is the list so far."""
+    """Records nodes in order; ``nodes`` is the list so far. A subgraph's ``prefix`` keeps the names of values apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
         self.nodes: list[ir.Node] = []
+        self.prefix = prefix
 
     def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Append a node with one output and return that output."""
@@ -25,6 +26,9 @@ class Ops:
         attrs = ir.convenience.convert_attributes(attributes)
         node = ir.Node(domain, op_type, inputs, attrs, num_outputs=outputs)
         self.nodes.append(node)
+        if self.prefix:
+            for i, value in enumerate(node.outputs):
+                value.name = f"{self.prefix}{len(self.nodes)}_{i}"
         return node.outputs
 
     def const(self, value: float | int) -> ir.Value:

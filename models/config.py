@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which a selector graph ships with the package
+SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which selector graphs ship with the package
+PRUNE_METHODS, PRUNE_METRICS = ("pred_2d", "raster", "serpentine"), ("max", "mae", "rmse")  # one graph for each pair
+
+
+def prune_file(method: str, metric: str) -> str:
+    """The name of the graph of a method and a metric, in a bundle and in the package."""
+    return f"prune.{method}.{metric}.onnx"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .models.config import PRUNE_METHODS, PRUNE_METRICS
 from .models.errors import PpexportError, SpaceError
 from .models.version import __version__
 
@@ -44,10 +45,12 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--mode",
-                type=click.Choice(["sliding", "anchored"]),
-                help="With --tau over 0, compare with the raw neighbour (sliding: errors can add up) or with the "
-                "reconstruction (anchored: not available yet). Default: sliding.",
+                type=click.Choice(["anchored", "sliding"]),
+                help="With --tau over 0, compare with the reconstruction (anchored: no error exceeds tau) or with the "
+                "raw neighbour (sliding: errors can add up). Default: anchored.",
             ),
+            click.option("--method", type=click.Choice([*PRUNE_METHODS, "random"]), help="Default: pred_2d."),
+            click.option("--metric", type=click.Choice(PRUNE_METRICS), help="Distance of two tokens. Default: max."),
             click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."),
             click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."),
         ]
@@ -56,12 +59,16 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _prune(tau: float | None, mode: str | None) -> Any:
-    """The prune setting of the options; without a mode, the one that is available for every tau."""
+def _prune(options: dict[str, Any]) -> Any:
+    """Take the prune options out of ``options``: a Prune, or None where the user gave none of them."""
     from .runtime.prune import Prune
 
-    tau = tau or 0.0
-    return Prune.at(tau) if mode is None else Prune(tau=tau, anchored=mode == "anchored")
+    given = {name: options.pop(name) for name in ("tau", "mode", "method", "metric")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    mode = given.pop("mode", "anchored")
+    return Prune(**given, anchored=mode == "anchored")
 
 
 device_option = click.option(
@@ -194,13 +201,12 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
     """Ask BUNDLE a question (PROMPT) about images. The answer goes to stdout, the statistics to stderr."""
     from .run import run as run_bundle
 
-    tau, mode, no_prune = (options.pop(name) for name in ("tau", "mode", "no_prune"))
-    if no_prune and (tau is not None or mode):
-        raise click.UsageError("--no-prune goes with neither --tau nor --mode")
+    asked, no_prune = _prune(options), options.pop("no_prune")
+    if no_prune and asked:
+        raise click.UsageError("--no-prune goes with no other option of pruning")
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
-    asked = tau is not None or mode
-    prune: Any = None if no_prune else _prune(tau, mode) if asked else "default"
+    prune: Any = None if no_prune else asked or "default"
     run_bundle(bundle, prompt, images, prune, **options)
 
 
@@ -211,7 +217,11 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
 @click.option("--tau", "taus", type=click.FloatRange(0, 1), multiple=True, help="Prune at this tau; may be repeated.")
 @click.option("--no-prune", is_flag=True, help="Keep every token; goes with --tau to compare.")
 @click.option(
-    "--method", type=click.Choice(["pred_2d", "random"]), default="pred_2d", show_default=True, help="How to prune."
+    "--method",
+    type=click.Choice([*PRUNE_METHODS, "random"]),
+    default="pred_2d",
+    show_default=True,
+    help="How to prune.",
 )
 @device_option
 @click.option("-n", "--n", "count", type=click.IntRange(1), default=200, show_default=True, help="Samples per skill.")
@@ -233,16 +243,18 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 @click.option("--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question.")
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
 @click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
-def plan(
-    images: tuple[str, ...], output: str, tau: float | None, mode: str | None, no_prune: bool, **sizes: Any
-) -> None:
+def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> None:
     """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
     from pathlib import Path
 
     from . import plan as planner
     from .models import profiles
+    from .runtime.prune import Prune
 
-    prune = None if no_prune else _prune(tau, mode)
+    asked = _prune(sizes)
+    if no_prune and asked:
+        raise click.UsageError("--no-prune goes with no other option of pruning")
+    prune = None if no_prune else asked or Prune()
     given = {name: value for name, value in sizes.items() if value is not None}
     with click.progressbar(length=len(images), label="select", file=sys.stderr) as bar:
         made = planner.plan(images, prune, progress=lambda done, total: bar.update(1), **given)
@@ -264,21 +276,20 @@ def plan(
 @click.option("--overlay", type=click.Path(), help="Write a picture of what is kept and what is dropped.")
 def inspect(
     image: str,
-    tau: float | None,
-    mode: str | None,
     min_pixels: int | None,
     max_pixels: int | None,
     patch: int,
     merge: int,
     as_json: bool,
     overlay: str | None,
+    **options: Any,
 ) -> None:
     """Show what would be pruned of IMAGE, without a model (sizes as for Qwen3-VL)."""
     from . import inspect as view
-    from .runtime.prune import select
+    from .runtime.prune import Prune, select
 
     limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
-    prune = _prune(tau, mode)
+    prune = _prune(options) or Prune()
     if overlay:
         view.check_overlay(overlay, image)
     selection = select(image, prune, patch, merge, **limits)

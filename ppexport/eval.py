@@ -80,7 +80,7 @@ def settings(taus: Sequence[float], no_prune: bool, method: str) -> list[Prune |
     """The prune settings asked for: tau 0 if none is named."""
     chosen: list[Prune | None] = [None] if no_prune else []
     wanted = taus or ([] if no_prune else [0.0])
-    return chosen + [Prune.at(tau, method) for tau in wanted]
+    return chosen + [Prune(method, tau=tau) for tau in wanted]
 
 
 def results(pipe: Pipeline, skills: Sequence[str], chosen: Sequence[Prune | None], count: int) -> Iterator[Result]:

@@ -138,7 +138,7 @@ class Pipeline:
         self.chosen = chosen  # where it runs, and why there
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
-        self.selector = Selector(backend, graphs["prune"], model.vision.block)
+        self.selector = Selector(backend, directory, model.vision.block)
         self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
         dialect = manifest.graphs["language"].dialect
         self.language = Language(

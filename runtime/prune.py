@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from ..models.checks import integer, number
-from ..models.config import SELECTOR_BLOCKS
+from ..models.config import PRUNE_METHODS, PRUNE_METRICS, SELECTOR_BLOCKS, prune_file
 from ..models.errors import RequestError
 from .image import ImageLike, prepare
 from .session import Backend, Buffer, Session, run
 
-METHODS, METRICS = ("pred_2d", "random"), ("max",)
+METHODS = (*PRUNE_METHODS, "random")
 
 
 @dataclass(frozen=True)
 class Prune:
     """How to prune; a property of a request.
 
-    Source: PixelPrune. tau is the largest difference of a byte, as a share of 255, at which two tokens still count as
-    equal: 0 drops exact repetitions only. Raises RequestError for values out of range and for combinations that are
-    not available yet.
+    Source: PixelPrune. tau is the distance up to which two tokens still count as equal, as a share of 255: 0 drops
+    exact repetitions only. Raises RequestError for values out of range.
     """
 
-    method: str = "pred_2d"  # prediction from the left, upper and upper-left neighbour; "random": as many, anywhere
-    metric: str = "max"  # distance: the largest difference over all bytes of two tokens
+    method: str = (
+        "pred_2d"  # prediction from the left, upper and upper-left neighbour; "raster", "serpentine": from the
+    )
+    # token before it in that scan; "random": as many as pred_2d, anywhere
+    metric: str = "max"  # distance: the largest difference of a byte, their mean ("mae") or root mean square ("rmse")
     tau: float = 0.0  # 0 ... 1
     anchored: bool = True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour
     seed: int = 0  # of method "random", a baseline to measure accuracy against
@@ -40,24 +41,17 @@ class Prune:
             raise RequestError(f"anchored is {self.anchored!r}, expected True or False")
         if self.method not in METHODS:
             raise RequestError(f"method is {self.method!r}, expected one of: {', '.join(METHODS)}")
-        if self.metric not in METRICS:
-            raise RequestError(f"metric is {self.metric!r}, expected one of: {', '.join(METRICS)}")
-        if self.anchored and self.threshold > 0:
-            raise RequestError(
-                f"tau is {self.tau} with anchored=True, which is not available yet; "
-                "expected tau=0 (where both modes are equal) or anchored=False"
-            )
+        if self.metric not in PRUNE_METRICS:
+            raise RequestError(f"metric is {self.metric!r}, expected one of: {', '.join(PRUNE_METRICS)}")
 
-    @classmethod
-    def at(cls, tau: float, method: str = "pred_2d") -> Prune:
-        """Pruning at ``tau`` in the mode that is available for it: sliding, or at threshold 0 anchored, its equal."""
-        sliding = cls(method, tau=tau, anchored=False)
-        return sliding if sliding.threshold else cls(method, tau=tau)
+    def threshold(self, block: int) -> int:
+        """The largest distance that counts as equal, as the graphs take it (exporters/metrics.py).
 
-    @property
-    def threshold(self) -> int:
-        """The largest byte difference that still counts as equal, 0 ... 255."""
-        return int(255 * self.tau + 1e-6)
+        For tokens of ``block`` x ``block`` pixels: the largest difference of a byte, the sum of all differences, or the
+        sum of their squares.
+        """
+        count, level = 3 * block**2, 255 * self.tau
+        return int({"max": level, "mae": level * count, "rmse": level**2 * count}[self.metric] + 1e-6)
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,19 @@ def check_prune(prune: object, also: str = "") -> Prune | None:
 
 
 class Selector:
-    """The pruning graph on a backend. ``block``: pixels per side of a merged token."""
+    """The pruning graphs of a folder on a backend. ``block``: pixels per side of a merged token."""
 
-    def __init__(self, backend: Backend, graph: Path, block: int):
-        self.backend, self.block = backend, block
-        self.session: Session = backend.session(graph)
+    def __init__(self, backend: Backend, folder: Path, block: int):
+        self.backend, self.folder, self.block = backend, folder, block
+        self._sessions: dict[str, Session] = {}
+        self.session("pred_2d", "max")  # the usual one is loaded at once
+
+    def session(self, method: str, metric: str) -> Session:
+        """The graph of a method and a metric, loaded when it is first asked for."""
+        file = prune_file(method, metric)
+        if file not in self._sessions:
+            self._sessions[file] = self.backend.session(self.folder / file)
+        return self._sessions[file]
 
     def select(self, image: Buffer, prune: Prune | None) -> tuple[Buffer, Selection]:
         """image uint8 [H, W, 3] on the backend -> the keep indices there (int32 [K]) and what was decided."""
@@ -110,8 +112,12 @@ class Selector:
             order, count = self.backend.upload(np.arange(total, dtype=np.int32)), total
         else:
             order, counter = self.backend.zeros((total,), "int32"), self.backend.zeros((1,), "int32")
-            threshold = self.backend.upload(np.array([prune.threshold], np.int32))
-            run(self.session, {"image": image, "threshold": threshold}, {"order": order, "count": counter})
+            session = self.session("pred_2d" if prune.method == "random" else prune.method, prune.metric)
+            threshold, anchored = (
+                self.backend.upload(np.array([n], np.int32)) for n in (prune.threshold(self.block), prune.anchored)
+            )
+            inputs = {"image": image, "threshold": threshold, "anchored": anchored}
+            run(session, inputs, {"order": order, "count": counter})
             count = int(self.backend.download(counter)[0])
             if prune.method == "random":
                 order = self.backend.upload(_random_order(total, count, prune.seed))
@@ -135,8 +141,7 @@ def packaged_selector(block: int) -> Selector:
 
     if block not in SELECTOR_BLOCKS:
         raise RequestError(f"patch * merge is {block}, expected one of: {', '.join(map(str, SELECTOR_BLOCKS))}")
-    with resources.as_file(resources.files(__package__) / "selectors" / f"block_{block}.onnx") as graph:
-        return Selector(OrtCpu(), graph, block)
+    return Selector(OrtCpu(), Path(__file__).parent / "selectors" / str(block), block)
 
 
 def select(

@@ -31,10 +31,16 @@ class TrtBackend(GpuBackend):
         self.log = trt_api.logger(self.trt)
         self.runtime = self.trt.Runtime(self.log)
         self._folder = engines.folder(directory, target)
+        self._graphs = {name: graph.file for name, graph in manifest.graphs.items()}
 
     def session(self, path: Path) -> TrtSession:
         """The engine that was compiled from a graph; see session.Backend."""
-        return TrtSession(self, path.stem, self.record.engines[path.stem], self._folder)
+        for graph, file in self._graphs.items():
+            if file == path.name:
+                return TrtSession(self, graph, self.record.engines[graph], self._folder)
+        raise RequestError(
+            f"{path.name} is not compiled for {self.record.target}: engines prune with {self._graphs['prune']} only"
+        )
 
 
 class TrtSession:

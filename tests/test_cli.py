@@ -52,8 +52,8 @@ def test_inspect_json(tmp_path: Path) -> None:
     code, out, _ = invoke("inspect", SCREEN, "--json", "--tau", "0.05")
     assert code == 0
     found = json.loads(out)
-    assert found["keep"] == ppexport.select(SCREEN, ppexport.Prune(tau=0.05, anchored=False)).keep.tolist()
-    assert found["prune"] == {"method": "pred_2d", "metric": "max", "tau": 0.05, "mode": "sliding"}
+    assert found["keep"] == ppexport.select(SCREEN, ppexport.Prune(tau=0.05)).keep.tolist()
+    assert found["prune"] == {"method": "pred_2d", "metric": "max", "tau": 0.05, "mode": "anchored"}
     assert found["grid"] == {"rows": 24, "cols": 32}
     assert found["kept"] == len(found["keep"]) == 198
 
@@ -81,9 +81,18 @@ def test_errors_are_one_line_and_exit_code_1(tiny_bundle: Path, tmp_path: Path) 
     code, out, err = invoke("run", tiny_bundle, "-i", tmp_path / "none.png", "hi")
     assert (code, out) == (1, "")
     assert err == f"Error: {tmp_path / 'none.png'}: no such file\n"
-    code, _, err = invoke("inspect", SCREEN, "--tau", "0.1", "--mode", "anchored")
-    assert code == 1
-    assert "anchored=True, which is not available yet" in err
+
+
+def test_inspect_takes_every_method(tmp_path: Path) -> None:
+    kept = {}
+    for method in ("pred_2d", "raster", "serpentine", "random"):
+        code, out, _ = invoke("inspect", SCREEN, "--tau", 0.02, "--method", method, "--metric", "mae", "--json")
+        assert code == 0
+        found = json.loads(out)
+        assert found["prune"] == {"method": method, "metric": "mae", "tau": 0.02, "mode": "anchored"}
+        kept[method] = found["kept"]
+    assert kept["random"] == kept["pred_2d"] < 198
+    assert len(set(kept.values())) > 1
 
 
 def test_overlay_never_harms_a_file(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -13,13 +17,14 @@ from conftest import GOLDEN, IMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_order, check_selection
-from pred_2d_spec import pred_2d
+from prune_spec import anchors_of, distance, select, visit
 
 import ppexport
 from ppexport.exporters.dialects import DIALECTS
 from ppexport.exporters.prune import prune_graph
-from ppexport.exporters.selectors import DIRECTORY, selector_bytes
-from ppexport.models.config import SELECTOR_BLOCKS
+from ppexport.exporters.selectors import DIRECTORY, packaged
+from ppexport.models.config import PRUNE_METHODS, PRUNE_METRICS
+from ppexport.runtime import trt_api
 
 SHARED_PHOTO = GOLDEN.parent.parent.parent / "shared" / "golden" / "images" / "doc_photo.jpg"
 INDEX = json.loads((GOLDEN / "selection" / "index.json").read_text())
@@ -33,22 +38,15 @@ def source(name: str) -> Path:
     return path
 
 
-def golden_cases() -> list[tuple[str, str]]:
-    """(image, case) for tau = 0 in both modes and every tau in sliding mode, metric max."""
-    return [
-        (name, case)
-        for name, info in INDEX.items()
-        for case in info["kept"]
-        if case.startswith("pred_2d|max|") and ("|0.0|" in case or case.endswith("|sliding"))
-    ]
+GOLDEN_CASES = [(name, case) for name, info in INDEX.items() for case in info["kept"]]
 
 
-@pytest.mark.parametrize(("name", "case"), golden_cases())
+@pytest.mark.parametrize(("name", "case"), GOLDEN_CASES)
 def test_selection_equals_the_reference(name: str, case: str) -> None:
+    """Every case, although the reference compares floats: no distance of these images lies on a threshold."""
     expected = np.load(GOLDEN / "selection" / f"{name}.npz")
-    _, _, tau, mode = case.split("|")
-    prune = ppexport.Prune(tau=float(tau), anchored=mode == "anchored")
-    selection = ppexport.select(source(name), prune)
+    method, metric, tau, mode = case.split("|")
+    selection = ppexport.select(source(name), ppexport.Prune(method, metric, float(tau), mode == "anchored"))
     check_selection(selection)
     _, h, w = expected["grid_thw"]
     assert (selection.rows, selection.cols) == (h // 2, w // 2)
@@ -57,45 +55,166 @@ def test_selection_equals_the_reference(name: str, case: str) -> None:
     assert selection.kept == INDEX[name]["kept"][case]
 
 
-@pytest.fixture(scope="module", params=["ort", "standard"])
-def session(request: pytest.FixtureRequest) -> ort.InferenceSession:
-    model = ir.to_proto(prune_graph(28, DIALECTS[request.param]))
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+def test_every_kind_of_golden_case_is_there() -> None:
+    kinds = {tuple(np.array(case.split("|"))[[0, 1, 3]]) for _, case in GOLDEN_CASES}
+    assert {method for method, _, _ in kinds} == set(PRUNE_METHODS)
+    assert {metric for _, metric, _ in kinds} == set(PRUNE_METRICS)
+    assert len(GOLDEN_CASES) == 80
+
+
+BLOCK = 4  # small tokens, so that grids of 12 x 12 are small pictures
+PAIRS = list(itertools.product(PRUNE_METHODS, PRUNE_METRICS))
+
+
+@functools.cache
+def session(dialect: str, method: str, metric: str, block: int = BLOCK) -> ort.InferenceSession:
+    model = ir.to_proto(prune_graph(block, DIALECTS[dialect], method, metric))
+    onnx.checker.check_model(model, full_check=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(found: ort.InferenceSession, image: np.ndarray, threshold: int, anchored: bool) -> list[int]:
+    settings = {"threshold": np.array([threshold], np.int32), "anchored": np.array([anchored], np.int32)}
+    order, count = found.run(None, {"image": image, **settings})
+    check_order(order, count, len(order))
+    return order[: count[0]].tolist()
 
 
 @st.composite
 def images(draw: st.DrawFn) -> np.ndarray:
-    """Grids from 1 x 1 to 7 x 7 made of few distinct tokens, some with a small disturbance of one byte."""
-    rows, cols = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    """Grids from 1 x 1 to 12 x 12: few distinct tokens, disturbed bytes, gradients that drift, stripes, checkers."""
+    rows, cols = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    palette = rng.integers(0, 256, (draw(st.integers(1, 4)), 28, 28, 3), np.uint8)
-    tokens = palette[rng.integers(0, len(palette), (rows, cols))]
-    step = draw(st.integers(0, 40))
-    for r, c in np.ndindex(rows, cols):
-        y, x, channel = rng.integers(28), rng.integers(28), rng.integers(3)
-        value = int(tokens[r, c, y, x, channel]) + int(rng.integers(-step, step + 1))
-        tokens[r, c, y, x, channel] = np.clip(value, 0, 255)
-    return np.ascontiguousarray(tokens.transpose(0, 2, 1, 3, 4).reshape(rows * 28, cols * 28, 3))
+    palette = rng.integers(0, 256, (draw(st.integers(1, 4)), BLOCK, BLOCK, 3), np.uint8)
+    row, col = np.indices((rows, cols))
+    kind = draw(st.sampled_from(["random", "stripes", "checkers", "tiles", "drift"]))
+    which = {
+        "random": rng.integers(0, len(palette), (rows, cols)),
+        "stripes": row if draw(st.booleans()) else col,
+        "checkers": row + col,
+        "tiles": (row % 3) * 3 + col % 3,
+        "drift": np.zeros((rows, cols), int),
+    }[kind]
+    tokens = palette[which % len(palette)].astype(int)
+    if kind == "drift":
+        tokens += (row * draw(st.integers(-3, 3)) + col * draw(st.integers(-3, 3)))[:, :, None, None, None]
+    step = draw(st.sampled_from([0, 0, 1, 3, 40]))
+    where = rng.random(tokens.shape) < draw(st.sampled_from([0.02, 0.5]))
+    tokens = np.clip(tokens + where * rng.integers(-step, step + 1, tokens.shape), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(tokens.transpose(0, 2, 1, 3, 4).reshape(rows * BLOCK, cols * BLOCK, 3))
 
 
-@settings(max_examples=150, deadline=None)
-@given(image=images(), threshold=st.sampled_from([0, 1, 5, 20, 254, 255]))
-def test_graph_equals_the_specification(session: ort.InferenceSession, image: np.ndarray, threshold: int) -> None:
-    order, count = session.run(None, {"image": image, "threshold": np.array([threshold], np.int32)})
-    check_order(order, count, (image.shape[0] // 28) * (image.shape[1] // 28))
-    assert order[: count[0]].tolist() == pred_2d(image, 28, threshold)
+@pytest.mark.parametrize(("method", "metric"), PAIRS)
+@settings(max_examples=60, deadline=None)
+@given(image=images(), level=st.sampled_from([0, 1, 2, 3, 5, 20, 254, 255]), anchored=st.booleans())
+def test_graph_equals_the_specification(
+    method: str, metric: str, image: np.ndarray, level: int, anchored: bool
+) -> None:
+    threshold = ppexport.Prune(method, metric, level / 255).threshold(BLOCK)
+    expected = select(image, BLOCK, method, metric, threshold, anchored)
+    for dialect in DIALECTS:
+        assert run(session(dialect, method, metric), image, threshold, anchored) == expected
 
 
-def test_graph_uses_standard_operators_and_no_nonzero() -> None:
-    for dialect in DIALECTS.values():
-        nodes = list(prune_graph(32, dialect).graph)
+@settings(max_examples=60, deadline=None)
+@given(image=images(), level=st.sampled_from([1, 3, 20]), pair=st.sampled_from(PAIRS))
+def test_anchored_errors_never_exceed_tau(image: np.ndarray, level: int, pair: tuple[str, str]) -> None:
+    threshold = ppexport.Prune(*pair, level / 255).threshold(BLOCK)
+    kept = run(session("ort", *pair), image, threshold, True)
+    expected, anchors = anchors_of(image, BLOCK, *pair, threshold, True)
+    assert set(kept) == expected == set(anchors.values())
+    tokens = cut(image)
+    for index, anchor in anchors.items():
+        assert distance(pair[1], tokens[index], tokens[anchor]) <= threshold
+
+
+@settings(max_examples=60, deadline=None)
+@given(image=images(), method=st.sampled_from(PRUNE_METHODS), metric=st.sampled_from(PRUNE_METRICS))
+def test_lossless_at_tau_0(image: np.ndarray, method: str, metric: str) -> None:
+    """The kept tokens and their places give back every pixel."""
+    kept = run(session("ort", method, metric), image, 0, True)
+    tokens = cut(image)
+    rows, cols = image.shape[0] // BLOCK, image.shape[1] // BLOCK
+    rebuilt = decode({index: tokens[index] for index in kept}, rows, cols, method)
+    np.testing.assert_array_equal(rebuilt, tokens)
+
+
+@settings(max_examples=40, deadline=None)
+@given(image=images(), data=st.data())
+def test_pred_2d_does_not_look_ahead(image: np.ndarray, data: st.DataObject) -> None:
+    """Cutting tokens off the right or the bottom leaves the selection of the others as it was."""
+    rows, cols = image.shape[0] // BLOCK, image.shape[1] // BLOCK
+    fewer_rows, fewer_cols = data.draw(st.integers(1, rows)), data.draw(st.integers(1, cols))
+    whole = run(session("ort", "pred_2d", "max"), image, 3, True)
+    part = run(session("ort", "pred_2d", "max"), image[: fewer_rows * BLOCK, : fewer_cols * BLOCK].copy(), 3, True)
+    inside = [(i // cols, i % cols) for i in whole if i // cols < fewer_rows and i % cols < fewer_cols]
+    assert [(i // fewer_cols, i % fewer_cols) for i in part] == inside
+
+
+def cut(image: np.ndarray) -> np.ndarray:
+    """[N, BLOCK, BLOCK, 3]."""
+    rows, cols = image.shape[0] // BLOCK, image.shape[1] // BLOCK
+    return image.reshape(rows, BLOCK, cols, BLOCK, 3).transpose(0, 2, 1, 3, 4).reshape(-1, BLOCK, BLOCK, 3)
+
+
+def decode(kept: dict[int, np.ndarray], rows: int, cols: int, method: str) -> np.ndarray:
+    """Rebuild all tokens from the kept ones and their indices alone."""
+    rebuilt = {0: kept[0]}
+    same = lambda a, b: bool((rebuilt[a] == rebuilt[b]).all())  # noqa: E731
+    for index, before in visit(method, rows, cols):
+        rebuilt[index] = kept[index] if index in kept else rebuilt[before(same)]
+    return np.stack([rebuilt[i] for i in range(rows * cols)])
+
+
+def test_sums_stay_exact_where_float32_would_not() -> None:
+    """Squares of 3072 differences of 255 add up to 199,756,800, twelve times what float32 counts in ones."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:, 32:] = 255
+    for metric, most in (("mae", 3072 * 255), ("rmse", 3072 * 255**2)):
+        for dialect in DIALECTS:
+            found = session(dialect, "pred_2d", metric, 32)
+            assert run(found, image, most, False) == [0]
+            assert run(found, image, most - 1, False) == [0, 1]
+
+
+def test_selection_is_the_same_on_many_threads(screen: np.ndarray) -> None:
+    prune = ppexport.Prune(tau=0.02)
+    expected = ppexport.select(screen, prune, min_pixels=1).keep
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: ppexport.select(screen, prune, min_pixels=1), range(20)):
+            np.testing.assert_array_equal(found.keep, expected)
+
+
+def test_graphs_use_standard_operators_and_no_nonzero() -> None:
+    for dialect, (method, metric) in itertools.product(DIALECTS.values(), PAIRS):
+        nodes = list(prune_graph(32, dialect, method, metric).graph.all_nodes())
         assert {node.domain for node in nodes} == {""}
         assert "NonZero" not in {node.op_type for node in nodes}
 
 
-@pytest.mark.parametrize("block", SELECTOR_BLOCKS)
-def test_packaged_graph_is_what_the_exporter_makes(block: int) -> None:
-    assert (DIRECTORY / f"block_{block}.onnx").read_bytes() == selector_bytes(block)
+def test_packaged_graphs_are_what_the_exporter_makes() -> None:
+    expected = packaged()
+    assert set(expected) == {p for p in DIRECTORY.rglob("*") if p.is_file()}
+    for path, content in expected.items():
+        assert path.read_bytes() == content, path
+
+
+@pytest.mark.parametrize("dialect", ["standard", "plain"])
+@pytest.mark.parametrize(("method", "metric"), PAIRS)
+def test_every_graph_compiles_for_tensorrt(dialect: str, method: str, metric: str) -> None:
+    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
+    log = trt_api.logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    model = ir.to_proto(prune_graph(32, DIALECTS[dialect], method, metric)).SerializeToString()
+    assert parser.parse(model), log.messages
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    profile.set_shape("image", (32, 32, 3), (640, 640, 3), (2048, 2048, 3))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config).nbytes > 10_000, log.messages
 
 
 def test_prune_off_keeps_everything_and_says_so(screen: np.ndarray) -> None:
@@ -114,7 +233,7 @@ def test_nothing_to_drop_is_said() -> None:
 def test_qwen2_block_size(screen: np.ndarray) -> None:
     selection = ppexport.select(screen[:112, :140], patch=14, merge=2, min_pixels=1)
     assert (selection.rows, selection.cols) == (4, 5)
-    assert selection.keep.tolist() == pred_2d(screen[:112, :140], 28, 0)
+    assert selection.keep.tolist() == select(screen[:112, :140], 28, "pred_2d", "max", 0, False)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +243,8 @@ def test_qwen2_block_size(screen: np.ndarray) -> None:
         ({"tau": "0"}, "tau is '0', expected a number"),
         ({"tau": True}, "tau is True, expected a number"),
         ({"tau": float("nan")}, "tau is nan, expected a number from 0 to 1"),
-        ({"method": "raster"}, "method is 'raster', expected one of: pred_2d, random"),
-        ({"metric": "mae"}, "metric is 'mae', expected one of: max"),
-        ({"tau": 0.05}, "anchored=True, which is not available yet"),
+        ({"method": "best"}, "method is 'best', expected one of: pred_2d, raster, serpentine, random"),
+        ({"metric": "ssim"}, "metric is 'ssim', expected one of: max, mae, rmse"),
         ({"anchored": 1}, "anchored is 1, expected True or False"),
     ],
 )
@@ -150,10 +268,11 @@ def test_unknown_block_size(screen: np.ndarray) -> None:
         ppexport.select(screen, patch=20, merge=3)
 
 
-def test_the_mode_that_is_available_for_a_tau() -> None:
-    assert ppexport.Prune.at(0.0) == ppexport.Prune()
-    assert ppexport.Prune.at(0.003) == ppexport.Prune(tau=0.003)  # no byte may differ: threshold 0
-    assert ppexport.Prune.at(0.05, "random") == ppexport.Prune("random", tau=0.05, anchored=False)
+def test_thresholds_are_whole_numbers_at_every_level() -> None:
+    """tau = k / 255 is exactly k for max, k times the bytes of a token for mae, and so on: no rounding down."""
+    for k in range(256):
+        for metric, expected in (("max", k), ("mae", k * 3072), ("rmse", k * k * 3072)):
+            assert ppexport.Prune(metric=metric, tau=k / 255).threshold(32) == expected
 
 
 def test_prune_is_frozen() -> None:

@@ -155,7 +155,19 @@ def test_two_pipelines_on_two_threads(bundle: Path, cpu: ppexport.Pipeline) -> N
 
 def test_an_unbound_input_is_an_error(pipe: ppexport.Pipeline) -> None:
     with pytest.raises(ppexport.BackendError, match="the input image of the prune engine is not bound"):
-        pipe.selector.session.binding().run()
+        pipe.selector.session("pred_2d", "max").binding().run()
+
+
+def test_engines_prune_with_one_method(pipe: ppexport.Pipeline) -> None:
+    message = r"prune.raster.max.onnx is not compiled for tensorrt: engines prune with prune.pred_2d.max.onnx only"
+    with pytest.raises(ppexport.RequestError, match=message):
+        pipe.encode(IMAGES / "web_gnuplot.png", ppexport.Prune("raster"))
+
+
+def test_anchored_selection_equals_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
+    image, prune = IMAGES / "pdf_gnuplot-020.png", ppexport.Prune(tau=0.1)
+    found, expected = (p.encode(image, prune).keep for p in (pipe, cpu))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_engines_of_another_version_or_gpu_are_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""How far two tokens lie apart, in exact integers: metrics max, mae and rmse on bytes.
+
+max is the largest difference of two bytes, mae the sum of the differences, rmse the sum of their squares; thresholds
+are integers in the same unit (runtime/prune.py), so neither a mean nor a root is ever taken. float32 holds every sum
+of one pixel row of a block exactly (at most 96 * 255**2 < 2**24), int32 that of all rows (3072 * 255**2 < 2**31).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .tape import Ops
+
+
+class Metric:
+    """Distances under one metric. ``op`` writes the nodes; values of the outer graph may be used in a subgraph's."""
+
+    def __init__(self, name: str, block: int, as_float: bool):
+        self.name, self.block, self.as_float = name, block, as_float
+        small = ir.DataType.FLOAT if as_float else ir.DataType.UINT8
+        self.dtype = small if name == "max" else ir.DataType.INT32  # of distances
+
+    def limit(self, op: Ops, threshold: ir.Value) -> ir.Value:
+        """The threshold int32 [1] in the type of the distances."""
+        return op("Cast", threshold, to=self.dtype)
+
+    def difference(self, op: Ops, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Per byte; a and b are uint8, where subtraction would wrap around, or float32 with the same values."""
+        if self.as_float:
+            difference = op("Abs", op("Sub", a, b))
+        else:
+            difference = op("Sub", op("Max", a, b), op("Min", a, b))
+        if self.name == "max":
+            return difference
+        wide = difference if self.as_float else op("Cast", difference, to=ir.DataType.FLOAT)
+        return wide if self.name == "mae" else op("Mul", wide, wide)
+
+    def of_lines(self, op: Ops, difference: ir.Value, grid: ir.Value) -> ir.Value:
+        """Differences [rows * block, cols, segment] -> distances [rows, cols]; grid: int64 [rows, block, cols]."""
+        return self._sum_lines(op, op("Reshape", self._line(op, difference), grid), 1)
+
+    def of_tokens(self, op: Ops, difference: ir.Value) -> ir.Value:
+        """Differences [n, block * segment] -> distances [n]."""
+        lines = op("Reshape", difference, op.ints([0, self.block, -1]))
+        return self._sum_lines(op, self._line(op, lines), 1)
+
+    def _line(self, op: Ops, difference: ir.Value) -> ir.Value:
+        """Over the last axis of three."""
+        if self.name == "max":
+            return op("ReduceMax", difference, op.ints([2]), keepdims=0)
+        return op("Cast", op("ReduceSum", difference, op.ints([2]), keepdims=0), to=ir.DataType.INT32)
+
+    def _sum_lines(self, op: Ops, lines: ir.Value, axis: int) -> ir.Value:
+        return op("ReduceMax" if self.name == "max" else "ReduceSum", lines, op.ints([axis]), keepdims=0)
