@@ -29,8 +29,8 @@ $(VENV)/tests: $(VENV)/exports setup.cfg
 demo: $(VENV)/exports
 	rm -rf $(OUT) && mkdir -p $(OUT)
 	$(BIN)/ppexport build models/pocket -o $(OUT)/pocket.bundle
-	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "Is QQ on?" --overlay $(OUT)/overlay.png
-	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "What is the QQ?"
+	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "What is the Region?" --overlay $(OUT)/overlay.png
+	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "What is the Brightness?"
 	@echo "the screen: docs/settings.png; what was pruned of it: $(OUT)/overlay.png"
 
 test: lint

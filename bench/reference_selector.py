@@ -1,7 +1,7 @@
 """The authors' PixelPrune as a worker: run with a Python that has transformers 4.57.6, started by selector.py.
 
-Reads lines of JSON {"pixels": file.npy, "tau": 0.0} from stdin, writes {"ms": ..., "keep": [...]} for each: the time of
-its processor (rescale, normalise, patchify; no resize) and its selector on the resized uint8 image.
+Reads lines of JSON {"pixels": file.npy, "tau": 0.0, "anchored": true, "resize": false} from stdin, writes {"ms": 1.0,
+"keep": [...]} for each: the time of its processor (resize if asked for, rescale, normalise, patchify) and its selector.
 """
 
 import json
@@ -17,17 +17,29 @@ from pixelprune.patches.qwen3_vl_hf import normalize_pixel_values_for_selector
 from transformers import Qwen2VLImageProcessor
 
 processor = Qwen2VLImageProcessor(
-    patch_size=16, merge_size=2, temporal_patch_size=2, do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    patch_size=16,
+    merge_size=2,
+    temporal_patch_size=2,
+    min_pixels=65536,
+    max_pixels=16777216,
+    image_mean=[0.5] * 3,
+    image_std=[0.5] * 3,
 )
 for line in sys.stdin:
     request = json.loads(line)
     pixels = np.load(request["pixels"])
     begin = time.perf_counter()
-    batch = processor(images=[pixels], return_tensors="pt")
+    batch = processor(images=[pixels], do_resize=request["resize"], return_tensors="pt")
     values = normalize_pixel_values_for_selector(batch["pixel_values"])
     with torch.no_grad():
         keep = compute_merged_keep_indices(
-            values, batch["image_grid_thw"], 2, method="pred_2d", metric="max", threshold=request["tau"], anchored=False
+            values,
+            batch["image_grid_thw"],
+            2,
+            method="pred_2d",
+            metric="max",
+            threshold=request["tau"],
+            anchored=request["anchored"],
         )[0]
     ms = (time.perf_counter() - begin) * 1e3
     print(json.dumps({"ms": ms, "keep": keep.tolist()}), flush=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, IMAGES
 
+from ppexport.build import build
+
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT_ONLY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes"}
 # the trainer stands beside the checkpoint it makes; nothing else imports it
@@ -77,6 +79,8 @@ assert pipe.encode(image).embeds.shape == (159, 128)
 from ppexport.cli import main
 main(["run", {str(tiny_bundle)!r}, "-i", image, "Title?", "-n", "4"], standalone_mode=False)
 main(["inspect", image, "--overlay", {str(tmp_path / "o.png")!r}], standalone_mode=False)
+main(["doctor", {str(tiny_bundle)!r}], standalone_mode=False)
+main(["plan", image, "-o", {str(tmp_path / "p.json")!r}], standalone_mode=False)
 print("through")
 """,
         encoding="utf-8",
@@ -84,6 +88,23 @@ print("through")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("through\n")
+
+
+def test_engines_compile_without_torch_and_onnx(tmp_path: Path) -> None:
+    """What runs on a Jetson, with the compiler that runs here."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
+    bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", "bf16", "standard")
+    script = f"""
+import sys
+for name in {EXPORT_ONLY!r}:
+    sys.modules[name] = None
+from ppexport.cli import main
+arguments = ["build", {str(bundle)!r}, "--target", "tensorrt-rtx", "--capacity", "256", "--max-pixels", "65536"]
+main(arguments, standalone_mode=False)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (bundle / "engines" / "tensorrt-rtx" / "language.engine").stat().st_size > 100_000
 
 
 @pytest.mark.parametrize(

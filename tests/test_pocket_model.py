@@ -79,7 +79,7 @@ def test_parity_with_transformers(skill: str, seed: int, tmp_path_factory: pytes
 
 @pytest.mark.parametrize("prune", [None, ppexport.Prune()], ids=["unpruned", "pruned"])
 def test_answers_about_the_screen_of_the_demo(pipe: ppexport.Pipeline, prune: ppexport.Prune | None) -> None:
-    for question, answer in (("", ""), ("", "")):
+    for question, answer in (("What is the Region?", "Porto"), ("What is the Brightness?", "46%")):
         assert pipe.generate(question, [Image.open(SCREEN)], prune).text() == answer
 
 

@@ -104,12 +104,15 @@ class Reader:
 
 
 def further(made: Sample, rng: Random, most: int) -> list[Sample]:
-    """More questions about the same picture: several turns teach more than one for the same picture tokens."""
+    """More questions about the same picture: several turns teach more than one for the same picture tokens.
+
+    Some ask for the place of something that is not a button: what ``read`` has learned to find helps ``locate``.
+    """
     turns = []
     for element in rng.sample(made.elements, len(made.elements)):
         if element.kind == "text":
             continue
-        skill, question, answer, box = about(element, *made.image.size)
+        skill, question, answer, box = about(element, *made.image.size, where=rng.random() < 0.4)
         if question != made.question:
             turns.append(replace(made, skill=skill, question=question, answer=answer, box=box))
     return turns[:most]
@@ -177,6 +180,7 @@ CURRICULUM: tuple[tuple[float, dict[str, float], tuple[tuple[int, int], ...]], .
     (0.067, {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, ((384, 256),)),
     (0.333, {"transcribe": 0.17, "read": 0.37, "locate": 0.27, "yesno": 0.19}, ((640, 480),)),
     (0.467, {"transcribe": 0.1, "read": 0.27, "locate": 0.4, "yesno": 0.23}, ((384, 256), (640, 480))),
+    (0.6, {"transcribe": 0.1, "read": 0.27, "locate": 0.33, "yesno": 0.3}, ((288, 192), (384, 256), (640, 480))),
 )
 
 

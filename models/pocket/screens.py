@@ -184,11 +184,11 @@ def _canvas(rng: Random, largest: tuple[int, int]) -> Canvas:
     return Canvas(rng, width, height, rng.random() < 0.3, size)
 
 
-def about(element: Element, width: int, height: int) -> tuple[str, str, str, Box | None]:
-    """(skill, question, answer, box) about an element of a picture of that size."""
-    if element.kind == "value":
+def about(element: Element, width: int, height: int, where: bool = False) -> tuple[str, str, str, Box | None]:
+    """(skill, question, answer, box) about an element of a picture of that size; ``where``: about its place."""
+    if element.kind == "value" and not where:
         return "read", f"What is the {element.name}?", element.text, None
-    if element.kind == "option":
+    if element.kind == "option" and not where:
         return "yesno", f"Is {element.name} on?", element.text, None
     left, top, right, bottom = element.box
     x, y = (left + right) / 2 / width, (top + bottom) / 2 / height

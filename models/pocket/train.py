@@ -189,7 +189,7 @@ def teach_answering(run: Run, first: int, steps: int, positions: int, rate: floa
 @click.option("--state", type=click.Path(path_type=Path), required=True, help="Saved progress; continues from it.")
 @click.option("--read-steps", type=int, default=700, show_default=True, help="Of the first phase, in batches of 64.")
 @click.option("--copy-steps", type=int, default=700, show_default=True, help="Of the second phase, in batches of 64.")
-@click.option("--steps", type=int, default=3000, show_default=True, help="Of the third phase.")
+@click.option("--steps", type=int, default=3600, show_default=True, help="Of the third phase.")
 @click.option("--positions", type=int, default=6400, show_default=True, help="Of a batch in the third phase, padded.")
 @click.option("--rate", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
 @click.option("--unpruned", is_flag=True, help="Train without pruned samples.")
