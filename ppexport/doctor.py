@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -61,7 +60,7 @@ def examine(bundle: str | None = None) -> Iterator[Finding]:
     for target in TARGETS:
         yield _flavour(target)
     yield _providers()
-    missing = [name for name in EXPORT if importlib.util.find_spec(name) is None]
+    missing = [name for name in EXPORT if _version(name) is None]
     yield Finding("export", f"missing: {', '.join(missing)}" if missing else "ready", _pip("export") if missing else "")
     yield from _targets(gpu.todo == "")
     if bundle is not None:
@@ -121,7 +120,7 @@ def _providers() -> Finding:
 
 def _targets(gpu: bool) -> Iterator[Finding]:
     """What ``build --target`` and ``run --device`` can do here."""
-    builds, runs = [], ["cpu"] if importlib.util.find_spec("onnxruntime") else []
+    builds, runs = [], ["cpu"] if _version("onnxruntime") or _version("onnxruntime-gpu") else []
     for target in TARGETS:
         try:
             trt_api.load(target)
