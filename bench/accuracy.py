@@ -24,7 +24,7 @@ from ppexport.runtime.pipeline import Pipeline
 from ppexport.runtime.prune import Prune
 
 LEVELS = (0, 2, 5, 10, 25)  # tau in 1 / 255
-METHODS = ("pred_2d", "raster", "random")
+METHODS = ("pred_2d", "raster", "unique", "random")
 Row = dict[str, Any]
 
 
@@ -67,9 +67,14 @@ def sweep(bundle: Path, levels: tuple[int, ...], count: int) -> list[Row]:
     pipe, full = ppexport.load(bundle), {}
     rows = measure(pipe, None, None, count, full)
     for method in METHODS:
-        for level in levels:
+        for level in levels_of(method, levels):
             rows += measure(pipe, Prune(method, tau=level / 255), level, count, full)
     return rows
+
+
+def levels_of(method: str, levels: tuple[int, ...]) -> tuple[int, ...]:
+    """The levels that a method knows: "unique" finds exact copies."""
+    return levels[:1] if method == "unique" else levels
 
 
 def pick(rows: list[Row], method: str, level: int | None) -> dict[str, Row]:
@@ -78,7 +83,7 @@ def pick(rows: list[Row], method: str, level: int | None) -> dict[str, Row]:
 
 def accuracy_table(rows: list[Row], levels: tuple[int, ...]) -> str:
     lines = [f"| method | tau | kept | {' | '.join(SKILLS)} |", "| --- | ---: | ---: " + "| ---: " * len(SKILLS) + "|"]
-    for method, level in [("off", None), *((m, v) for m in METHODS for v in levels)]:
+    for method, level in [("off", None), *((m, v) for m in METHODS for v in levels_of(m, levels))]:
         at = pick(rows, method, level)
         kept = sum(row["kept_share"] for row in at.values()) / len(at)
         cells = " | ".join(f"{at[s]['accuracy']:.1%}" for s in SKILLS)
@@ -113,8 +118,8 @@ def draw(rows: list[Row], levels: tuple[int, ...], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(SKILLS), figsize=(12, 3.4), sharey=True, layout="constrained")
     for axis, skill in zip(axes, SKILLS, strict=True):
         axis.axhline(100 * pick(rows, "off", None)[skill]["accuracy"], color="gray", linestyle=":", label="unpruned")
-        for method, marker in zip(METHODS, "osx", strict=True):
-            at = [pick(rows, method, level)[skill] for level in levels]
+        for method, marker in zip(METHODS, "osdx", strict=True):
+            at = [pick(rows, method, level)[skill] for level in levels_of(method, levels)]
             axis.plot(
                 [100 * r["kept_share"] for r in at], [100 * r["accuracy"] for r in at], marker=marker, label=method
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import math
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..models import manifest
-from ..models.config import PRUNE_METHODS, PRUNE_METRICS, ModelConfig, Preprocessing, prune_file
+from ..models.config import PRUNE_GRAPHS, ModelConfig, Preprocessing, prune_file
 from ..models.errors import CheckpointError
 from ..models.hfconfig import Reader
 from ..models.manifest import sha256
@@ -100,7 +99,7 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision, wide[name])
     progress("trace", 3, 3)
-    for method, metric in itertools.product(PRUNE_METHODS, PRUNE_METRICS):
+    for method, metric in PRUNE_GRAPHS:
         ir.save(prune_graph(config.vision.block, dialect, method, metric), directory / prune_file(method, metric))
     for name in ("vision", "language"):
         graphs.attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)

@@ -3,7 +3,7 @@
 Algorithm: PixelPrune (OPPO-Mente-Lab). A token is a block of the image. With A = left, B = above, C = above-left of a
 token X, ``pred_2d`` predicts X from B if C matches A and C does not match B, otherwise from A; the first row from the
 left, the first column from above. ``raster`` and ``serpentine`` predict a token from the one before it in that scan.
-X is dropped if it matches its prediction; the first token is kept.
+X is dropped if it matches its prediction; the first token is kept. ``unique`` (not of PixelPrune) is in unique.py.
 
 Tokens match if their distance is at most the threshold, an integer in the unit of the metric (metrics.py). Compared
 are the tokens themselves (sliding), or what a decoder would rebuild of them (anchored). Where every match between
@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from ..models.config import PRUNE_METHODS, PRUNE_METRICS
-from . import anchored
+from ..models.config import PRUNE_GRAPHS
+from . import anchored, unique
 from .dialects import Dialect
 from .graphs import clean
 from .metrics import Metric
@@ -34,18 +34,45 @@ def prune_graph(block: int, dialect: Dialect, method: str = "pred_2d", metric: s
     """The predictor for tokens of ``block`` x ``block`` pixels.
 
     Inputs: image uint8 [H, W, 3], H and W multiples of block; threshold int32 [1], at least 0; anchored int32 [1], 0 or
-    1. Outputs: order int32 [N], the kept token indices in raster order and then the dropped ones; count int32 [1], how
-    many are kept. N = (H / block) * (W / block).
+    1 (both not for method "unique"). Outputs: order int32 [N], the kept token indices in raster order and then the
+    dropped ones; count int32 [1], how many are kept. N = (H / block) * (W / block).
     """
-    assert method in PRUNE_METHODS
-    assert metric in PRUNE_METRICS
+    assert (method, metric) in PRUNE_GRAPHS
     op = Ops()
     image = ir.val("image", ir.DataType.UINT8, ["H", "W", 3])
-    threshold, wants_anchors = (ir.val(name, ir.DataType.INT32, [1]) for name in ("threshold", "anchored"))
     pixels = op("Cast", image, to=ir.DataType.FLOAT) if dialect.cast_first else image
-    distance = Metric(metric, block, dialect.cast_first)
-    limit = distance.limit(op, threshold)
     grid = Grid(op, pixels, block)
+    settings, constants = [], []
+    if method == "unique":
+        keep, table = unique.kept(op, grid.tokens(op), 3 * block**2, dialect.cast_first)
+        constants.append(table)
+    else:
+        settings = [ir.val(name, ir.DataType.INT32, [1]) for name in ("threshold", "anchored")]
+        keep = _predicted(op, grid, Metric(metric, block, dialect.cast_first), method, *settings)
+    index = op("Range", op.const(0), grid.total, op.const(1))
+    order, count = _compact(op, op("Or", keep, op("Equal", index, op.const(0))), index)
+    for value, name, shape in ((order, "order", ["N"]), (count, "count", [1])):
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.INT32), ir.Shape(shape)
+    graph = ir.Graph(
+        [image, *settings],
+        [order, count],
+        nodes=op.nodes,
+        initializers=constants,
+        name="prune",
+        opset_imports={"": dialect.opset},
+    )
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="ppexport")
+    for step in dialect.passes:
+        step(model)
+    clean(model)
+    return model
+
+
+def _predicted(
+    op: Ops, grid: Grid, distance: Metric, method: str, threshold: ir.Value, wants_anchors: ir.Value
+) -> ir.Value:
+    """Which tokens do not match their prediction, bool [N]."""
+    limit = distance.limit(op, threshold)
     if method == "pred_2d":
         used = grid.distances(op, distance)
         drop = _pred_2d(op, grid, *(op("LessOrEqual", d, limit) for d in used))
@@ -55,26 +82,13 @@ def prune_graph(block: int, dialect: Dialect, method: str = "pred_2d", metric: s
     drop = op("Reshape", drop, op.ints([-1]))
     drifts = op("Greater", wants_anchors, op("Cast", op.const(0), to=ir.DataType.INT32))
     drifts = op("And", drifts, _inexact(op, used, limit, distance))
-    if dialect.cast_first:  # TensorRT takes no Loop inside of an If, but one that ends before its first step
+    if distance.as_float:  # TensorRT takes no Loop inside of an If, but one that ends before its first step
         once = op("Cast", op("Squeeze", drifts), to=ir.DataType.INT64)
         kept = _kept_anchors(op, grid, distance, limit, method, once)
-        keep = op("Or", op("And", drifts, kept), op("Not", op("Or", drifts, drop)))
-    else:
-        one = op.const(1)
-        then = lambda inner: _kept_anchors(inner, grid, distance, limit, method, one)  # noqa: E731
-        keep = _if(op, drifts, then, lambda inner: inner("Not", drop))
-    index = op("Range", op.const(0), grid.total, op.const(1))
-    keep = op("Or", keep, op("Equal", index, op.const(0)))
-    order, count = _compact(op, keep, index)
-    for value, name, shape in ((order, "order", ["N"]), (count, "count", [1])):
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.INT32), ir.Shape(shape)
-    inputs = [image, threshold, wants_anchors]
-    graph = ir.Graph(inputs, [order, count], nodes=op.nodes, name="prune", opset_imports={"": dialect.opset})
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="ppexport")
-    for step in dialect.passes:
-        step(model)
-    clean(model)
-    return model
+        return op("Or", op("And", drifts, kept), op("Not", op("Or", drifts, drop)))
+    one = op.const(1)
+    then = lambda inner: _kept_anchors(inner, grid, distance, limit, method, one)  # noqa: E731
+    return _if(op, drifts, then, lambda inner: inner("Not", drop))
 
 
 class Grid:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..models.config import PRUNE_METHODS, PRUNE_METRICS, SELECTOR_BLOCKS, prune_file
+from ..models.config import PRUNE_GRAPHS, SELECTOR_BLOCKS, prune_file
 from .dialects import DIALECTS
 from .prune import prune_graph
 
@@ -17,7 +17,7 @@ DIRECTORY = Path(__file__).resolve().parent.parent / "runtime" / "selectors"
 def packaged() -> dict[Path, bytes]:
     """File -> the serialized graph, for every block size, method and metric."""
     found = {}
-    for block, method, metric in itertools.product(SELECTOR_BLOCKS, PRUNE_METHODS, PRUNE_METRICS):
+    for block, (method, metric) in itertools.product(SELECTOR_BLOCKS, PRUNE_GRAPHS):
         proto = ir.to_proto(prune_graph(block, DIALECTS["ort"], method, metric))
         found[DIRECTORY / str(block) / prune_file(method, metric)] = proto.SerializeToString(deterministic=True)
     return found

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which selector graphs ship with the package
-PRUNE_METHODS, PRUNE_METRICS = ("pred_2d", "raster", "serpentine"), ("max", "mae", "rmse")  # one graph for each pair
+PRUNE_METHODS, PRUNE_METRICS = ("pred_2d", "raster", "serpentine", "unique"), ("max", "mae", "rmse")
+# (method, metric) of every pruning graph; unique knows equal and not equal only
+PRUNE_GRAPHS = (*((m, d) for m in PRUNE_METHODS[:3] for d in PRUNE_METRICS), ("unique", "max"))
 
 
 def prune_file(method: str, metric: str) -> str:

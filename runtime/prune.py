@@ -28,7 +28,7 @@ class Prune:
     method: str = (
         "pred_2d"  # prediction from the left, upper and upper-left neighbour; "raster", "serpentine": from the
     )
-    # token before it in that scan; "random": as many as pred_2d, anywhere
+    # token before it in that scan; "unique": the first of all equal tokens, anywhere; "random": as many as pred_2d
     metric: str = "max"  # distance: the largest difference of a byte, their mean ("mae") or root mean square ("rmse")
     tau: float = 0.0  # 0 ... 1
     anchored: bool = True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour
@@ -43,6 +43,10 @@ class Prune:
             raise RequestError(f"method is {self.method!r}, expected one of: {', '.join(METHODS)}")
         if self.metric not in PRUNE_METRICS:
             raise RequestError(f"metric is {self.metric!r}, expected one of: {', '.join(PRUNE_METRICS)}")
+        if self.method == "unique" and (self.metric, self.tau) != ("max", 0):
+            raise RequestError(
+                f"method 'unique' has metric {self.metric!r} and tau {self.tau}, expected 'max' and 0: it drops copies"
+            )
 
     def threshold(self, block: int) -> int:
         """The largest distance that counts as equal, as the graphs take it (exporters/metrics.py).
@@ -117,6 +121,7 @@ class Selector:
                 self.backend.upload(np.array([n], np.int32)) for n in (prune.threshold(self.block), prune.anchored)
             )
             inputs = {"image": image, "threshold": threshold, "anchored": anchored}
+            inputs = {name: inputs[name] for name in session.inputs}
             run(session, inputs, {"order": order, "count": counter})
             count = int(self.backend.download(counter)[0])
             if prune.method == "random":

@@ -20,10 +20,11 @@ from invariants import check_order, check_selection
 from prune_spec import anchors_of, distance, select, visit
 
 import ppexport
+from ppexport.exporters import unique
 from ppexport.exporters.dialects import DIALECTS
 from ppexport.exporters.prune import prune_graph
 from ppexport.exporters.selectors import DIRECTORY, packaged
-from ppexport.models.config import PRUNE_METHODS, PRUNE_METRICS
+from ppexport.models.config import PRUNE_GRAPHS, PRUNE_METRICS
 from ppexport.runtime import trt_api
 
 SHARED_PHOTO = GOLDEN.parent.parent.parent / "shared" / "golden" / "images" / "doc_photo.jpg"
@@ -57,13 +58,14 @@ def test_selection_equals_the_reference(name: str, case: str) -> None:
 
 def test_every_kind_of_golden_case_is_there() -> None:
     kinds = {tuple(np.array(case.split("|"))[[0, 1, 3]]) for _, case in GOLDEN_CASES}
-    assert {method for method, _, _ in kinds} == set(PRUNE_METHODS)
+    assert {method for method, _, _ in kinds} == set(SCANS)
     assert {metric for _, metric, _ in kinds} == set(PRUNE_METRICS)
     assert len(GOLDEN_CASES) == 80
 
 
 BLOCK = 4  # small tokens, so that grids of 12 x 12 are small pictures
-PAIRS = list(itertools.product(PRUNE_METHODS, PRUNE_METRICS))
+PAIRS = [(method, metric) for method, metric in PRUNE_GRAPHS if method != "unique"]
+SCANS = ("pred_2d", "raster", "serpentine")
 
 
 @functools.cache
@@ -131,7 +133,7 @@ def test_anchored_errors_never_exceed_tau(image: np.ndarray, level: int, pair: t
 
 
 @settings(max_examples=60, deadline=None)
-@given(image=images(), method=st.sampled_from(PRUNE_METHODS), metric=st.sampled_from(PRUNE_METRICS))
+@given(image=images(), method=st.sampled_from(SCANS), metric=st.sampled_from(PRUNE_METRICS))
 def test_lossless_at_tau_0(image: np.ndarray, method: str, metric: str) -> None:
     """The kept tokens and their places give back every pixel."""
     kept = run(session("ort", method, metric), image, 0, True)
@@ -168,6 +170,32 @@ def decode(kept: dict[int, np.ndarray], rows: int, cols: int, method: str) -> np
     return np.stack([rebuilt[i] for i in range(rows * cols)])
 
 
+@settings(max_examples=60, deadline=None)
+@given(image=images())
+def test_unique_keeps_the_first_of_all_equal_tokens(image: np.ndarray) -> None:
+    tokens = [token.tobytes() for token in cut(image)]
+    expected = [i for i, token in enumerate(tokens) if token not in tokens[:i]]
+    for dialect in DIALECTS:
+        order, count = session(dialect, "unique", "max").run(None, {"image": image})
+        check_order(order, count, len(tokens))
+        assert order[: count[0]].tolist() == expected
+
+
+@pytest.mark.parametrize("name", INDEX)
+def test_unique_on_real_images(name: str) -> None:
+    assert ppexport.select(source(name), ppexport.Prune("unique")).kept == INDEX[name]["unique_tokens"]
+
+
+def test_unique_drops_nothing_whose_hash_alone_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights of zero all hashes are equal: then a token is dropped only next to its copy, and never wrongly."""
+    monkeypatch.setattr(unique, "weights", lambda size: np.zeros((size, unique.SUMS), np.int8))
+    model = ir.to_proto(prune_graph(BLOCK, DIALECTS["ort"], "unique", "max"))
+    found = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = np.repeat(np.array([10, 10, 20, 10, 20, 20], np.uint8), BLOCK)[None, :, None].repeat(BLOCK, 0).repeat(3, 2)
+    order, count = found.run(None, {"image": np.ascontiguousarray(image)})
+    assert order[: count[0]].tolist() == [0, 2, 3, 4]
+
+
 def test_sums_stay_exact_where_float32_would_not() -> None:
     """Squares of 3072 differences of 255 add up to 199,756,800, twelve times what float32 counts in ones."""
     image = np.zeros((32, 64, 3), np.uint8)
@@ -188,7 +216,7 @@ def test_selection_is_the_same_on_many_threads(screen: np.ndarray) -> None:
 
 
 def test_graphs_use_standard_operators_and_no_nonzero() -> None:
-    for dialect, (method, metric) in itertools.product(DIALECTS.values(), PAIRS):
+    for dialect, (method, metric) in itertools.product(DIALECTS.values(), PRUNE_GRAPHS):
         nodes = list(prune_graph(32, dialect, method, metric).graph.all_nodes())
         assert {node.domain for node in nodes} == {""}
         assert "NonZero" not in {node.op_type for node in nodes}
@@ -202,7 +230,7 @@ def test_packaged_graphs_are_what_the_exporter_makes() -> None:
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plain"])
-@pytest.mark.parametrize(("method", "metric"), PAIRS)
+@pytest.mark.parametrize(("method", "metric"), PRUNE_GRAPHS)
 def test_every_graph_compiles_for_tensorrt(dialect: str, method: str, metric: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     log = trt_api.logger(trt)
@@ -212,7 +240,7 @@ def test_every_graph_compiles_for_tensorrt(dialect: str, method: str, metric: st
     model = ir.to_proto(prune_graph(32, DIALECTS[dialect], method, metric)).SerializeToString()
     assert parser.parse(model), log.messages
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    profile.set_shape("image", (32, 32, 3), (640, 640, 3), (2048, 2048, 3))
+    profile.set_shape("image", (32, 32, 3), (640, 640, 3), (1920, 2048, 3))
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config).nbytes > 10_000, log.messages
 
@@ -243,7 +271,8 @@ def test_qwen2_block_size(screen: np.ndarray) -> None:
         ({"tau": "0"}, "tau is '0', expected a number"),
         ({"tau": True}, "tau is True, expected a number"),
         ({"tau": float("nan")}, "tau is nan, expected a number from 0 to 1"),
-        ({"method": "best"}, "method is 'best', expected one of: pred_2d, raster, serpentine, random"),
+        ({"method": "best"}, "method is 'best', expected one of: pred_2d, raster, serpentine, unique, random"),
+        ({"method": "unique", "tau": 0.1}, "method 'unique' has metric 'max' and tau 0.1, expected 'max' and 0"),
         ({"metric": "ssim"}, "metric is 'ssim', expected one of: max, mae, rmse"),
         ({"anchored": 1}, "anchored is 1, expected True or False"),
     ],
