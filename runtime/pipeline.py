@@ -23,6 +23,7 @@ from .session import Backend, Buffer
 from .text import PromptLike, Text
 from .vision import Vision, features_of
 
+WORTH = 0.02  # pruning that would drop less than this share of an image's tokens is left out
 PruneLike = Prune | Literal["default"] | None
 
 
@@ -223,7 +224,7 @@ class Pipeline:
                 pixels = prepare(image, self.selector.block, self.min_pixels, self.max_pixels)
                 buffers.append(self.backend.upload(pixels))
             with stats.stage("prune"):
-                keep, selection = self.selector.select(buffers[-1], setting)
+                keep, selection = self.selector.select(buffers[-1], setting, WORTH)
             keeps.append(keep)
             selections.append(selection)
         stats.images = tuple(selections)

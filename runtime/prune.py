@@ -107,30 +107,43 @@ class Selector:
             self._sessions[file] = self.backend.session(self.folder / file)
         return self._sessions[file]
 
-    def select(self, image: Buffer, prune: Prune | None) -> tuple[Buffer, Selection]:
-        """image uint8 [H, W, 3] on the backend -> the keep indices there (int32 [K]) and what was decided."""
+    def select(self, image: Buffer, prune: Prune | None, worth: float = 0.0) -> tuple[Buffer, Selection]:
+        """image uint8 [H, W, 3] on the backend -> the keep indices there (int32 [K]) and what was decided.
+
+        Where less than the share ``worth`` of the tokens would be dropped, all are kept, and the selection says so.
+        """
         height, width, _ = image.shape
         rows, cols = height // self.block, width // self.block
         total = rows * cols
         if prune is None:
-            order, count = self.backend.upload(np.arange(total, dtype=np.int32)), total
+            order, count, reason = self._all(total), total, "pruning is off"
         else:
-            order, counter = self.backend.zeros((total,), "int32"), self.backend.zeros((1,), "int32")
-            session = self.session("pred_2d" if prune.method == "random" else prune.method, prune.metric)
-            threshold, anchored = (
-                self.backend.upload(np.array([n], np.int32)) for n in (prune.threshold(self.block), prune.anchored)
-            )
-            inputs = {"image": image, "threshold": threshold, "anchored": anchored}
-            inputs = {name: inputs[name] for name in session.inputs}
-            run(session, inputs, {"order": order, "count": counter})
-            count = int(self.backend.download(counter)[0])
-            if prune.method == "random":
-                order = self.backend.upload(_random_order(total, count, prune.seed))
+            order, count = self._predict(image, prune, total)
+            reason = "no token repeats its neighbours" if count == total else ""
+            if 0 < total - count < worth * total:
+                reason = f"only {total - count} of {total} tokens repeat their neighbours, which saves nothing"
+                order, count = self._all(total), total
         keep = order.rows(0, count)
-        reason = "pruning is off" if prune is None else "no token repeats its neighbours" if count == total else ""
         host = self.backend.download(keep).copy()
         host.flags.writeable = False
         return keep, Selection(host, rows, cols, width, height, reason)
+
+    def _all(self, total: int) -> Buffer:
+        return self.backend.upload(np.arange(total, dtype=np.int32))
+
+    def _predict(self, image: Buffer, prune: Prune, total: int) -> tuple[Buffer, int]:
+        """Run the graph: order int32 [N] on the backend and the count."""
+        order, counter = self.backend.zeros((total,), "int32"), self.backend.zeros((1,), "int32")
+        session = self.session("pred_2d" if prune.method == "random" else prune.method, prune.metric)
+        threshold, anchored = (
+            self.backend.upload(np.array([n], np.int32)) for n in (prune.threshold(self.block), prune.anchored)
+        )
+        inputs = {"image": image, "threshold": threshold, "anchored": anchored}
+        run(session, {name: inputs[name] for name in session.inputs}, {"order": order, "count": counter})
+        count = int(self.backend.download(counter)[0])
+        if prune.method == "random":
+            order = self.backend.upload(_random_order(total, count, prune.seed))
+        return order, count
 
 
 def _random_order(total: int, count: int, seed: int) -> np.ndarray:

@@ -77,3 +77,16 @@ def test_keep_all_equals_unpruned(golden_pipe: ppexport.Pipeline) -> None:
     assert pruned.selection.kept == pruned.selection.total
     np.testing.assert_array_equal(pruned.embeds, full.embeds)
     np.testing.assert_array_equal(pruned.deepstack, full.deepstack)
+
+
+def test_pruning_that_saves_nothing_is_left_out(golden_pipe: ppexport.Pipeline) -> None:
+    """One repetition among 80 tokens: the request runs as if pruning were off, and says so; two are worth it."""
+    noise = np.random.default_rng(5).integers(0, 255, (256, 320, 3), np.uint8)
+    noise[:32, 32:64] = noise[:32, :32]
+    found = golden_pipe.encode(noise, ppexport.Prune())
+    assert found.selection.kept == 80
+    assert found.selection.reason == "only 1 of 80 tokens repeat their neighbours, which saves nothing"
+    np.testing.assert_array_equal(found.embeds, golden_pipe.encode(noise, None).embeds)
+    noise[64:96, 32:64] = noise[64:96, :32]
+    assert golden_pipe.encode(noise, ppexport.Prune()).selection.kept == 78
+    assert ppexport.select(noise).kept == 78
