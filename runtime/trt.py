@@ -31,7 +31,21 @@ class TrtBackend(GpuBackend):
         self.log = trt_api.logger(self.trt)
         self.runtime = self.trt.Runtime(self.log)
         self._folder = engines.folder(directory, target)
+        self._sessions: list[TrtSession] = []
+        self._scratch: cuda.Block | None = None
         self._graphs = {name: graph.file for name, graph in manifest.graphs.items()}
+
+    def share_scratch(self, session: TrtSession) -> None:
+        """Give all contexts the same activation memory, as large as any needs: on one stream they run one by one."""
+        self._sessions.append(session)
+        size = max(s.loaded.device_memory_size_v2 for s in self._sessions)
+        if self._scratch is None or self._scratch.size < size:
+            self.wait()
+            self._scratch = self.memory.take(max(size, 1))
+        for each in self._sessions:
+            for context in each.contexts:
+                context.graph = None  # holds the address of the memory before
+                context.context.set_device_memory(self._scratch.pointer, self._scratch.size)
 
     def session(self, path: Path) -> TrtSession:
         """The engine that was compiled from a graph; see session.Backend."""
@@ -58,16 +72,19 @@ class TrtSession:
         self.inputs: Sequence[str] = [n for n in names if modes[n] == trt.TensorIOMode.INPUT]
         self.outputs: Sequence[str] = [n for n in names if modes[n] == trt.TensorIOMode.OUTPUT]
         self.contexts = [self._context(i) for i in range(len(engine.profiles))]
+        backend.share_scratch(self)
 
     def _context(self, profile: int) -> Context:
         """A context for one profile; on RTX the runtime captures CUDA graphs by itself."""
         backend, trt = self.backend, self.backend.trt
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(trt, "CudaGraphStrategy"):
             config = self.loaded.create_runtime_config()
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            config.set_execution_context_allocation_strategy(strategy)
             made = self.loaded.create_execution_context(config)
         else:
-            made = self.loaded.create_execution_context()
+            made = self.loaded.create_execution_context(strategy)
         if made is None or not made.set_optimization_profile_async(profile, backend.stream):
             raise BackendError(
                 f"{backend.name} has no room for profile {profile} of the {self.graph} engine: "

@@ -162,6 +162,11 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
     STRONGLY_TYPED = 1
 
 
+class ExecutionContextAllocationStrategy(enum.IntEnum):
+    STATIC = 0
+    USER_MANAGED = 2
+
+
 class TensorIOMode(enum.IntEnum):
     NONE = 0
     INPUT = 1
@@ -264,13 +269,18 @@ class Builder:
 
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine):
-        self.engine, self.profile = engine, 0
+        self.engine, self.profile, self.scratch = engine, 0, 0
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
         return profile < len(self.engine.profiles)
+
+    def set_device_memory(self, pointer: int, size: int) -> None:
+        assert pointer in self.engine.cuda.allocated
+        assert size >= self.engine.device_memory_size_v2
+        self.scratch = pointer
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         assert pointer % 256 == 0, f"{name} is not aligned"
@@ -283,6 +293,7 @@ class IExecutionContext:
         return all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.scratch in self.engine.cuda.allocated, "no device memory for the activations"
         addresses, shapes = dict(self.addresses), dict(self.shapes)
         run = lambda: self.engine.run(addresses, shapes)  # noqa: E731
         capturing = self.engine.cuda.streams[stream]
@@ -293,6 +304,8 @@ class IExecutionContext:
 
 
 class ICudaEngine:
+    device_memory_size_v2 = 1 << 20
+
     def __init__(self, blob: bytes, cuda: Cuda):
         proto, self.profiles = pickle.loads(blob)
         self.cuda = cuda
@@ -314,7 +327,8 @@ class ICudaEngine:
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
 
-    def create_execution_context(self) -> IExecutionContext:
+    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
+        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self)
 
     def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> bool:

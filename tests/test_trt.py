@@ -17,6 +17,7 @@ import ppexport
 from ppexport.build import build
 from ppexport.engines import Options, compile_bundle
 from ppexport.models import profiles
+from ppexport.runtime import cuda
 from ppexport.runtime.bundle import open_bundle
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
@@ -202,3 +203,17 @@ def test_the_timing_cache_is_kept(bundle: Path, tmp_path: Path) -> None:
     copy, cache = shutil.copytree(bundle, tmp_path / "copy"), tmp_path / "cache"
     compile_bundle(copy, "tensorrt", None, Options(capacity=64, max_pixels=4096, timing_cache=cache))
     assert cache.read_bytes() == b"timed" * 3
+
+
+def test_memory_is_kept_and_given_back(gpu: emulator.Cuda) -> None:
+    memory = cuda.Memory(gpu)  # type: ignore[arg-type]
+    before = len(gpu.allocated)
+    first = memory.take(1000)
+    pointer = first.pointer
+    assert (first.size, pointer % 256) == (1024, 0)
+    del first
+    assert memory.take(600).pointer == pointer
+    assert memory.take((100 << 20) + 1).size == 101 << 20
+    assert memory.total == 1024 + (101 << 20)
+    memory.close()
+    assert (memory.total, len(gpu.allocated)) == (0, before)
