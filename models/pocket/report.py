@@ -13,7 +13,7 @@ from .screens import SKILLS
 
 Row = dict[str, Any]
 PHASES = {
-    "read": "The vision tower alone reads pages of random characters through two heads that are dropped afterwards.",
+    "read": "The vision tower alone reads pages of random characters, through heads that are dropped afterwards.",
     "copy": "Everything, on single lines of text that are to be transcribed.",
     "answer": "Everything, on screens with questions: small ones first, all sizes in the end.",
 }
