@@ -92,7 +92,7 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
     config = checkpoint.config
     progress("trace", 0, 3)
     models: dict[str, ir.Model] = {}
-    wide = {"vision": WIDE, "language": WIDE}
+    wide: dict[str, tuple[str, ...]] = {"vision": WIDE, "language": WIDE}
     if plan.compute != "fp32":
         wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress)
     for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):

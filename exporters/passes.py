@@ -51,7 +51,7 @@ def cache_rows(model: ir.Model) -> None:
         assert old.shape is not None
         B, heads, M, width = old.shape
         shape = ir.Shape(["S", B, heads, width])
-        new = ir.val(old.name, old.dtype, [M, B, heads, width])
+        new = ir.Value(name=old.name, shape=ir.Shape([M, B, heads, width]), type=old.type)
         first = op("Transpose", new, perm=[1, 2, 0, 3])
         first.type, first.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, first)

@@ -73,6 +73,7 @@ def _predicted(
 ) -> ir.Value:
     """Which tokens do not match their prediction, bool [N]."""
     limit = distance.limit(op, threshold)
+    used: tuple[ir.Value, ...]
     if method == "pred_2d":
         used = grid.distances(op, distance)
         drop = _pred_2d(op, grid, *(op("LessOrEqual", d, limit) for d in used))

@@ -61,7 +61,7 @@ class GpuBackend:
         with self.lock:
             self._copy(staging.pointer, buffer.pointer, buffer.nbytes, "DeviceToHost")
             self.wait()
-        raw = np.frombuffer((ctypes.c_uint8 * buffer.nbytes).from_address(staging.pointer), np.uint8)
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * buffer.nbytes).from_address(staging.pointer))
         if buffer.dtype == "bfloat16":
             return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(buffer.shape)
         return raw.view(NUMPY[buffer.dtype]).reshape(buffer.shape).copy()

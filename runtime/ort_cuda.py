@@ -5,6 +5,7 @@ Graphs of the dialect ``plain``: the ``ort`` ones calculate in float32, which Gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class OrtCudaSession:
 
     def __init__(self, backend: OrtCuda, session: Any):
         self.backend, self.loaded = backend, session
-        self.inputs = [value.name for value in session.get_inputs()]
-        self.outputs = [value.name for value in session.get_outputs()]
+        self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
+        self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
 
     def binding(self) -> OrtCudaBinding:
         """See session.Session."""

@@ -159,7 +159,8 @@ class TrtBinding:
         return self.session.graph == "language" and self.buffers["input_ids"].shape[1] == 1
 
     def _profile(self) -> int:
-        engine, sizes = self.session.engine, {}
+        engine = self.session.engine
+        sizes: dict[str, int] = {}
         for name, axes in engine.axes.items():
             if name not in self.buffers:
                 raise BackendError(f"the input {name} of the {self.session.graph} engine is not bound")
