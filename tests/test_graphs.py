@@ -133,7 +133,7 @@ TENSORRT_10_3 = {  # types -> operators, from onnx-tensorrt's docs/operators.md 
     (*FLOATS, *INTEGERS, "BOOL"): "Concat Constant ConstantOfShape Expand Gather Identity Reshape Shape Slice Split "
     "Squeeze Transpose Unsqueeze Where",
     (*FLOATS, *INTEGERS): "Abs Add Div Equal Greater GreaterOrEqual Less LessOrEqual Loop Max Min Mul Range ReduceMax "
-    "ReduceMean ReduceMin ReduceProd ReduceSum ScatterElements Sub",
+    "ReduceMean ReduceMin ReduceProd ReduceSum ScatterElements Sub TopK",
     FLOATS: "Clip Cos CumSum Floor Gelu Gemm LayerNormalization MatMul Pow Sigmoid Sin Softmax Sqrt",
     ("BOOL",): "And Not Or",
 }

@@ -22,6 +22,7 @@ from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS
 from ppexport.runtime.cache import FORMS, InPlace
 from ppexport.runtime.language import Sampling, build_prompt
+from ppexport.runtime.vision import features_of
 
 IMAGE = 500
 LAYERS, KV, DH, M = 4, 2, 32, 64
@@ -206,7 +207,7 @@ def test_same_seed_same_tokens(tiny_pipe: ppexport.Pipeline, screen: np.ndarray)
 
 def test_caches_are_updated_in_place(golden_pipe: ppexport.Pipeline) -> None:
     """No step allocates or copies a cache: the bound pointers stay and hold the new entries."""
-    features = golden_pipe.vision.view(golden_pipe.vision.features(0))
+    features = features_of(golden_pipe.vision.features(0))
     decoding = golden_pipe.language.start(8, features)
     bound = decoding.binding._bound  # type: ignore[attr-defined]
     keys = golden_pipe.backend.download(bound["key_0"])
