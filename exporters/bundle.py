@@ -15,19 +15,17 @@ from ..models import manifest
 from ..models.config import PRUNE_GRAPHS, ModelConfig, Preprocessing, prune_file
 from ..models.errors import CheckpointError
 from ..models.hfconfig import Reader
-from ..models.manifest import sha256
+from ..models.manifest import BYTES, sha256
 from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
 from .dialects import DIALECTS, Dialect
-from .numeric import ALL as WIDE
 from .numeric import wide_kinds
 from .prune import prune_graph
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-GRAPHS = {"prune": prune_file("pred_2d", "max"), "vision": "vision.onnx", "language": "language.onnx"}
+FILES = {"prune": prune_file("pred_2d", "max"), "vision": "vision.onnx", "language": "language.onnx"}
 FIXED_RAM = 900 << 20  # torch, the exporter and one traced graph
 
 
@@ -92,9 +90,7 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
     config = checkpoint.config
     progress("trace", 0, 3)
     models: dict[str, ir.Model] = {}
-    wide: dict[str, tuple[str, ...]] = {"vision": WIDE, "language": WIDE}
-    if plan.compute != "fp32":
-        wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress)
+    wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress)
     for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision, wide[name])
@@ -132,7 +128,7 @@ def _manifest(
         compute=plan.compute,
         wide=wide,
         interface=interface,
-        graphs={name: manifest.Graph(file, dialect.name) for name, file in GRAPHS.items()},
+        graphs={name: manifest.Graph(file, dialect.name) for name, file in FILES.items()},
         model=config,
         preprocessing=plan.preprocessing,
         prune=manifest.PruneDefaults(),

@@ -34,10 +34,12 @@ SCREENS = (("transcribe", 1), ("locate", 2), ("yesno", 3))  # skill and seed, dr
 def wide_kinds(
     checkpoint: Checkpoint, pre: Preprocessing, precision: str, progress: Callable[[str, int, int], None]
 ) -> dict[str, tuple[str, ...]]:
-    """Graph -> the kinds of values to calculate in float32, for graphs in ``precision`` ("fp16" or "bf16").
+    """Graph -> the kinds of values to calculate in float32, for graphs that calculate in ``precision``.
 
     Raises CheckpointError for weights that cannot be read.
     """
+    if precision == "fp32":
+        return {"vision": ALL, "language": ALL}
     found: dict[str, set[str]] = {"vision": set(), "language": set()}
     if precision == "fp16":
         largest = measure(checkpoint, pre, progress)

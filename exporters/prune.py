@@ -44,7 +44,7 @@ def prune_graph(block: int, dialect: Dialect, method: str = "pred_2d", metric: s
     grid = Grid(op, pixels, block)
     settings, constants = [], []
     if method == "unique":
-        keep, table = unique.kept(op, grid.tokens(op), 3 * block**2, dialect.cast_first)
+        keep, table = unique.kept(op, grid.tokens(op), block, dialect.cast_first)
         constants.append(table)
     else:
         settings = [ir.val(name, ir.DataType.INT32, [1]) for name in ("threshold", "anchored")]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from .metrics import Metric
 from .tape import Ops
 
 SUMS = 8  # with fewer, tokens that differ in two bytes of equal weights collide now and then
@@ -22,9 +23,9 @@ def weights(size: int) -> np.ndarray:
     return np.random.default_rng(20).integers(-LARGEST, LARGEST + 1, (size, SUMS)).astype(np.int8)
 
 
-def kept(op: Ops, tokens: ir.Value, size: int, as_float: bool) -> tuple[ir.Value, ir.Value]:
-    """tokens [N, size], uint8 or the same values as float32 -> keep bool [N] and the hash weights, an initializer."""
-    values = weights(size)
+def kept(op: Ops, tokens: ir.Value, block: int, as_float: bool) -> tuple[ir.Value, ir.Value]:
+    """tokens [N, 3 * block**2], uint8 or the same values as float32 -> keep bool [N] and the initializer of weights."""
+    values = weights(3 * block**2)
     table = ir.val("hash_weights", const_value=ir.tensor(values.astype(np.float32) if as_float else values))
     table.const_value.name = "hash_weights"  # type: ignore[union-attr]
     sums = op("MatMul", tokens, table) if as_float else op("MatMulInteger", tokens, table)
@@ -41,11 +42,9 @@ def kept(op: Ops, tokens: ir.Value, size: int, as_float: bool) -> tuple[ir.Value
     )
     same_key = op("Equal", found, op("Gather", found, before))
     row, previous = op("Gather", tokens, place, axis=0), op("Gather", tokens, op("Gather", place, before), axis=0)
-    if as_float:
-        apart = op("Abs", op("Sub", row, previous))
-    else:
-        apart = op("Sub", op("Max", row, previous), op("Min", row, previous))
-    zero = op("Cast", op.const(0), to=ir.DataType.FLOAT if as_float else ir.DataType.UINT8)
+    distance = Metric("max", block, as_float)
+    apart = distance.difference(op, row, previous)
+    zero = op("Cast", op.const(0), to=distance.dtype)
     same = op("And", same_key, op("Equal", op("ReduceMax", apart, op.ints([1]), keepdims=0), zero))
     first = op(
         "Not", op("And", same, op("Greater", op("Range", op.const(0), op("Squeeze", count), op.const(1)), op.const(0)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BundleError
-from .manifest import Manifest
+from .manifest import GRAPHS, Manifest
 from .profiles import Profile, Profiles
 from .strict import StrictError, from_json, to_json
 
@@ -53,6 +53,11 @@ def folder(bundle: Path, target: str) -> Path:
     return bundle / "engines" / target
 
 
+def rebuild(bundle: Path, target: str) -> str:
+    """What to do about engines that do not fit, for an error."""
+    return f"run: ppexport build {bundle} --target {target}"
+
+
 def compiled_files(manifest: Manifest) -> dict[str, str]:
     """sha256 of the graphs and weights of a bundle, which tie engines to it."""
     return {name: record.sha256 for name, record in manifest.files.items() if ".onnx" in name}
@@ -66,20 +71,20 @@ def write(record: EngineRecord, directory: Path) -> None:
 def read(bundle: Path, manifest: Manifest, target: str) -> EngineRecord:
     """The record of a target; raises BundleError if there is none, or it is damaged or of another bundle."""
     path = folder(bundle, target) / FILE
-    rebuild = f"run: ppexport build {bundle} --target {target}"
+    todo = rebuild(bundle, target)
     if not path.is_file():
-        raise BundleError(f"{bundle}: has no engines for {target}; {rebuild}")
+        raise BundleError(f"{bundle}: has no engines for {target}; {todo}")
     try:
         record = from_json(EngineRecord, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, StrictError) as err:
-        raise BundleError(f"{path}: is damaged ({err}); {rebuild}") from err
-    if record.schema != SCHEMA or record.target != target or set(record.engines) != {"prune", "vision", "language"}:
-        raise BundleError(f"{path}: found schema {record.schema}, target {record.target!r}; {rebuild}")
+        raise BundleError(f"{path}: is damaged ({err}); {todo}") from err
+    if record.schema != SCHEMA or record.target != target or set(record.engines) != set(GRAPHS):
+        raise BundleError(f"{path}: found schema {record.schema}, target {record.target!r}; {todo}")
     if record.graphs != compiled_files(manifest):
-        raise BundleError(f"{path}: the engines were compiled from other graphs than the bundle's; {rebuild}")
+        raise BundleError(f"{path}: the engines were compiled from other graphs than the bundle's; {todo}")
     for engine in record.engines.values():
         file = path.parent / engine.file
         size = file.stat().st_size if file.is_file() else None
         if size != engine.bytes:
-            raise BundleError(f"{file}: found {size} bytes, expected {engine.bytes}; {rebuild}")
+            raise BundleError(f"{file}: found {size} bytes, expected {engine.bytes}; {todo}")
     return record

@@ -12,7 +12,8 @@ from .errors import BundleError
 from .strict import StrictError, from_json, to_json
 
 SCHEMA = 1
-PRECISIONS = ("fp32", "fp16", "bf16")
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # per value of each precision
+GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
 SMALL_FILE = 16 << 20  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
 
@@ -112,13 +113,13 @@ def read(directory: Path) -> Manifest:
 def _check(manifest: Manifest) -> None:
     """Values that the types cannot hold; raises StrictError."""
     for key, found, allowed in (
-        ("precision", manifest.precision, PRECISIONS),
-        ("compute", manifest.compute, PRECISIONS),
+        ("precision", manifest.precision, BYTES),
+        ("compute", manifest.compute, BYTES),
         ("interface", manifest.interface, ("text", "tokens")),
     ):
         if found not in allowed:
             raise StrictError(f"{key}: found {found!r}, expected one of: {', '.join(allowed)}")
-    if set(manifest.graphs) != {"prune", "vision", "language"}:
+    if set(manifest.graphs) != set(GRAPHS):
         raise StrictError(f"graphs: found {sorted(manifest.graphs)}, expected language, prune, vision")
     needed = {graph.file for graph in manifest.graphs.values()} | {"vision.onnx.data", "language.onnx.data"}
     needed |= {"tokenizer.json", "chat_template.jinja"} if manifest.interface == "text" else set()

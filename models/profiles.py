@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checks import integer
 from .config import ModelConfig
 from .errors import RequestError
 from .strict import StrictError, from_json, to_json
@@ -19,7 +20,7 @@ SCHEMA = 1
 Range = tuple[int, int, int]  # smallest, the one to be fastest at, largest
 Profile = dict[str, Range]  # axis -> sizes
 
-# Axes of each graph that a profile gives. B (batch) and M (cache capacity) are set once for all profiles.
+MAX_PIXELS, CAPACITY = 2_097_152, 4096  # where nothing else is asked for
 MEANING = {
     "H": "height in pixels",
     "W": "width in pixels",
@@ -34,6 +35,7 @@ FLAG = {
     **dict.fromkeys("BP", "--batch"),
     "M": "--capacity",
 }
+# Axes of each graph that a profile gives. B (batch) and M (cache capacity) are set once for all profiles.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
 
@@ -62,9 +64,8 @@ def defaults(
     tokens = max_pixels // block**2
     if tokens < 1:
         raise RequestError(f"max_pixels is {max_pixels}, expected at least one token of {block} x {block}")
-    capacity = min(4096, context) if capacity is None else capacity
-    if not 2 <= capacity <= context:
-        raise RequestError(f"capacity is {capacity}, expected 2 to {context} (the model's context)")
+    capacity = min(CAPACITY, context) if capacity is None else capacity
+    _check_capacity(capacity, context)
     usual, longest = (block * max(1, round(math.sqrt(n))) for n in (tokens, 4 * tokens))
     sides = (block, usual, longest)
     kept = (1, max(1, tokens // 3), tokens)
@@ -81,18 +82,19 @@ def defaults(
     )
 
 
+def _check_capacity(capacity: int, context: int) -> None:
+    if not 2 <= capacity <= context:
+        raise RequestError(f"capacity is {capacity}, expected 2 to {context} (the model's context)")
+
+
 def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
     """The same profiles; raises RequestError naming the first value that the engines could not be built for."""
     block = model.vision.block
     if profiles.schema != SCHEMA:
         raise RequestError(f"schema is {profiles.schema}, expected {SCHEMA}")
-    if not 2 <= profiles.capacity <= context:
-        raise RequestError(f"capacity is {profiles.capacity}, expected 2 to {context} (the model's context)")
-    for name, value in (("batch", profiles.batch), ("max_pixels", profiles.max_pixels // block**2)):
-        if value < 1:
-            raise RequestError(
-                f"{name} is {getattr(profiles, name)}, expected at least {1 if name == 'batch' else block**2}"
-            )
+    _check_capacity(profiles.capacity, context)
+    integer("batch", profiles.batch, 1)
+    integer("max_pixels", profiles.max_pixels, block**2)
     for graph in ("prune", "vision", "prefill"):
         listed: tuple[Profile, ...] = getattr(profiles, graph)
         if not listed:

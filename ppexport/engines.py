@@ -14,23 +14,21 @@ from .models import engines, profiles
 from .models.config import ModelConfig, Preprocessing
 from .models.engines import Engine, EngineRecord
 from .models.errors import BackendError, BundleError, RequestError, SpaceError
-from .models.manifest import sha256
+from .models.manifest import BYTES, GRAPHS, sha256
 from .models.profiles import Profile, Profiles
 from .onnx_dims import set_axis
 from .runtime import trt_api
 from .runtime.bundle import open_bundle
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
-GRAPHS = ("prune", "vision", "language")
 DIALECTS = ("standard", "plain")
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Options:
     """How to compile. Sizes are in ``Profiles``."""
 
-    max_pixels: int = 2_097_152  # default profiles only
+    max_pixels: int = profiles.MAX_PIXELS  # default profiles only
     capacity: int | None = None  # default profiles only: tokens in the cache of a sequence
     batch: int = 1  # default profiles only
     workspace: int | None = None  # bytes of scratch memory the compiler may plan with; None: no limit

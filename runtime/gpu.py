@@ -13,9 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import cuda
-from .session import Buffer
-
-NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
+from .session import NUMPY, Buffer
 
 
 class GpuBackend:

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import BackendError
-from .session import Buffer
-
-NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
+from .session import NUMPY, Buffer
 
 
 def import_onnxruntime(device: str) -> Any:

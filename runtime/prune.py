@@ -25,10 +25,9 @@ class Prune:
     exact repetitions only. Raises RequestError for values out of range.
     """
 
-    method: str = (
-        "pred_2d"  # prediction from the left, upper and upper-left neighbour; "raster", "serpentine": from the
-    )
-    # token before it in that scan; "unique": the first of all equal tokens, anywhere; "random": as many as pred_2d
+    # "pred_2d": prediction from the left, upper and upper-left neighbour; "raster", "serpentine": from the token before
+    # it in that scan; "unique": the first of all equal tokens, anywhere; "random": as many as pred_2d
+    method: str = "pred_2d"
     metric: str = "max"  # distance: the largest difference of a byte, their mean ("mae") or root mean square ("rmse")
     tau: float = 0.0  # 0 ... 1
     anchored: bool = True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour

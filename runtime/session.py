@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+# as host arrays; bfloat16 has no numpy type
+NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
 ITEM_BYTES = {"uint8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 
 

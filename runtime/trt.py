@@ -30,7 +30,7 @@ class TrtBackend(GpuBackend):
         self.capacity, self.max_pixels = self.record.profiles.capacity, self.record.profiles.max_pixels
         self.log = trt_api.logger(self.trt)
         self.runtime = self.trt.Runtime(self.log)
-        self._folder = engines.folder(directory, target)
+        self._directory = directory
         self._sessions: list[TrtSession] = []
         self._scratch: cuda.Block | None = None
         self._graphs = {name: graph.file for name, graph in manifest.graphs.items()}
@@ -51,7 +51,7 @@ class TrtBackend(GpuBackend):
         """The engine that was compiled from a graph; see session.Backend."""
         for graph, file in self._graphs.items():
             if file == path.name:
-                return TrtSession(self, graph, self.record.engines[graph], self._folder)
+                return TrtSession(self, graph, self.record.engines[graph], self._directory)
         raise RequestError(
             f"{path.name} is not compiled for {self.record.target}: engines prune with {self._graphs['prune']} only"
         )
@@ -60,12 +60,15 @@ class TrtBackend(GpuBackend):
 class TrtSession:
     """A deserialized engine, with one execution context for each of its profiles."""
 
-    def __init__(self, backend: TrtBackend, graph: str, engine: Engine, folder: Path):
+    def __init__(self, backend: TrtBackend, graph: str, engine: Engine, bundle: Path):
         trt, self.backend, self.graph, self.engine = backend.trt, backend, graph, engine
+        target = backend.record.target
+        folder = engines.folder(bundle, target)
         self.loaded = backend.runtime.deserialize_cuda_engine((folder / engine.file).read_bytes())
         if self.loaded is None:
             raise BackendError(
-                f"{backend.name} cannot load the {graph} engine: {trt_api.quote(backend.log)}; {_rebuild(folder)}"
+                f"{backend.name} cannot load the {graph} engine: {trt_api.quote(backend.log)}; "
+                f"{engines.rebuild(bundle, target)}"
             )
         names = [self.loaded.get_tensor_name(i) for i in range(self.loaded.num_io_tensors)]
         modes = {name: self.loaded.get_tensor_mode(name) for name in names}
@@ -211,20 +214,16 @@ class TrtBinding:
 
 def check_fits(record: EngineRecord, trt: Any, directory: Path) -> None:
     """Raise BundleError unless the installed module and the GPU run these engines."""
-    rebuild = f"run: ppexport build {directory} --target {record.target}"
+    todo = engines.rebuild(directory, record.target)
     if record.version != trt.__version__ and "VERSION_COMPATIBLE" not in record.flags:
         raise BundleError(
             f"{directory}: the engines were compiled by {record.target} {record.version}, found {trt.__version__} "
-            f"here; {rebuild}"
+            f"here; {todo}"
         )
     here, made_for = cuda.compute_capability(), record.compute_capabilities
     from_ampere_on = "HARDWARE_COMPATIBLE_AMPERE_PLUS" in record.flags and int(here.split(".")[0]) >= 8
     if here not in made_for and "all" not in made_for and not from_ampere_on:
         raise BundleError(
             f"{directory}: the engines were compiled for compute capability {', '.join(made_for)}, found {here} here; "
-            f"{rebuild}"
+            f"{todo}"
         )
-
-
-def _rebuild(folder: Path) -> str:
-    return f"run: ppexport build {folder.parent.parent} --target {folder.name}"

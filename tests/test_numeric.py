@@ -81,4 +81,5 @@ def test_bfloat16_needs_no_check(loud: Path, tmp_path: Path, monkeypatch: pytest
 def test_a_loud_model_compiles(loud: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     for dialect in ("plain", "standard"):
-        build(loud, tmp_path / dialect, "fp16", dialect, ["tensorrt-rtx"])
+        path = build(loud, tmp_path / dialect, "fp16", dialect, ["tensorrt-rtx"])
+        assert (path / "engines" / "tensorrt-rtx" / "vision.engine").stat().st_size > 100_000
