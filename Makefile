@@ -48,6 +48,7 @@ bench: $(VENV)/tests
 	mkdir -p build/bench
 	$(BIN)/python bench/selector.py -o build/bench/selector.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
+	$(BIN)/python bench/noise.py -o build/bench/noise.json
 	$(BIN)/python bench/help.py -o build/bench/help.json
 	$(BIN)/python bench/build.py -o build/bench/build.json
 

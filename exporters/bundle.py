@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..models import manifest
-from ..models.config import PRUNE_GRAPHS, ModelConfig, Preprocessing, prune_file
+from ..models.config import ModelConfig, Preprocessing, prune_file
 from ..models.errors import CheckpointError
 from ..models.hfconfig import Reader
 from ..models.manifest import BYTES, sha256
@@ -21,7 +21,7 @@ from . import graphs
 from .checkpoint import Checkpoint
 from .dialects import DIALECTS, Dialect
 from .numeric import wide_kinds
-from .prune import prune_graph
+from .selectors import pruning_graphs
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -95,8 +95,8 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision, wide[name])
     progress("trace", 3, 3)
-    for method, metric in PRUNE_GRAPHS:
-        ir.save(prune_graph(config.vision.block, dialect, method, metric), directory / prune_file(method, metric))
+    for file, graph in pruning_graphs(config.vision.block, dialect).items():
+        ir.save(graph, directory / file)
     for name in ("vision", "language"):
         graphs.attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)
         _save(models[name], directory, name, progress)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which selector graphs ship with the package
-PRUNE_METHODS, PRUNE_METRICS = ("pred_2d", "raster", "serpentine", "unique"), ("max", "mae", "rmse")
+PREDICTORS, PRUNE_METRICS = ("pred_2d", "raster", "serpentine"), ("max", "mae", "rmse")
+PRUNE_METHODS = (*PREDICTORS, "unique", "conncomp", "random")  # random needs no graph of its own
 # (method, metric) of every pruning graph; unique knows equal and not equal only
-PRUNE_GRAPHS = (*((m, d) for m in PRUNE_METHODS[:3] for d in PRUNE_METRICS), ("unique", "max"))
+PRUNE_GRAPHS = (*((m, d) for m in (*PREDICTORS, "conncomp") for d in PRUNE_METRICS), ("unique", "max"))
 
 
 def prune_file(method: str, metric: str) -> str:

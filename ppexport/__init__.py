@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     )
     from .runtime.language import Sampling
     from .runtime.pipeline import Answer, Encoded, Pipeline, Stats, Step, load
-    from .runtime.prune import Prune, Selection, select
+    from .runtime.prune import Prune, Selection
+    from .runtime.selector import select, select_frames
 
 _WHERE = {
     "runtime.pipeline": ("Answer", "Encoded", "Pipeline", "Stats", "Step", "load"),
-    "runtime.prune": ("Prune", "Selection", "select"),
+    "runtime.prune": ("Prune", "Selection"),
+    "runtime.selector": ("select", "select_frames"),
     "runtime.language": ("Sampling",),
     "models.errors": (
         "BackendError",
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "load",
     "select",
+    "select_frames",
 ]
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from .models.config import PRUNE_METHODS, PRUNE_METRICS
+from .models.config import PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
 from .models.version import __version__
+from .options import device_option, engine_options, engines_of, prune_of, prune_options
 
 
 class Group(click.Group):
@@ -30,73 +29,6 @@ class Group(click.Group):
 @click.version_option(__version__)
 def main() -> None:
     """Export vision-language models with pixel-space token pruning inside, and run them without torch."""
-
-
-def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how to prune and at which size."""
-    for option in reversed(
-        [
-            click.option(
-                "--tau",
-                type=click.FloatRange(0, 1),
-                default=None,
-                help="Largest byte difference, as a share of 255, at which two tokens count as equal. "
-                "0 drops exact repetitions only. Default: what the bundle says, else 0.",
-            ),
-            click.option(
-                "--mode",
-                type=click.Choice(["anchored", "sliding"]),
-                help="With --tau over 0, compare with the reconstruction (anchored: no error exceeds tau) or with the "
-                "raw neighbour (sliding: errors can add up). Default: anchored.",
-            ),
-            click.option("--method", type=click.Choice([*PRUNE_METHODS, "random"]), help="Default: pred_2d."),
-            click.option("--metric", type=click.Choice(PRUNE_METRICS), help="Distance of two tokens. Default: max."),
-            click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."),
-            click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def _prune(options: dict[str, Any]) -> Any:
-    """Take the prune options out of ``options``: a Prune, or None where the user gave none of them."""
-    from .runtime.prune import Prune
-
-    given = {name: options.pop(name) for name in ("tau", "mode", "method", "metric")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return None
-    mode = given.pop("mode", "anchored")
-    return Prune(**given, anchored=mode == "anchored")
-
-
-device_option = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]),
-    default="auto",
-    show_default=True,
-    help="Where to run; auto takes engines of the bundle that run here, else the CPU, and says why.",
-)
-
-
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of the engines that ``build --target`` compiles."""
-    for option in reversed(
-        [
-            click.option("--profiles", type=click.Path(), help="Sizes to compile for, a file of 'ppexport plan'."),
-            click.option("--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096]"),
-            click.option("--max-pixels", type=click.IntRange(1), help="Of an image.  [default: 2097152]"),
-            click.option("--batch", type=click.IntRange(1), help="Sequences at a time.  [default: 1]"),
-            click.option("--workspace", type=click.IntRange(1), help="Scratch memory of an engine, in MB."),
-            click.option("--version-compatible", is_flag=True, help="Engines for later versions of TensorRT too."),
-            click.option("--hardware-compatible", is_flag=True, help="Engines for all GPUs from Ampere on."),
-            click.option("--compute-capability", "compute_capabilities", multiple=True, help="RTX: for this one only."),
-            click.option("--timing-cache", type=click.Path(), help="tensorrt: a file reused between builds."),
-        ]
-    ):
-        command = option(command)
-    return command
 
 
 @main.command()
@@ -140,7 +72,7 @@ def build(
             signal.signal(getattr(signal, name), _interrupt)
     if output is None and (not targets or precision != "auto" or dialect != "auto"):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
-    sizes, options = _engine(**engine)
+    sizes, options = engines_of(**engine)
     with progress.Bar(quiet) as bar:
         if output is None:
             compile_in_place(source, targets, sizes, options, bar.sizes, bar.update)
@@ -148,24 +80,6 @@ def build(
             build_bundle(source, output, precision, dialect, targets, sizes, options, bar.plan, bar.update)
     if not quiet:
         click.echo(f"built {output or source}")
-
-
-def _engine(profiles: str | None, workspace: int | None, timing_cache: str | None, **given: Any) -> tuple[Any, Any]:
-    """Profiles (or None) and engine options of the command line."""
-    from pathlib import Path
-
-    from .engines import Options
-    from .models import profiles as files
-
-    given = {name: value for name, value in given.items() if value not in (None, ())}
-    if profiles and (clash := sorted({"capacity", "max_pixels", "batch"} & set(given))):
-        raise click.UsageError(f"--{clash[0].replace('_', '-')} is in the profile file; expected it there only")
-    options = Options(
-        workspace=None if workspace is None else workspace << 20,
-        timing_cache=None if timing_cache is None else Path(timing_cache),
-        **given,
-    )
-    return files.read(profiles) if profiles else None, options
 
 
 def _interrupt(*_: Any) -> None:
@@ -201,7 +115,7 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
     """Ask BUNDLE a question (PROMPT) about images. The answer goes to stdout, the statistics to stderr."""
     from .run import run as run_bundle
 
-    asked, no_prune = _prune(options), options.pop("no_prune")
+    asked, no_prune = prune_of(options), options.pop("no_prune")
     if no_prune and asked:
         raise click.UsageError("--no-prune goes with no other option of pruning")
     if options["overlay"] and not images:
@@ -218,7 +132,7 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
 @click.option("--no-prune", is_flag=True, help="Keep every token; goes with --tau to compare.")
 @click.option(
     "--method",
-    type=click.Choice([*PRUNE_METHODS, "random"]),
+    type=click.Choice(PRUNE_METHODS),
     default="pred_2d",
     show_default=True,
     help="How to prune.",
@@ -251,7 +165,7 @@ def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> 
     from .models import profiles
     from .runtime.prune import Prune
 
-    asked = _prune(sizes)
+    asked = prune_of(sizes)
     if no_prune and asked:
         raise click.UsageError("--no-prune goes with no other option of pruning")
     prune = None if no_prune else asked or Prune()
@@ -268,43 +182,24 @@ def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> 
 
 
 @main.command()
-@click.argument("image", type=click.Path())
+@click.argument("images", nargs=-1, required=True, type=click.Path())
 @prune_options
+@click.option("--seed", type=click.IntRange(0), help="Of the baselines, --method random and conncomp.  [default: 0]")
+@click.option("--frames", is_flag=True, help="IMAGES are frames of one recording: drop what stands still, too.")
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
 @click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, the kept indices included.")
-@click.option("--overlay", type=click.Path(), help="Write a picture of what is kept and what is dropped.")
-def inspect(
-    image: str,
-    min_pixels: int | None,
-    max_pixels: int | None,
-    patch: int,
-    merge: int,
-    as_json: bool,
-    overlay: str | None,
-    **options: Any,
-) -> None:
-    """Show what would be pruned of IMAGE, without a model (sizes as for Qwen3-VL)."""
+@click.option("--overlay", type=click.Path(), help="A picture of what is kept and dropped; of several: a folder.")
+@click.option("--sweep", type=click.Path(), help="Kept share over tau for each method: a table, and this plot (.png).")
+def inspect(images: tuple[str, ...], **options: Any) -> None:
+    """Show what would be pruned of IMAGES, without a model (sizes as for Qwen3-VL)."""
     from . import inspect as view
-    from .runtime.prune import Prune, select
+    from .runtime.prune import Prune
 
-    limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
-    prune = _prune(options) or Prune()
-    if overlay:
-        view.check_overlay(overlay, image)
-    selection = select(image, prune, patch, merge, **limits)
-    if overlay:
-        view.write_overlay(image, selection, overlay)
-    if as_json:
-        click.echo(json.dumps(view.as_json(selection, prune)))
-        return
-    click.echo(f"image   {selection.width} x {selection.height} pixels after resizing")
-    click.echo(f"grid    {selection.rows} x {selection.cols} = {selection.total} tokens")
-    click.echo(
-        f"kept    {selection.kept} ({selection.share:.1%})" + (f", {selection.reason}" if selection.reason else "")
-    )
-    if overlay:
-        click.echo(f"overlay {overlay}")
+    prune = prune_of(options) or Prune()
+    if options["sweep"] and (options["overlay"] or options["frames"] or prune.max_tokens):
+        raise click.UsageError("--sweep goes with none of --overlay, --frames, --max-tokens")
+    view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
 
 
 @main.command()

@@ -1,30 +1,73 @@
-"""``ppexport inspect``: what would be pruned of an image, as numbers and as a picture. No model is needed."""
+"""``ppexport inspect``: what would be pruned of images, as numbers and as pictures. No model is needed."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from .models.errors import ImageError
-from .runtime.image import ImageLike, read
+from .models.config import PREDICTORS
+from .models.errors import ImageError, RequestError
+from .overlay import overlay as drawn
+from .runtime.image import ImageLike
 from .runtime.prune import Prune, Selection
+from .runtime.selector import select, select_frames
 
-DROPPED = (255, 0, 110)  # tint of what is dropped
-EDGE = (0, 200, 90)  # outline around what is kept
-
-
-def mode_of(prune: Prune) -> str:
-    """ "anchored" or "sliding"."""
-    return "anchored" if prune.anchored else "sliding"
+LEVELS = (0, 1, 2, 3, 5, 8, 13, 20, 32, 64)  # tau in 1 / 255, of a sweep
+Shares = dict[str, list[tuple[int, float]]]  # method -> (level, kept share)
 
 
-def as_json(selection: Selection, prune: Prune) -> dict[str, object]:
+def main(
+    images: Sequence[str],
+    prune: Prune,
+    frames: bool = False,
+    as_json: bool = False,
+    overlay: str | None = None,
+    sweep: str | None = None,
+    **sizes: int,
+) -> None:
+    """Print what is kept of each image (``frames``: of one recording), or a sweep; draw the pictures asked for."""
+    if sweep:
+        target = check_picture(sweep)
+        with click.progressbar(length=len(images), label="sweep", file=sys.stderr) as bar:
+            shares = over_tau(images, prune, lambda: bar.update(1), **sizes)
+        plot(shares, target)
+        click.echo(json.dumps(shares) if as_json else "\n".join([*table(shares), f"plot    {sweep}"]))
+        return
+    pictures: list[Path | None] = [None] * len(images)
+    if overlay:
+        pictures = [check_picture(overlay, images[0])] if len(images) == 1 else overlay_files(overlay, images)
+    found = []
+    chosen = select_frames(images, prune, **sizes) if frames else (select(image, prune, **sizes) for image in images)
+    for image, selection, picture in zip(images, chosen, pictures, strict=True):
+        found.append(selection)
+        if picture:
+            write_overlay(image, selection, picture)
+        if not as_json:
+            click.echo("\n".join(lines(image, selection) + ([f"overlay {picture}"] if picture else [])))
+    if as_json:
+        every = [{"image": image, **as_dict(s)} for image, s in zip(images, found, strict=True)]
+        click.echo(json.dumps(every if len(every) > 1 else every[0]))
+    elif len(found) > 1:
+        click.echo(together(found))
+
+
+def as_dict(selection: Selection) -> dict[str, object]:
     """The selection and the setting it was made with, as plain JSON types."""
+    prune = selection.prune
+    setting = None
+    if prune is not None:
+        setting = {"method": prune.method, "metric": prune.metric, "tau": prune.tau}
+        setting |= {"mode": "anchored" if prune.anchored else "sliding", "max_tokens": prune.max_tokens}
     return {
-        "prune": {"method": prune.method, "metric": prune.metric, "tau": prune.tau, "mode": mode_of(prune)},
+        "prune": setting,
         "width": selection.width,
         "height": selection.height,
         "grid": {"rows": selection.rows, "cols": selection.cols},
@@ -36,79 +79,128 @@ def as_json(selection: Selection, prune: Prune) -> dict[str, object]:
     }
 
 
-def overlay(image: ImageLike, selection: Selection) -> Image.Image:
-    """The image as the model sees it: dropped blocks faded under a tint, kept regions untouched in a green outline.
+def lines(image: str, selection: Selection) -> list[str]:
+    """The selection for a person."""
+    prune, s = selection.prune, selection
+    why = f", {s.reason}" if s.reason else ""
+    if prune is not None and prune.max_tokens is not None and not s.reason:
+        why = f", tau {prune.tau:.4g}"
+    return [
+        f"image   {image}: {s.width} x {s.height} pixels after resizing",
+        f"grid    {s.rows} x {s.cols} = {s.total} tokens",
+        f"kept    {s.kept} ({s.share:.1%}){why}",
+    ]
 
-    A line underneath says what the colours mean and how much is kept.
+
+def over_tau(images: Sequence[str], prune: Prune, progress: Callable[[], None] = lambda: None, **sizes: int) -> Shares:
+    """The share of all tokens of the images that each method keeps, over tau; metric and mode as in ``prune``.
+
+    ``progress`` is called after every image.
     """
-    source = read(image).resize((selection.width, selection.height), Image.Resampling.BICUBIC)
-    kept = np.zeros(selection.total, bool)
-    kept[selection.keep] = True
-    grid = kept.reshape(selection.rows, selection.cols)
-    block = selection.width // selection.cols
-    pixels = np.asarray(source).astype(np.float32)
-    mask = np.repeat(np.repeat(~grid, block, axis=0), block, axis=1)[:, :, None]
-    gray = pixels.mean(axis=2, keepdims=True)
-    faded = 0.25 * gray + 0.25 * 255 + 0.5 * np.array(DROPPED, np.float32)
-    picture = Image.fromarray(np.where(mask, faded, pixels).clip(0, 255).astype(np.uint8))
-    _outline(ImageDraw.Draw(picture), grid, block)
-    return _with_legend(picture, selection)
+    kept: dict[tuple[str, int], int] = {}
+    total = 0
+    for image in images:
+        for method, level in _settings():
+            exact = method == "unique"
+            tried = Prune(method) if exact else replace(prune, method=method, tau=level / 255, max_tokens=None)
+            found = select(image, tried, **sizes)
+            kept[method, level] = kept.get((method, level), 0) + found.kept
+        total += found.total
+        progress()
+    shares: Shares = {}
+    for (method, level), count in kept.items():
+        shares.setdefault(method, []).append((level, count / total))
+    return shares
+
+
+def _settings() -> Iterator[tuple[str, int]]:
+    for method in PREDICTORS:
+        for level in LEVELS:
+            yield method, level
+    yield "unique", 0
+
+
+def table(shares: Shares) -> list[str]:
+    """A sweep as lines of text, tau from top to bottom."""
+    rows = [f"{'tau':>8}" + "".join(f"{method:>12}" for method in shares)]
+    for level in LEVELS:
+        cells = [dict(points).get(level) for points in shares.values()]
+        rows.append(f"{f'{level}/255':>8}" + "".join(f"{'' if c is None else f'{c:.1%}':>12}" for c in cells))
+    return rows
+
+
+def plot(shares: Shares, path: Path) -> None:
+    """A sweep as a picture. Raises RequestError without matplotlib, ImageError if it cannot be written."""
+    try:
+        import matplotlib
+    except ImportError as err:
+        raise RequestError("a plot needs matplotlib; install it with: pip install 'ppexport[plot]'") from err
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for (method, points), marker in zip(shares.items(), "osdx", strict=True):
+        axis.plot([x for x, _ in points], [100 * y for _, y in points], marker=marker, label=method)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xticks(LEVELS, [str(level) for level in LEVELS])
+    axis.set_xlabel("tau, in 1/255")
+    axis.set_ylabel("tokens kept, %")
+    axis.set_ylim(0, axis.get_ylim()[1])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _write(path, lambda partial: figure.savefig(partial, dpi=150))
+    pyplot.close(figure)
 
 
 def write_overlay(image: ImageLike, selection: Selection, path: str | Path) -> None:
-    """Draw and save the overlay; the format follows the file name. Raises ImageError if it cannot be written.
+    """Draw and save the overlay; the format follows the file name. Raises ImageError if it cannot be written."""
+    target = check_picture(path, image)
+    _write(target, lambda partial: drawn(image, selection).save(partial))
 
-    It is drawn into a file beside ``path`` and renamed, so an existing file is replaced whole or not at all.
-    """
-    target = check_overlay(path, image)
-    partial = target.with_name(f".{target.name}.partial{target.suffix}")
+
+def overlay_files(folder: str, images: Sequence[str]) -> list[Path]:
+    """A file in a new or existing folder for the overlay of each of several images; raises ImageError."""
+    target = Path(folder)
+    if target.suffix.lower() in Image.registered_extensions() or (target.exists() and not target.is_dir()):
+        raise ImageError(f"{folder}: is a file, expected a folder for the overlays of {len(images)} images")
+    if not target.parent.is_dir():
+        raise ImageError(f"{folder}: cannot be made, expected a folder in an existing one")
     try:
-        overlay(image, selection).save(partial)
-        partial.replace(target)
-    except (OSError, ValueError) as err:
-        partial.unlink(missing_ok=True)
-        raise ImageError(f"{path}: the overlay cannot be written: {err}") from err
+        target.mkdir(exist_ok=True)
+    except OSError as err:
+        raise ImageError(f"{folder}: cannot be made: {err}") from err
+    files = [target / f"{i:03d}-{Path(image).stem}.png" for i, image in enumerate(images, 1)]
+    return [check_picture(file, image) for file, image in zip(files, images, strict=True)]
 
 
-def check_overlay(path: str | Path, image: ImageLike) -> Path:
-    """The path if an overlay of ``image`` can be written there; raises ImageError before any work is done."""
+def check_picture(path: str | Path, image: ImageLike | None = None) -> Path:
+    """The path if a picture can be written there; raises ImageError before any work is done.
+
+    ``image``: what the picture is made from, which it must not replace.
+    """
     target = Path(path)
     if target.suffix.lower() not in Image.registered_extensions():
-        raise ImageError(f"{path}: the overlay cannot be written, expected a name that ends in .png or .jpg")
+        raise ImageError(f"{path}: the picture cannot be written, expected a name that ends in .png or .jpg")
     if target.is_dir() or not target.parent.is_dir():
-        raise ImageError(f"{path}: the overlay cannot be written, expected a file in an existing directory")
-    if isinstance(image, (str, os.PathLike)) and target.exists() and target.samefile(image):
-        raise ImageError(f"{path}: is the image itself, expected another name for the overlay")
+        raise ImageError(f"{path}: the picture cannot be written, expected a file in an existing directory")
+    if isinstance(image, (str, os.PathLike)) and target.exists() and Path(image).exists() and target.samefile(image):
+        raise ImageError(f"{path}: is the image itself, expected another name for the picture")
     return target
 
 
-def _outline(draw: ImageDraw.ImageDraw, grid: np.ndarray, block: int) -> None:
-    """A line wherever a kept block touches a dropped one or the border."""
-    width = max(2, block // 12)
-    padded = np.pad(grid, 1)
-    for row, col in np.argwhere(grid):
-        x, y = col * block, row * block
-        right, bottom = x + block - 1, y + block - 1
-        if not padded[row, col + 1]:
-            draw.line((x, y, right, y), EDGE, width)
-        if not padded[row + 2, col + 1]:
-            draw.line((x, bottom, right, bottom), EDGE, width)
-        if not padded[row + 1, col]:
-            draw.line((x, y, x, bottom), EDGE, width)
-        if not padded[row + 1, col + 2]:
-            draw.line((right, y, right, bottom), EDGE, width)
+def _write(target: Path, save: Callable[[Path], object]) -> None:
+    """Save into a file beside ``target`` and rename it, so an existing file is replaced whole or not at all."""
+    partial = target.with_name(f".{target.name}.partial{target.suffix}")
+    try:
+        save(partial)
+        partial.replace(target)
+    except (OSError, ValueError) as err:
+        partial.unlink(missing_ok=True)
+        raise ImageError(f"{target}: the picture cannot be written: {err}") from err
 
 
-def _with_legend(picture: Image.Image, selection: Selection) -> Image.Image:
-    size = max(14, picture.height // 45)
-    font = ImageFont.load_default(size)
-    full = Image.new("RGB", (picture.width, picture.height + 2 * size), "white")
-    full.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(full)
-    x, y = size // 2, picture.height + size // 2
-    text = f"kept {selection.kept} of {selection.total} tokens ({selection.share:.1%})"
-    for colour, label in ((EDGE, text), (DROPPED, f"dropped {selection.total - selection.kept}")):
-        draw.rectangle((x, y, x + size, y + size), fill=colour)
-        draw.text((x + size * 1.4, y + size / 2), label, fill="black", font=font, anchor="lm")
-        x += int(size * 2.4 + draw.textlength(label, font=font))
-    return full
+def together(found: Sequence[Selection]) -> str:
+    """A line about several images."""
+    kept, total = sum(s.kept for s in found), sum(s.total for s in found)
+    shares = np.array([s.share for s in found])
+    return f"all     {len(found)} images: kept {kept} of {total} ({kept / total:.1%}), median {np.median(shares):.1%}"

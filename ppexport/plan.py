@@ -10,7 +10,8 @@ import numpy as np
 from .models import profiles
 from .models.errors import RequestError
 from .models.profiles import Profile, Profiles
-from .runtime.prune import Prune, Selection, select
+from .runtime.prune import Prune, Selection
+from .runtime.selector import select
 
 APART = 1.5  # a further bucket pays where it is at least this much larger than the one before
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .inspect import check_overlay, write_overlay
+from .inspect import check_picture, write_overlay
 from .runtime.pipeline import PruneLike, Stats, load
 
 STAGES = ("image", "prune", "text", "vision", "prefill", "decode")
@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Load the bundle, stream the answer to stdout, print the statistics to stderr (or all of it as JSON)."""
     if overlay:
-        check_overlay(overlay, images[0])
+        check_picture(overlay, images[0])
     pipe = load(bundle, device, min_pixels, max_pixels, threads, verify)
     answer = pipe.generate(prompt, images, prune, **generation)
     for piece in answer:

@@ -18,7 +18,8 @@ from .bundle import open_bundle
 from .devices import open_device
 from .image import ImageLike, prepare
 from .language import Language, Sampling, build_prompt
-from .prune import Prune, Selection, Selector, check_prune
+from .prune import Prune, Selection, check_prune
+from .selector import Selector
 from .session import Backend, Buffer
 from .text import PromptLike, Text
 from .vision import Vision, features_of

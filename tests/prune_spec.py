@@ -27,12 +27,8 @@ def anchors_of(
     """The kept tokens, and for each token the one that a decoder puts in its place."""
     rows, cols = image.shape[0] // block, image.shape[1] // block
 
-    def token(index: int) -> np.ndarray:
-        r, c = divmod(index, cols)
-        return image[r * block : (r + 1) * block, c * block : (c + 1) * block]
-
     def match(a: int, b: int) -> bool:
-        return distance(metric, token(a), token(b)) <= threshold
+        return distance(metric, token(image, block, a), token(image, block, b)) <= threshold
 
     kept, anchor = {0}, {0: 0}
     for index, before in visit(method, rows, cols):
@@ -66,3 +62,46 @@ def predict(match: Callable[[int, int], bool], r: int, c: int, cols: int) -> int
     if c == 0:
         return above
     return above if match(corner, left) and not match(corner, above) else left
+
+
+def components(image: np.ndarray, block: int, metric: str, threshold: int, target: int, seed: int) -> list[int]:
+    """Kept token indices: the first of each connected component, and of the others an even share."""
+    rows, cols = image.shape[0] // block, image.shape[1] // block
+    total, first = rows * cols, {}
+    for index in range(total):
+        if index in first:
+            continue
+        first[index], open_ = index, [index]
+        while open_:
+            here = open_.pop()
+            r, c = divmod(here, cols)
+            for y, x in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
+                there = y * cols + x
+                if not (0 <= y < rows and 0 <= x < cols) or there in first:
+                    continue
+                if distance(metric, token(image, block, here), token(image, block, there)) <= threshold:
+                    first[there] = index
+                    open_.append(there)
+    count = len(set(first.values()))
+    wanted, others = max(target - count, 0), total - count
+    turn = lambda i: (i * 1327217885 + seed * 889516852) % (2**31 - 1)  # noqa: E731
+    return [i for i in range(total) if first[i] == i or turn(i) * others < wanted * (2**31 - 1)]
+
+
+def frame(
+    image: np.ndarray, reference: np.ndarray, block: int, metric: str, threshold: int, spatial: list[int]
+) -> tuple[list[int], np.ndarray]:
+    """What is kept of a frame after ``spatial`` was, and what the next one is compared with."""
+    kept, fresh = [], reference.copy()
+    for index in range(image.shape[0] // block * (image.shape[1] // block)):
+        if distance(metric, token(image, block, index), token(reference, block, index)) > threshold:
+            token(fresh, block, index)[...] = token(image, block, index)
+            if index in spatial:
+                kept.append(index)
+    return kept, fresh
+
+
+def token(image: np.ndarray, block: int, index: int) -> np.ndarray:
+    """The pixels of a token, as a view."""
+    r, c = divmod(index, image.shape[1] // block)
+    return image[r * block : (r + 1) * block, c * block : (c + 1) * block]

@@ -11,11 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import IMAGES
-from PIL import Image
 
 import ppexport
 from ppexport.cli import main
@@ -28,34 +26,6 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
-
-
-def test_inspect_prints_numbers_and_writes_the_overlay(tmp_path: Path) -> None:
-    code, out, _ = invoke("inspect", SCREEN, "--overlay", tmp_path / "o.png")
-    assert code == 0
-    assert "24 x 32 = 768 tokens" in out
-    assert "198 (25.8%)" in out
-    picture = np.asarray(Image.open(tmp_path / "o.png"))
-    original = np.asarray(Image.open(SCREEN).convert("RGB"))
-    assert picture.shape[1] == 1024
-    assert picture.shape[0] > 768  # the legend
-    selection = ppexport.select(SCREEN)
-    dropped = np.setdiff1d(np.arange(768), selection.keep)
-    for token in (*selection.keep[:40], *dropped[:40]):
-        row, col = divmod(int(token), 32)
-        inside = np.s_[row * 32 + 4 : row * 32 + 28, col * 32 + 4 : col * 32 + 28]
-        same = (picture[:768][inside] == original[inside]).all()
-        assert same == (token in selection.keep)
-
-
-def test_inspect_json(tmp_path: Path) -> None:
-    code, out, _ = invoke("inspect", SCREEN, "--json", "--tau", "0.05")
-    assert code == 0
-    found = json.loads(out)
-    assert found["keep"] == ppexport.select(SCREEN, ppexport.Prune(tau=0.05)).keep.tolist()
-    assert found["prune"] == {"method": "pred_2d", "metric": "max", "tau": 0.05, "mode": "anchored"}
-    assert found["grid"] == {"rows": 24, "cols": 32}
-    assert found["kept"] == len(found["keep"]) == 198
 
 
 def test_run_answers_with_statistics(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -81,18 +51,6 @@ def test_errors_are_one_line_and_exit_code_1(tiny_bundle: Path, tmp_path: Path) 
     code, out, err = invoke("run", tiny_bundle, "-i", tmp_path / "none.png", "hi")
     assert (code, out) == (1, "")
     assert err == f"Error: {tmp_path / 'none.png'}: no such file\n"
-
-
-def test_inspect_takes_every_method(tmp_path: Path) -> None:
-    kept = {}
-    for method in ("pred_2d", "raster", "serpentine", "random"):
-        code, out, _ = invoke("inspect", SCREEN, "--tau", 0.02, "--method", method, "--metric", "mae", "--json")
-        assert code == 0
-        found = json.loads(out)
-        assert found["prune"] == {"method": method, "metric": "mae", "tau": 0.02, "mode": "anchored"}
-        kept[method] = found["kept"]
-    assert kept["random"] == kept["pred_2d"] < 198
-    assert len(set(kept.values())) > 1
 
 
 def test_overlay_never_harms_a_file(tiny_bundle: Path, tmp_path: Path) -> None:

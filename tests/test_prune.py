@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from conftest import GOLDEN, IMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from invariants import check_order, check_selection
-from prune_spec import anchors_of, distance, select, visit
+from invariants import check_selection
+from prune_cases import BLOCK, PAIRS, cut, images, run, session
+from prune_spec import anchors_of, distance, select, token, visit
 
 import ppexport
-from ppexport.exporters import unique
 from ppexport.exporters.dialects import DIALECTS
-from ppexport.exporters.prune import prune_graph
-from ppexport.exporters.selectors import DIRECTORY, packaged
-from ppexport.models.config import PRUNE_GRAPHS, PRUNE_METRICS
+from ppexport.exporters.selectors import DIRECTORY, packaged, pruning_graphs
+from ppexport.models.config import PREDICTORS, PRUNE_METRICS
 from ppexport.runtime import trt_api
 
 SHARED_PHOTO = GOLDEN.parent.parent.parent / "shared" / "golden" / "images" / "doc_photo.jpg"
@@ -58,54 +53,9 @@ def test_selection_equals_the_reference(name: str, case: str) -> None:
 
 def test_every_kind_of_golden_case_is_there() -> None:
     kinds = {tuple(np.array(case.split("|"))[[0, 1, 3]]) for _, case in GOLDEN_CASES}
-    assert {method for method, _, _ in kinds} == set(SCANS)
+    assert {method for method, _, _ in kinds} == set(PREDICTORS)
     assert {metric for _, metric, _ in kinds} == set(PRUNE_METRICS)
     assert len(GOLDEN_CASES) == 80
-
-
-BLOCK = 4  # small tokens, so that grids of 12 x 12 are small pictures
-PAIRS = [(method, metric) for method, metric in PRUNE_GRAPHS if method != "unique"]
-SCANS = ("pred_2d", "raster", "serpentine")
-
-
-@functools.cache
-def session(dialect: str, method: str, metric: str, block: int = BLOCK) -> ort.InferenceSession:
-    model = ir.to_proto(prune_graph(block, DIALECTS[dialect], method, metric))
-    onnx.checker.check_model(model, full_check=True)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def run(found: ort.InferenceSession, image: np.ndarray, threshold: int, anchored: bool) -> list[int]:
-    settings = {"threshold": np.array([threshold], np.int32), "anchored": np.array([anchored], np.int32)}
-    order, count = found.run(None, {"image": image, **settings})
-    check_order(order, count, len(order))
-    return order[: count[0]].tolist()
-
-
-@st.composite
-def images(draw: st.DrawFn) -> np.ndarray:
-    """Grids from 1 x 1 to 12 x 12: few distinct tokens, disturbed bytes, gradients that drift, stripes, checkers."""
-    rows, cols = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    palette = rng.integers(0, 256, (draw(st.integers(1, 4)), BLOCK, BLOCK, 3), np.uint8)
-    row, col = np.indices((rows, cols))
-    kind = draw(st.sampled_from(["random", "stripes", "checkers", "tiles", "drift"]))
-    which = {
-        "random": rng.integers(0, len(palette), (rows, cols)),
-        "stripes": row if draw(st.booleans()) else col,
-        "checkers": row + col,
-        "tiles": (row % 3) * 3 + col % 3,
-        "drift": np.zeros((rows, cols), int),
-    }[kind]
-    tokens = palette[which % len(palette)].astype(int)
-    if kind == "drift":
-        tokens += (row * draw(st.integers(-3, 3)) + col * draw(st.integers(-3, 3)))[:, :, None, None, None]
-    step = draw(st.sampled_from([0, 0, 1, 3, 40]))
-    where = rng.random(tokens.shape) < draw(st.sampled_from([0.02, 0.5]))
-    tokens = np.clip(tokens + where * rng.integers(-step, step + 1, tokens.shape), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(tokens.transpose(0, 2, 1, 3, 4).reshape(rows * BLOCK, cols * BLOCK, 3))
 
 
 @pytest.mark.parametrize(("method", "metric"), PAIRS)
@@ -121,6 +71,21 @@ def test_graph_equals_the_specification(
 
 
 @settings(max_examples=60, deadline=None)
+@given(image=images(), level=st.sampled_from([0, 1, 3, 20]), pair=st.sampled_from(PAIRS))
+def test_distances_are_those_to_the_prediction(image: np.ndarray, level: int, pair: tuple[str, str]) -> None:
+    """Sliding, a token is dropped if and only if its distance is at most the threshold."""
+    threshold = ppexport.Prune(*pair, level / 255).threshold(BLOCK)
+    kept = set(select(image, BLOCK, *pair, threshold, False))
+    inputs = {"image": image, "threshold": np.array([threshold], np.int32), "anchored": np.array([0], np.int32)}
+    for dialect in DIALECTS:
+        (found,) = session(dialect, *pair).run(["distance"], inputs)
+        assert {0, *np.flatnonzero(found > threshold)} == kept
+        possible = {distance(pair[1], token(image, BLOCK, 0), t) for t in cut(image)}
+        if image.shape[0] == BLOCK and image.shape[1] == 2 * BLOCK:
+            assert set(found.tolist()) <= possible | {0}
+
+
+@settings(max_examples=60, deadline=None)
 @given(image=images(), level=st.sampled_from([1, 3, 20]), pair=st.sampled_from(PAIRS))
 def test_anchored_errors_never_exceed_tau(image: np.ndarray, level: int, pair: tuple[str, str]) -> None:
     threshold = ppexport.Prune(*pair, level / 255).threshold(BLOCK)
@@ -133,7 +98,7 @@ def test_anchored_errors_never_exceed_tau(image: np.ndarray, level: int, pair: t
 
 
 @settings(max_examples=60, deadline=None)
-@given(image=images(), method=st.sampled_from(SCANS), metric=st.sampled_from(PRUNE_METRICS))
+@given(image=images(), method=st.sampled_from(PREDICTORS), metric=st.sampled_from(PRUNE_METRICS))
 def test_lossless_at_tau_0(image: np.ndarray, method: str, metric: str) -> None:
     """The kept tokens and their places give back every pixel."""
     kept = run(session("ort", method, metric), image, 0, True)
@@ -155,12 +120,6 @@ def test_pred_2d_does_not_look_ahead(image: np.ndarray, data: st.DataObject) -> 
     assert [(i // fewer_cols, i % fewer_cols) for i in part] == inside
 
 
-def cut(image: np.ndarray) -> np.ndarray:
-    """[N, BLOCK, BLOCK, 3]."""
-    rows, cols = image.shape[0] // BLOCK, image.shape[1] // BLOCK
-    return image.reshape(rows, BLOCK, cols, BLOCK, 3).transpose(0, 2, 1, 3, 4).reshape(-1, BLOCK, BLOCK, 3)
-
-
 def decode(kept: dict[int, np.ndarray], rows: int, cols: int, method: str) -> np.ndarray:
     """Rebuild all tokens from the kept ones and their indices alone."""
     rebuilt = {0: kept[0]}
@@ -170,30 +129,9 @@ def decode(kept: dict[int, np.ndarray], rows: int, cols: int, method: str) -> np
     return np.stack([rebuilt[i] for i in range(rows * cols)])
 
 
-@settings(max_examples=60, deadline=None)
-@given(image=images())
-def test_unique_keeps_the_first_of_all_equal_tokens(image: np.ndarray) -> None:
-    tokens = [token.tobytes() for token in cut(image)]
-    expected = [i for i, token in enumerate(tokens) if token not in tokens[:i]]
-    for dialect in DIALECTS:
-        order, count = session(dialect, "unique", "max").run(None, {"image": image})
-        check_order(order, count, len(tokens))
-        assert order[: count[0]].tolist() == expected
-
-
 @pytest.mark.parametrize("name", INDEX)
 def test_unique_on_real_images(name: str) -> None:
     assert ppexport.select(source(name), ppexport.Prune("unique")).kept == INDEX[name]["unique_tokens"]
-
-
-def test_unique_drops_nothing_whose_hash_alone_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights of zero all hashes are equal: then a token is dropped only next to its copy, and never wrongly."""
-    monkeypatch.setattr(unique, "weights", lambda size: np.zeros((size, unique.SUMS), np.int8))
-    model = ir.to_proto(prune_graph(BLOCK, DIALECTS["ort"], "unique", "max"))
-    found = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    image = np.repeat(np.array([10, 10, 20, 10, 20, 20], np.uint8), BLOCK)[None, :, None].repeat(BLOCK, 0).repeat(3, 2)
-    order, count = found.run(None, {"image": np.ascontiguousarray(image)})
-    assert order[: count[0]].tolist() == [0, 2, 3, 4]
 
 
 def test_sums_stay_exact_where_float32_would_not() -> None:
@@ -216,10 +154,11 @@ def test_selection_is_the_same_on_many_threads(screen: np.ndarray) -> None:
 
 
 def test_graphs_use_standard_operators_and_no_nonzero() -> None:
-    for dialect, (method, metric) in itertools.product(DIALECTS.values(), PRUNE_GRAPHS):
-        nodes = list(prune_graph(32, dialect, method, metric).graph.all_nodes())
-        assert {node.domain for node in nodes} == {""}
-        assert "NonZero" not in {node.op_type for node in nodes}
+    for dialect in DIALECTS.values():
+        for graph in pruning_graphs(32, dialect).values():
+            nodes = list(graph.graph.all_nodes())
+            assert {node.domain for node in nodes} == {""}
+            assert "NonZero" not in {node.op_type for node in nodes}
 
 
 def test_packaged_graphs_are_what_the_exporter_makes() -> None:
@@ -230,80 +169,21 @@ def test_packaged_graphs_are_what_the_exporter_makes() -> None:
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plain"])
-@pytest.mark.parametrize(("method", "metric"), PRUNE_GRAPHS)
-def test_every_graph_compiles_for_tensorrt(dialect: str, method: str, metric: str) -> None:
+@pytest.mark.parametrize("file", pruning_graphs(32, DIALECTS["standard"]))
+def test_every_graph_compiles_for_tensorrt(dialect: str, file: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     log = trt_api.logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    model = ir.to_proto(prune_graph(32, DIALECTS[dialect], method, metric)).SerializeToString()
+    model = ir.to_proto(pruning_graphs(32, DIALECTS[dialect])[file]).SerializeToString()
     assert parser.parse(model), log.messages
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    profile.set_shape("image", (32, 32, 3), (640, 640, 3), (1920, 2048, 3))
+    for i in range(network.num_inputs):
+        name = network.get_input(i).name
+        if name in ("image", "reference"):
+            profile.set_shape(name, (32, 32, 3), (640, 640, 3), (1920, 2048, 3))
+        elif name == "spatial_order":
+            profile.set_shape(name, (1,), (400,), (3840,))
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config).nbytes > 10_000, log.messages
-
-
-def test_prune_off_keeps_everything_and_says_so(screen: np.ndarray) -> None:
-    selection = ppexport.select(screen, None, min_pixels=1)
-    assert selection.keep.tolist() == list(range(20))
-    assert selection.reason == "pruning is off"
-
-
-def test_nothing_to_drop_is_said() -> None:
-    noise = np.random.default_rng(1).integers(0, 255, (64, 96, 3), np.uint8)
-    selection = ppexport.select(noise, min_pixels=1)
-    assert selection.share == 1
-    assert selection.reason == "no token repeats its neighbours"
-
-
-def test_qwen2_block_size(screen: np.ndarray) -> None:
-    selection = ppexport.select(screen[:112, :140], patch=14, merge=2, min_pixels=1)
-    assert (selection.rows, selection.cols) == (4, 5)
-    assert selection.keep.tolist() == select(screen[:112, :140], 28, "pred_2d", "max", 0, False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"tau": -0.1}, "tau is -0.1, expected a number from 0 to 1"),
-        ({"tau": "0"}, "tau is '0', expected a number"),
-        ({"tau": True}, "tau is True, expected a number"),
-        ({"tau": float("nan")}, "tau is nan, expected a number from 0 to 1"),
-        ({"method": "best"}, "method is 'best', expected one of: pred_2d, raster, serpentine, unique, random"),
-        ({"method": "unique", "tau": 0.1}, "method 'unique' has metric 'max' and tau 0.1, expected 'max' and 0"),
-        ({"metric": "ssim"}, "metric is 'ssim', expected one of: max, mae, rmse"),
-        ({"anchored": 1}, "anchored is 1, expected True or False"),
-    ],
-)
-def test_impossible_settings(arguments: dict, message: str) -> None:
-    with pytest.raises(ppexport.RequestError, match=message.replace("(", r"\(")):
-        ppexport.Prune(**arguments)
-
-
-def test_random_keeps_as_many_as_pred_2d(screen: np.ndarray) -> None:
-    count = ppexport.select(screen, min_pixels=1).kept
-    found = [ppexport.select(screen, ppexport.Prune("random", seed=s), min_pixels=1) for s in (0, 0, 1)]
-    for selection in found:
-        check_selection(selection)
-        assert selection.kept == count
-    np.testing.assert_array_equal(found[0].keep, found[1].keep)
-    assert found[0].keep.tolist() != found[2].keep.tolist()
-
-
-def test_unknown_block_size(screen: np.ndarray) -> None:
-    with pytest.raises(ppexport.RequestError, match="patch \\* merge is 60, expected one of: 28, 32"):
-        ppexport.select(screen, patch=20, merge=3)
-
-
-def test_thresholds_are_whole_numbers_at_every_level() -> None:
-    """tau = k / 255 is exactly k for max, k times the bytes of a token for mae, and so on: no rounding down."""
-    for k in range(256):
-        for metric, expected in (("max", k), ("mae", k * 3072), ("rmse", k * k * 3072)):
-            assert ppexport.Prune(metric=metric, tau=k / 255).threshold(32) == expected
-
-
-def test_prune_is_frozen() -> None:
-    with pytest.raises(AttributeError, match="cannot assign"):
-        ppexport.Prune().tau = 0.5  # type: ignore[misc]

@@ -10,7 +10,8 @@ import numpy as np
 
 from ...runtime.image import prepare
 from ...runtime.language import build_prompt
-from ...runtime.prune import Prune, Selection, packaged_selector
+from ...runtime.prune import Prune, Selection
+from ...runtime.selector import packaged_selector
 from ..bytelevel import IDS, byte_tokenizer
 from . import words
 from .canvas import FONT_SIZES, Canvas, Sample

@@ -1,0 +1,103 @@
+"""Options that several commands share, and what they stand for. Heavy imports happen inside the functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .models.config import PRUNE_METHODS, PRUNE_METRICS
+
+
+def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how to prune and at which size."""
+    for option in reversed(
+        [
+            click.option(
+                "--tau",
+                type=click.FloatRange(0, 1),
+                default=None,
+                help="Largest byte difference, as a share of 255, at which two tokens count as equal. "
+                "0 drops exact repetitions only. Default: what the bundle says, else 0.",
+            ),
+            click.option(
+                "--mode",
+                type=click.Choice(["anchored", "sliding"]),
+                help="With --tau over 0, compare with the reconstruction (anchored: no error exceeds tau) or with the "
+                "raw neighbour (sliding: errors can add up). Default: anchored.",
+            ),
+            click.option("--method", type=click.Choice(PRUNE_METHODS), help="Default: pred_2d."),
+            click.option("--metric", type=click.Choice(PRUNE_METRICS), help="Distance of two tokens. Default: max."),
+            click.option(
+                "--max-tokens",
+                type=click.IntRange(1),
+                help="Of an image: raise tau to the smallest value that keeps no more.",
+            ),
+            click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."),
+            click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+PRUNE = ("tau", "mode", "method", "metric", "max_tokens", "seed")
+
+
+def prune_of(options: dict[str, Any]) -> Any:
+    """Take the prune options out of ``options``: a Prune, or None where the user gave none of them."""
+    from .runtime.prune import Prune
+
+    given = {name: options.pop(name) for name in PRUNE if name in options}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    mode = given.pop("mode", "anchored")
+    return Prune(**given, anchored=mode == "anchored")
+
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
+    help="Where to run; auto takes engines of the bundle that run here, else the CPU, and says why.",
+)
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the engines that ``build --target`` compiles."""
+    for option in reversed(
+        [
+            click.option("--profiles", type=click.Path(), help="Sizes to compile for, a file of 'ppexport plan'."),
+            click.option("--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096]"),
+            click.option("--max-pixels", type=click.IntRange(1), help="Of an image.  [default: 2097152]"),
+            click.option("--batch", type=click.IntRange(1), help="Sequences at a time.  [default: 1]"),
+            click.option("--workspace", type=click.IntRange(1), help="Scratch memory of an engine, in MB."),
+            click.option("--version-compatible", is_flag=True, help="Engines for later versions of TensorRT too."),
+            click.option("--hardware-compatible", is_flag=True, help="Engines for all GPUs from Ampere on."),
+            click.option("--compute-capability", "compute_capabilities", multiple=True, help="RTX: for this one only."),
+            click.option("--timing-cache", type=click.Path(), help="tensorrt: a file reused between builds."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def engines_of(profiles: str | None, workspace: int | None, timing_cache: str | None, **given: Any) -> tuple[Any, Any]:
+    """Profiles (or None) and engine options of the command line."""
+    from pathlib import Path
+
+    from .engines import Options
+    from .models import profiles as files
+
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    if profiles and (clash := sorted({"capacity", "max_pixels", "batch"} & set(given))):
+        raise click.UsageError(f"--{clash[0].replace('_', '-')} is in the profile file; expected it there only")
+    options = Options(
+        workspace=None if workspace is None else workspace << 20,
+        timing_cache=None if timing_cache is None else Path(timing_cache),
+        **given,
+    )
+    return files.read(profiles) if profiles else None, options

@@ -1,0 +1,132 @@
+"""A picture of a selection: what is kept, and what each dropped token was predicted from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .models.config import PREDICTORS
+from .runtime.image import ImageLike, read
+from .runtime.prune import Selection
+
+KEPT, BESIDE, ABOVE, OTHERWISE = range(4)
+TINTS = {BESIDE: (255, 0, 110), ABOVE: (30, 110, 255), OTHERWISE: (250, 150, 0)}
+EDGE = (0, 200, 90)  # outline around what is kept
+LABELS = {BESIDE: "from the left", ABOVE: "from above", OTHERWISE: "otherwise"}
+
+
+def overlay(image: ImageLike, selection: Selection) -> Image.Image:
+    """The image as the model sees it: dropped blocks faded under a tint, kept regions untouched in a green outline.
+
+    The tint says what a block was predicted from. A line underneath says what the colours mean and how much is kept.
+    """
+    source = read(image).resize((selection.width, selection.height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(source)
+    where = sources(pixels, selection)
+    block = selection.width // selection.cols
+    large = np.repeat(np.repeat(where, block, axis=0), block, axis=1)
+    gray = pixels.mean(axis=2, dtype=np.float32)[:, :, None]
+    picture = pixels.astype(np.float32)
+    for kind, tint in TINTS.items():
+        faded = 0.25 * gray + 0.25 * 255 + 0.5 * np.array(tint, np.float32)
+        picture = np.where((large == kind)[:, :, None], faded, picture)
+    made = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    _outline(ImageDraw.Draw(made), where == KEPT, block)
+    return _with_legend(made, selection, where)
+
+
+def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
+    """KEPT, or where each dropped token was predicted from: uint8 [rows, cols].
+
+    ``pixels``: uint8 [H, W, 3], what the selection was made of. OTHERWISE where a method does not predict, a scan goes
+    to the next row, or a token was dropped for another reason (it is as in the frame before, or over a budget). The
+    selection's steps are gone through once more, one by one.
+    """
+    rows, cols, prune = selection.rows, selection.cols, selection.prune
+    found = np.full(rows * cols, OTHERWISE, np.uint8)
+    found[selection.keep] = KEPT
+    if prune is None or prune.method not in PREDICTORS or selection.kept == selection.total:
+        return found.reshape(rows, cols)
+    block = selection.width // cols
+    tokens = pixels.reshape(rows, block, cols, block, 3).swapaxes(1, 2).reshape(rows * cols, -1).astype(np.int32)
+    limit = replace(prune, max_tokens=None).threshold(block)
+    stands_for = np.arange(rows * cols)  # the token that a token is compared as
+
+    def match(a: int, b: int) -> bool:
+        difference = np.abs(tokens[a] - tokens[b])
+        if prune.metric == "max":
+            return int(difference.max()) <= limit
+        return int((difference if prune.metric == "mae" else difference**2).sum()) <= limit
+
+    like = lambda a, b: match(stands_for[a], stands_for[b])  # noqa: E731
+    for index, before, kind in _steps(rows, cols, prune.method, like):
+        if found[index] != KEPT and match(index, stands_for[before]):
+            found[index] = kind
+            if prune.anchored:
+                stands_for[index] = stands_for[before]
+    return found.reshape(rows, cols)
+
+
+def _steps(rows: int, cols: int, method: str, like: Callable[[int, int], bool]) -> Iterator[tuple[int, int, int]]:
+    """(token, what it is predicted from, where that lies) in the order of a method; ``like``: do two tokens match?"""
+    for row in range(rows):
+        back = method == "serpentine" and row % 2 == 1
+        for col in reversed(range(cols)) if back else range(cols):
+            index = row * cols + col
+            left, above, corner = index - 1, index - cols, index - cols - 1
+            if index == 0:
+                continue
+            if method == "pred_2d":
+                up = col == 0 or (row > 0 and like(corner, left) and not like(corner, above))
+                yield index, above if up else left, ABOVE if up else BESIDE
+            elif method == "raster":
+                yield index, left, BESIDE if col else OTHERWISE
+            elif col == (cols - 1 if back else 0):
+                yield index, above, ABOVE
+            else:
+                yield index, index + 1 if back else left, BESIDE
+
+
+def _outline(draw: ImageDraw.ImageDraw, grid: np.ndarray, block: int) -> None:
+    """A line wherever a kept block touches a dropped one or the border."""
+    width = max(2, block // 12)
+    padded = np.pad(grid, 1)
+    for row, col in np.argwhere(grid):
+        x, y = col * block, row * block
+        right, bottom = x + block - 1, y + block - 1
+        if not padded[row, col + 1]:
+            draw.line((x, y, right, y), EDGE, width)
+        if not padded[row + 2, col + 1]:
+            draw.line((x, bottom, right, bottom), EDGE, width)
+        if not padded[row + 1, col]:
+            draw.line((x, y, x, bottom), EDGE, width)
+        if not padded[row + 1, col + 2]:
+            draw.line((right, y, right, bottom), EDGE, width)
+
+
+def _with_legend(picture: Image.Image, selection: Selection, where: np.ndarray) -> Image.Image:
+    """The picture over a line (or more, where it is narrow) with each colour, its meaning and its tokens."""
+    size = max(14, min(picture.height // 45, picture.width // 60))
+    font = ImageFont.load_default(size)
+    entries = [(EDGE, f"kept {selection.kept} of {selection.total} tokens ({selection.share:.1%})")]
+    for kind, tint in TINTS.items():
+        if count := int((where == kind).sum()):
+            beside = kind == BESIDE and selection.prune is not None and selection.prune.method == "serpentine"
+            entries.append((tint, f"dropped, {'from beside' if beside else LABELS[kind]}: {count}"))
+    x, line, places = size // 2, 0, []
+    for _, label in entries:
+        width = int(size * 2.4 + font.getlength(label))
+        if places and x + width > picture.width:
+            x, line = size // 2, line + 1
+        places.append((x, picture.height + size // 2 + line * 2 * size))
+        x += width
+    full = Image.new("RGB", (picture.width, picture.height + 2 * size * (line + 1)), "white")
+    full.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(full)
+    for (colour, label), (x, y) in zip(entries, places, strict=True):
+        draw.rectangle((x, y, x + size, y + size), fill=colour)
+        draw.text((x + size * 1.4, y + size / 2), label, fill="black", font=font, anchor="lm")
+    return full

@@ -1,0 +1,230 @@
+"""Image -> Selection: runs the pruning graphs (exporters/prune.py, temporal.py) on a backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..models.checks import integer, sequence
+from ..models.config import SELECTOR_BLOCKS, prune_file
+from ..models.errors import RequestError
+from .image import ImageLike, prepare
+from .prune import Prune, Selection, check_prune
+from .session import Backend, Buffer, Session, run
+
+LEVELS = {"max": 255, "mae": 2040, "rmse": 2040}  # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
+HIGHEST = 0.25  # tau that max_tokens goes up to: beyond it, text of low contrast would be taken for its background
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pruning graph says of an image."""
+
+    order: Buffer  # int32 [N], or the kept ones only
+    count: int
+    prune: Prune | None  # with the tau that was used
+    distance: Buffer | None = None  # int32 [N], where tokens are predicted
+    note: str = ""
+
+
+class Selector:
+    """The pruning graphs of a folder on a backend. ``block``: pixels per side of a merged token."""
+
+    def __init__(self, backend: Backend, folder: Path, block: int):
+        self.backend, self.folder, self.block = backend, folder, block
+        self._sessions: dict[str, Session] = {}
+        self.session("pred_2d", "max")  # the usual one is loaded at once
+
+    def session(self, method: str, metric: str) -> Session:
+        """The graph of a method and a metric, loaded when it is first asked for."""
+        file = prune_file(method, metric)
+        if file not in self._sessions:
+            self._sessions[file] = self.backend.session(self.folder / file)
+        return self._sessions[file]
+
+    def select(self, image: Buffer, prune: Prune | None, worth: float = 0.0) -> tuple[Buffer, Selection]:
+        """image uint8 [H, W, 3] on the backend -> the keep indices there (int32 [K]) and what was decided.
+
+        Where less than the share ``worth`` of the tokens would be dropped, all are kept, and the selection says so.
+        """
+        total = self._total(image)
+        if prune is None:
+            found = Found(self._all(total), total, None, note="pruning is off")
+        else:
+            found = self._choose(image, prune)
+            dropped = total - found.count
+            if not dropped:
+                found = replace(found, note="no token repeats its neighbours")
+            elif dropped < worth * total:
+                note = f"only {dropped} of {total} tokens repeat their neighbours, which saves nothing"
+                found = replace(found, order=self._all(total), count=total, note=note)
+        return self._selection(image, found)
+
+    def frames(self, images: Iterable[Buffer], prune: Prune) -> Iterator[Selection]:
+        """Frames of one recording, uint8 [H, W, 3] of one size -> what is kept of each.
+
+        The first one is an image like any other; of the others, tokens that are what they were before are dropped too
+        (exporters/temporal.py), in a frame that stands still all of them.
+        """
+        reference: Buffer | None = None
+        for image in images:
+            found, fresh = self._choose(image, prune), image
+            if reference is not None:
+                order, counter = self._numbers(self._total(image)), self._numbers(1)
+                changed = self.backend.zeros(image.shape, "uint8")
+                inputs = {"image": image, "reference": reference, "spatial_order": found.order}
+                inputs["spatial_count"] = self._upload(found.count)
+                inputs["threshold"] = self._upload(prune.threshold(self.block))
+                outputs = {"order": order, "count": counter, "fresh": changed}
+                run(self.session("temporal", prune.metric), inputs, outputs)
+                found = replace(found, order=order, count=self._read(counter))
+                fresh = changed if prune.anchored else image
+            reference = fresh
+            yield self._selection(image, found)[1]
+
+    def _choose(self, image: Buffer, prune: Prune) -> Found:
+        """Run the graph, for the baselines after that of pred_2d, which says how many to keep."""
+        if prune.method not in ("random", "conncomp"):
+            return self._fit(image, prune) if prune.max_tokens else self._predict(image, prune)
+        count = self._predict(image, replace(prune, method="pred_2d")).count
+        if prune.method == "conncomp":
+            return self._predict(image, prune, target=count)
+        return Found(self.backend.upload(_random_order(self._total(image), count, prune.seed)), count, prune)
+
+    def _fit(self, image: Buffer, prune: Prune) -> Found:
+        """With the smallest tau from ``prune.tau`` on that keeps at most ``max_tokens``, by bisection.
+
+        If there is none up to HIGHEST: of the tokens, those that lie farthest from what predicts them at ``prune.tau``.
+        """
+        assert prune.max_tokens is not None
+        most, steps = prune.max_tokens, LEVELS[prune.metric]
+        at = lambda level: self._predict(image, replace(prune, tau=level / steps))  # noqa: E731
+        first = self._predict(image, prune)
+        if first.count <= most:
+            return first
+        highest = max(prune.tau, HIGHEST)
+        low, high = int(prune.tau * steps), int(highest * steps)  # keeps too many, fits
+        best = at(high) if high > low else first
+        if best.count > most:
+            assert first.distance is not None
+            note = f"no tau from {prune.tau:g} to {highest:g} keeps at most {most} tokens (found {best.count}); "
+            note += "kept are those that differ most from their prediction"
+            distance = self.backend.download(first.distance).astype(np.int64)
+            distance[0] = np.iinfo(np.int64).max  # the first token is predicted from nothing
+            kept = np.sort(np.argsort(-distance, kind="stable")[:most]).astype(np.int32)
+            return Found(self.backend.upload(kept), most, prune, note=note)
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = at(middle)
+            if tried.count <= most:
+                high, best = middle, tried
+            else:
+                low = middle
+        return best
+
+    def _predict(self, image: Buffer, prune: Prune, target: int = 0) -> Found:
+        total = self._total(image)
+        session = self.session(prune.method, prune.metric)
+        values = {"threshold": prune.threshold(self.block), "anchored": prune.anchored, "target": target}
+        values["seed"] = prune.seed
+        inputs = {name: self._upload(value) for name, value in values.items() if name in session.inputs}
+        outputs = {name: self._numbers(1 if name == "count" else total) for name in session.outputs}
+        run(session, {"image": image, **inputs}, outputs)
+        return Found(outputs["order"], self._read(outputs["count"]), prune, outputs.get("distance"))
+
+    def _selection(self, image: Buffer, found: Found) -> tuple[Buffer, Selection]:
+        keep = found.order.rows(0, found.count)
+        host = self.backend.download(keep).copy()
+        host.flags.writeable = False
+        height, width, _ = image.shape
+        rows, cols = height // self.block, width // self.block
+        return keep, Selection(host, rows, cols, width, height, found.note, found.prune)
+
+    def _total(self, image: Buffer) -> int:
+        height, width, _ = image.shape
+        return (height // self.block) * (width // self.block)
+
+    def _all(self, total: int) -> Buffer:
+        return self.backend.upload(np.arange(total, dtype=np.int32))
+
+    def _numbers(self, count: int) -> Buffer:
+        return self.backend.zeros((count,), "int32")
+
+    def _upload(self, value: int) -> Buffer:
+        return self.backend.upload(np.array([value], np.int32))
+
+    def _read(self, counter: Buffer) -> int:
+        return int(self.backend.download(counter)[0])
+
+
+def _random_order(total: int, count: int, seed: int) -> np.ndarray:
+    """Token 0 and count - 1 others drawn without replacement, rising: int32 [count]."""
+    others = 1 + np.random.default_rng(seed).choice(total - 1, count - 1, replace=False)
+    return np.sort(np.concatenate([[0], others])).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=len(SELECTOR_BLOCKS))
+def packaged_selector(block: int) -> Selector:
+    """The selector that ships with the package, on the CPU. Raises RequestError for a block size without one."""
+    from .ort import OrtCpu
+
+    if block not in SELECTOR_BLOCKS:
+        raise RequestError(f"patch * merge is {block}, expected one of: {', '.join(map(str, SELECTOR_BLOCKS))}")
+    return Selector(OrtCpu(), Path(__file__).parent / "selectors" / str(block), block)
+
+
+def select(
+    image: ImageLike,
+    prune: Prune | None = Prune(),  # noqa: B008 (frozen)
+    patch: int = 16,
+    merge: int = 2,
+    min_pixels: int = 65536,
+    max_pixels: int = 16777216,
+) -> Selection:
+    """What would be kept of an image, without a model.
+
+    ``image``: a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3]; it is resized as for a model with
+    these patch and merge sizes and pixel limits (defaults: Qwen3-VL). Raises ImageError, RequestError.
+    """
+    check_prune(prune)
+    selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
+    pixels = prepare(image, selector.block, min_pixels, max_pixels)
+    return selector.select(selector.backend.upload(pixels), prune)[1]
+
+
+def select_frames(
+    frames: Iterable[ImageLike],
+    prune: Prune = Prune(),  # noqa: B008 (frozen)
+    patch: int = 16,
+    merge: int = 2,
+    min_pixels: int = 65536,
+    max_pixels: int = 16777216,
+) -> Iterator[Selection]:
+    """What would be kept of each frame of a recording: tokens that are what they were in the frame before go too.
+
+    Arguments as for ``select``; frames are taken one by one. ``keep`` of a frame that stands still is empty. Raises
+    ImageError, and RequestError for frames of several sizes or a ``prune`` that is not a Prune.
+    """
+    if not isinstance(prune, Prune):
+        raise RequestError(f"prune is {prune!r:.80}, expected ppexport.Prune(...)")
+    if not isinstance(frames, Iterator):
+        frames = sequence("frames", frames, "images")
+    selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
+
+    def prepared() -> Iterator[Buffer]:
+        first: tuple[int, ...] | None = None
+        for i, frame in enumerate(frames):
+            pixels = prepare(frame, selector.block, min_pixels, max_pixels)
+            first = first or pixels.shape
+            if pixels.shape != first:
+                raise RequestError(
+                    f"frame {i} has {pixels.shape[1]} x {pixels.shape[0]} pixels after resizing, expected "
+                    f"{first[1]} x {first[0]} like the first one"
+                )
+            yield selector.backend.upload(pixels)
+
+    return selector.frames(prepared(), prune)
