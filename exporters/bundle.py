@@ -95,8 +95,8 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision, wide[name])
     progress("trace", 3, 3)
-    for file, graph in pruning_graphs(config.vision.block, dialect).items():
-        ir.save(graph, directory / file)
+    for name, graph in pruning_graphs(config.vision.block, dialect).items():
+        ir.save(graph, directory / name)
     for name in ("vision", "language"):
         graphs.attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)
         _save(models[name], directory, name, progress)

@@ -26,14 +26,16 @@ if TYPE_CHECKING:
         SpaceError,
     )
     from .runtime.language import Sampling
-    from .runtime.pipeline import Answer, Encoded, Pipeline, Stats, Step, load
+    from .runtime.pipeline import Answer, Encoded, Pipeline, Step, load
     from .runtime.prune import Prune, Selection
     from .runtime.selector import select, select_frames
+    from .runtime.stats import Stats
 
 _WHERE = {
-    "runtime.pipeline": ("Answer", "Encoded", "Pipeline", "Stats", "Step", "load"),
+    "runtime.pipeline": ("Answer", "Encoded", "Pipeline", "Step", "load"),
     "runtime.prune": ("Prune", "Selection"),
     "runtime.selector": ("select", "select_frames"),
+    "runtime.stats": ("Stats",),
     "runtime.language": ("Sampling",),
     "models.errors": (
         "BackendError",

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engines import Options, check_dialect, compile_bundle, plan_sizes
+from .compiler import Options
+from .engines import check_dialect, compile_bundle, plan_sizes
 from .models.config import ModelConfig
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
 from .models.profiles import Profiles

@@ -43,7 +43,7 @@ def main(
         return
     pictures: list[Path | None] = [None] * len(images)
     if overlay:
-        pictures = [check_picture(overlay, images[0])] if len(images) == 1 else overlay_files(overlay, images)
+        pictures[:] = [check_picture(overlay, images[0])] if len(images) == 1 else overlay_files(overlay, images)
     found = []
     chosen = select_frames(images, prune, **sizes) if frames else (select(image, prune, **sizes) for image in images)
     for image, selection, picture in zip(images, chosen, pictures, strict=True):

@@ -89,7 +89,7 @@ def engines_of(profiles: str | None, workspace: int | None, timing_cache: str | 
     """Profiles (or None) and engine options of the command line."""
     from pathlib import Path
 
-    from .engines import Options
+    from .compiler import Options
     from .models import profiles as files
 
     given = {name: value for name, value in given.items() if value not in (None, ())}

@@ -53,7 +53,7 @@ def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
     block = selection.width // cols
     tokens = pixels.reshape(rows, block, cols, block, 3).swapaxes(1, 2).reshape(rows * cols, -1).astype(np.int32)
     limit = replace(prune, max_tokens=None).threshold(block)
-    stands_for = np.arange(rows * cols)  # the token that a token is compared as
+    stands_for = list(range(rows * cols))  # the token that a token is compared as
 
     def match(a: int, b: int) -> bool:
         difference = np.abs(tokens[a] - tokens[b])
@@ -116,7 +116,8 @@ def _with_legend(picture: Image.Image, selection: Selection, where: np.ndarray) 
         if count := int((where == kind).sum()):
             beside = kind == BESIDE and selection.prune is not None and selection.prune.method == "serpentine"
             entries.append((tint, f"dropped, {'from beside' if beside else LABELS[kind]}: {count}"))
-    x, line, places = size // 2, 0, []
+    x, line = size // 2, 0
+    places: list[tuple[int, int]] = []
     for _, label in entries:
         width = int(size * 2.4 + font.getlength(label))
         if places and x + width > picture.width:

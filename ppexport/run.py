@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from .inspect import check_picture, write_overlay
-from .runtime.pipeline import PruneLike, Stats, load
+from .runtime.pipeline import PruneLike, load
+from .runtime.stats import Stats
 
 STAGES = ("image", "prune", "text", "vision", "prefill", "decode")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +19,7 @@ from .language import Language, Sampling, build_prompt
 from .prune import Prune, Selection, check_prune
 from .selector import Selector
 from .session import Backend, Buffer
+from .stats import Stats
 from .text import PromptLike, Text
 from .vision import Vision, features_of
 
@@ -44,44 +43,6 @@ class Encoded:
     embeds: np.ndarray  # [K, D]
     deepstack: np.ndarray  # [L, K, D]
     selection: Selection
-
-
-@dataclass
-class Stats:
-    """What a request did and how long it took. Grows while the request runs."""
-
-    images: tuple[Selection, ...] = ()
-    milliseconds: dict[str, float] = field(
-        default_factory=dict
-    )  # per stage: image, prune, text, vision, prefill, decode
-    prompt_tokens: int = 0  # after pruning
-    prompt_tokens_full: int = 0  # before pruning
-    generated_tokens: int = 0
-    finish: str = ""  # "stop" (a stop token), "length" (max_new_tokens) or "context" (the model's limit)
-
-    @property
-    def kept(self) -> int:
-        """Image tokens kept, all images together."""
-        return sum(image.kept for image in self.images)
-
-    @property
-    def total(self) -> int:
-        """Image tokens of the full grids."""
-        return sum(image.total for image in self.images)
-
-    @property
-    def ttft(self) -> float:
-        """Time to first token in milliseconds: everything before decode."""
-        return sum(ms for stage, ms in self.milliseconds.items() if stage != "decode")
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a stage."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.milliseconds[name] = self.milliseconds.get(name, 0.0) + (time.perf_counter() - begin) * 1e3
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 import ppexport
 from ppexport.build import build
 from ppexport.cli import main
-from ppexport.engines import Options, compile_bundle
+from ppexport.compiler import Options
+from ppexport.engines import compile_bundle
 from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
 from ppexport.models import engines, profiles
 from ppexport.models.manifest import Manifest

@@ -9,7 +9,7 @@ import pytest
 
 import ppexport
 from ppexport.build import build
-from ppexport.engines import Options
+from ppexport.compiler import Options
 from ppexport.models.errors import PpexportError
 from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
 from ppexport.runtime import cuda, trt_api

@@ -15,7 +15,8 @@ from conftest import E2E_PIXELS, GOLDEN, IMAGES
 
 import ppexport
 from ppexport.build import build
-from ppexport.engines import Options, compile_bundle
+from ppexport.compiler import Options
+from ppexport.engines import compile_bundle
 from ppexport.models import profiles
 from ppexport.runtime import cuda
 from ppexport.runtime.bundle import open_bundle
