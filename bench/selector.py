@@ -71,8 +71,20 @@ def pictures(paths: tuple[Path, ...]) -> Iterator[tuple[str, np.ndarray]]:
     for width, height in ((2560, 1440), (3840, 2160)):
         tiled = np.tile(desktop, (2, 2, 1))
         yield f"desktop {width} x {height}", np.ascontiguousarray(tiled[:height, :width])
-    noise = np.random.default_rng(0).integers(0, 256, (1088, 1920, 3), np.uint8)
-    yield "noise 1920 x 1088", noise
+    yield "photo-like noise 1920 x 1088", photo_like(1920, 1088)
+    yield "photo-like noise with two flat tokens", photo_like(1920, 1088, flat=True)
+
+
+def photo_like(width: int, height: int, flat: bool = False) -> np.ndarray:
+    """Smooth light and grain: no two tokens are equal. ``flat``: but for two side by side that differ by one level, for
+    which anchored selection at tau > 0 has to walk through the whole picture."""
+    y, x = np.mgrid[:height, :width]
+    light = 128 + 60 * np.sin(x / 190) * np.cos(y / 130)
+    grain = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    picture = np.clip(light[:, :, None] + grain, 0, 255).astype(np.uint8)
+    if flat:
+        picture[:32, :32], picture[:32, 32:64] = 128, 129
+    return picture
 
 
 def copy_bandwidth() -> float:
@@ -88,15 +100,16 @@ def copy_bandwidth() -> float:
 
 
 MEMORY = """
-import resource, sys, numpy, ppexport
+import sys, numpy, ppexport
 from ppexport.runtime.selector import packaged_selector
 selector, prune = packaged_selector(32), ppexport.Prune(tau=float(sys.argv[2]), anchored=sys.argv[3] == "1")
 selector.select(selector.backend.upload(numpy.arange(64 * 64 * 3, dtype=numpy.uint8).reshape(64, 64, 3)), prune)
 image = selector.backend.upload(numpy.load(sys.argv[1]))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+before = status("VmRSS")
 selector.select(image, prune)
-print((peak() - before) / image.nbytes)
+print((status("VmHWM") - before) / image.nbytes)
 """
 
 

@@ -15,16 +15,28 @@ from .tape import Ops
 
 
 def wavefront(
-    op: Ops, tokens: ir.Value, rows: ir.Value, cols: ir.Value, metric: Metric, limit: ir.Value, times: ir.Value
+    op: Ops,
+    tokens: ir.Value,
+    rows: ir.Value,
+    cols: ir.Value,
+    metric: Metric,
+    limit: ir.Value,
+    times: ir.Value,
+    settled: tuple[ir.Value, ir.Value] | None = None,
 ) -> ir.Value:
-    """pred_2d over tokens [N, bytes]; rows, cols int64 scalars -> anchors int64 [N]: the position each one ends at.
+    """pred_2d over tokens [N or more, bytes]; rows, cols int64 scalars -> anchors int64 [N]: the row each one ends at.
 
-    ``times``: int64 scalar, 1 to do so, 0 to take no step.
+    ``times``: int64 scalar, 1 to do so, 0 to take no step. ``settled``: bool [N], which positions are not predicted,
+    and int64 [N], the rows of ``tokens`` that stand for them.
     """
     one, zero = op.const(1), op.const(0)
     length, total = op("Min", rows, cols), op("Mul", rows, cols)
     wide = op("LessOrEqual", rows, cols)  # a step goes along the shorter side
     start = op("Range", zero, op("Add", total, length), one)
+    if settled is not None:
+        places = op("Range", zero, total, one)
+        first = op("Where", settled[0], settled[1], places)
+        start = op("Concat", first, op("Range", total, op("Add", total, length), one), axis=0)
     steps = op("Sub", op("Add", rows, cols), op.const(2))
 
     inner = Ops("step_")
@@ -48,12 +60,14 @@ def wavefront(
     use_b = inner("And", inner("And", matches(c, a), inner("Not", matches(c, b))), corner)
     predicted = inner("Where", use_b, b, a)
     here = inner("Where", valid, inside, zero)
-    settled = inner("Where", matches(here, predicted), predicted, position)
+    found = inner("Where", matches(here, predicted), predicted, position)
+    if settled is not None:
+        found = inner("Where", inner("Gather", settled[0], here), inner("Gather", anchors, here), found)
     # places outside of the grid keep pointing to themselves
-    updates = inner("Where", valid, settled, position)
+    updates = inner("Where", valid, found, position)
     after = inner("ScatterElements", anchors, position, updates, axis=0)
-    found = _loop(op, op("Mul", steps, times), start, inner, (i, go, anchors), after)
-    return op("Slice", found, op.ints([0]), op("Reshape", total, op.ints([1])), op.ints([0]))
+    last = _loop(op, op("Mul", steps, times), start, inner, (i, go, anchors), after)
+    return op("Slice", last, op.ints([0]), op("Reshape", total, op.ints([1])), op.ints([0]))
 
 
 def scan(op: Ops, tokens: ir.Value, order: ir.Value, metric: Metric, limit: ir.Value, times: ir.Value) -> ir.Value:

@@ -5,7 +5,8 @@ own and its matching neighbours' labels, then the label of its label, until noth
 longest way inside of a component in the worst case, far fewer as a rule.
 
 The first token of a component is kept, and of the others an even share, such that about ``target`` are kept in all:
-those whose index times the golden ratio (plus seed times the root of 2), modulo 1, lies under that share.
+those for which row * a + column * b + seed * c, modulo 1, lies under that share. With a and b from the plastic number
+(Roberts 2018, "R2") that spreads evenly over rows, columns and areas alike.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import onnx_ir as ir
 
 from .tape import Ops
 
-# STEP / MODULUS is the golden ratio - 1, so neighbours land far apart; TURN / MODULUS is the root of 2 - 1
-MODULUS, STEP, TURN = 2**31 - 1, 1327217885, 889516852
+# over MODULUS: a = 1 / p and b = 1 / p**2 for p**3 = p + 1, and the root of 2 - 1
+MODULUS, DOWN, ACROSS, TURN = 2**31 - 1, 1621087444, 1223722706, 889516852
 
 
 def kept(
@@ -30,8 +31,10 @@ def kept(
     components.type = ir.TensorType(ir.DataType.INT32)
     wanted = op("Max", op("Cast", op("Sub", target, components), to=ir.DataType.INT64), op.const(0))
     others = op("Sub", total, op("Cast", components, to=ir.DataType.INT64))
-    turn = op("Mul", op("Cast", seed, to=ir.DataType.INT64), op.const(TURN))
-    place = op("Add", op("Mul", index, op.const(STEP)), turn)
+    row = op("Div", index, cols)
+    col = op("Sub", index, op("Mul", row, cols))
+    place = op("Add", op("Mul", row, op.const(DOWN)), op("Mul", col, op.const(ACROSS)))
+    place = op("Add", place, op("Mul", op("Cast", seed, to=ir.DataType.INT64), op.const(TURN)))
     place = op("Sub", place, op("Mul", op("Div", place, op.const(MODULUS)), op.const(MODULUS)))
     chosen = op("Less", op("Mul", place, others), op("Mul", wanted, op.const(MODULUS)))
     return op("Or", first, chosen)

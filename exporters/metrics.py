@@ -37,12 +37,12 @@ class Metric:
 
     def of_lines(self, op: Ops, difference: ir.Value, grid: ir.Value) -> ir.Value:
         """Differences [rows * block, cols, segment] -> distances [rows, cols]; grid: int64 [rows, block, cols]."""
-        return self._sum_lines(op, op("Reshape", self._line(op, difference), grid), 1)
+        return self._sum_lines(op, op("Reshape", self._line(op, difference), grid))
 
     def of_tokens(self, op: Ops, difference: ir.Value) -> ir.Value:
         """Differences [n, block * segment] -> distances [n]."""
         lines = op("Reshape", difference, op.ints([0, self.block, -1]))
-        return self._sum_lines(op, self._line(op, lines), 1)
+        return self._sum_lines(op, self._line(op, lines))
 
     def _line(self, op: Ops, difference: ir.Value) -> ir.Value:
         """Over the last axis of three."""
@@ -50,5 +50,5 @@ class Metric:
             return op("ReduceMax", difference, op.ints([2]), keepdims=0)
         return op("Cast", op("ReduceSum", difference, op.ints([2]), keepdims=0), to=ir.DataType.INT32)
 
-    def _sum_lines(self, op: Ops, lines: ir.Value, axis: int) -> ir.Value:
-        return op("ReduceMax" if self.name == "max" else "ReduceSum", lines, op.ints([axis]), keepdims=0)
+    def _sum_lines(self, op: Ops, lines: ir.Value) -> ir.Value:
+        return op("ReduceMax" if self.name == "max" else "ReduceSum", lines, op.ints([1]), keepdims=0)

@@ -31,7 +31,7 @@ from .tape import Ops
 IR_VERSION = 10
 PREDICTED = ("threshold", "anchored")  # inputs beside the image, where tokens are predicted
 INPUTS = {"unique": (), "conncomp": ("threshold", "target", "seed")}
-Branch = Callable[[Ops], ir.Value]
+Branch = Callable[[Ops], Sequence[ir.Value]]
 
 
 def prune_graph(block: int, dialect: Dialect, method: str = "pred_2d", metric: str = "max") -> ir.Model:
@@ -100,26 +100,25 @@ def _predicted(
     used: tuple[ir.Value, ...]
     if method == "pred_2d":
         used = left, above = grid.distances(op, distance)
-        from_above = _from_above(op, grid, *(op("LessOrEqual", d, limit) for d in used))
-        found = op("Where", from_above, above, left)
+        source = from_above(op, grid, *(op("LessOrEqual", d, limit) for d in used))
+        found = op("Where", source, above, left)
     else:
         found = _before(op, grid, distance, method)
         used = (found,)
     found = op("Reshape", found, op.ints([-1]))
     drop = op("LessOrEqual", found, limit)
     found = op("Cast", found, to=ir.DataType.INT32)
-    drifts = op("Greater", wants_anchors, op("Cast", op.const(0), to=ir.DataType.INT32))
-    drifts = op("And", drifts, _inexact(op, used, limit, distance))
+    drifts = op("And", op("Cast", wants_anchors, to=ir.DataType.BOOL), inexact(op, used, limit, distance))
     if distance.as_float:  # TensorRT takes no Loop inside of an If, but one that ends before its first step
         once = op("Cast", op("Squeeze", drifts), to=ir.DataType.INT64)
         kept = _kept_anchors(op, grid, distance, limit, method, once)
         return op("Or", op("And", drifts, kept), op("Not", op("Or", drifts, drop))), found
     one = op.const(1)
-    then = lambda inner: _kept_anchors(inner, grid, distance, limit, method, one)  # noqa: E731
-    return _if(op, drifts, then, lambda inner: inner("Not", drop)), found
+    then = lambda inner: [_kept_anchors(inner, grid, distance, limit, method, one)]  # noqa: E731
+    return either(op, drifts, then, lambda inner: [inner("Not", drop)], [ir.DataType.BOOL])[0], found
 
 
-def _from_above(op: Ops, grid: Grid, left: ir.Value, above: ir.Value) -> ir.Value:
+def from_above(op: Ops, grid: Grid, left: ir.Value, above: ir.Value) -> ir.Value:
     """Match maps bool [rows, cols] -> which tokens pred_2d predicts from above, bool [rows, cols].
 
     C against A is the match "above" of the token A, and C against B the match "left" of the token B.
@@ -137,7 +136,7 @@ def _before(op: Ops, grid: Grid, distance: Metric, method: str) -> ir.Value:
     left, above = grid.distances(op, distance)
     first = op("Equal", col, op.const(0))
     if method == "raster":
-        return op("Where", first, grid.wrap(op, distance), left)
+        return op("Where", op("And", first, op("Greater", row, op.const(0))), grid.wrap(op, distance), left)
     last = op("Equal", col, op("Sub", grid.col_count, op.const(1)))
     following = op("Add", op("Range", op.const(0), grid.col_count, op.const(1)), op.const(1))
     following = op("Min", following, op("Sub", grid.col_count, op.const(1)))
@@ -157,7 +156,7 @@ def _scan_order(op: Ops, grid: Grid, method: str) -> ir.Value:
     return op("Add", op("Mul", row, grid.col_count), op("Where", odd(op, row), back, col))
 
 
-def _inexact(op: Ops, used: tuple[ir.Value, ...], limit: ir.Value, distance: Metric) -> ir.Value:
+def inexact(op: Ops, used: tuple[ir.Value, ...], limit: ir.Value, distance: Metric) -> ir.Value:
     """Is there a match that is not exact? bool [1]."""
     found = []
     for d in used:
@@ -178,15 +177,18 @@ def _kept_anchors(op: Ops, grid: Grid, distance: Metric, limit: ir.Value, method
     return op("Equal", anchors, op("Range", op.const(0), grid.total, op.const(1)))
 
 
-def _if(op: Ops, condition: ir.Value, then: Branch, otherwise: Branch) -> ir.Value:
-    """One bool [N] or the other; only the chosen branch is computed."""
+def either(
+    op: Ops, condition: ir.Value, then: Branch, otherwise: Branch, types: Sequence[ir.DataType]
+) -> Sequence[ir.Value]:
+    """The values [N] of one branch or of the other; only the chosen one is computed."""
     graphs = []
     for name, branch in (("then", then), ("else", otherwise)):
         inner = Ops(f"{name}_")
-        value = branch(inner)
-        value.type, value.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape(["N"])
-        graphs.append(ir.Graph([], [value], nodes=inner.nodes, name=name))
-    return op("If", op("Squeeze", condition), then_branch=graphs[0], else_branch=graphs[1])
+        values = branch(inner)
+        for value, dtype in zip(values, types, strict=True):
+            value.type, value.shape = ir.TensorType(dtype), ir.Shape(["N"])
+        graphs.append(ir.Graph([], values, nodes=inner.nodes, name=name))
+    return op.multi("If", len(types), op("Squeeze", condition), then_branch=graphs[0], else_branch=graphs[1])
 
 
 def compact(op: Ops, keep: ir.Value, index64: ir.Value) -> tuple[ir.Value, ir.Value]:

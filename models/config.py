@@ -13,6 +13,7 @@ from dataclasses import dataclass
 SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which selector graphs ship with the package
 PREDICTORS, PRUNE_METRICS = ("pred_2d", "raster", "serpentine"), ("max", "mae", "rmse")
 PRUNE_METHODS = (*PREDICTORS, "unique", "conncomp", "random")  # random needs no graph of its own
+MOST_SEED = 2**31 - 2  # of the baselines
 # (method, metric) of every pruning graph; unique knows equal and not equal only
 PRUNE_GRAPHS = (*((m, d) for m in (*PREDICTORS, "conncomp") for d in PRUNE_METRICS), ("unique", "max"))
 

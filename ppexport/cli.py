@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 import click
 
-from .models.config import PRUNE_METHODS
+from .models.config import MOST_SEED, PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
 from .models.version import __version__
 from .options import device_option, engine_options, engines_of, prune_of, prune_options
@@ -184,21 +185,31 @@ def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @prune_options
-@click.option("--seed", type=click.IntRange(0), help="Of the baselines, --method random and conncomp.  [default: 0]")
+@click.option("--prune-seed", type=click.IntRange(0, MOST_SEED), help="Of --method random and conncomp.  [default: 0]")
 @click.option("--frames", is_flag=True, help="IMAGES are frames of one recording: drop what stands still, too.")
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
 @click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, the kept indices included.")
+@click.option("--json", "as_json", is_flag=True, help="A list with everything of every image, kept indices included.")
 @click.option("--overlay", type=click.Path(), help="A picture of what is kept and dropped; of several: a folder.")
-@click.option("--sweep", type=click.Path(), help="Kept share over tau for each method: a table, and this plot (.png).")
-def inspect(images: tuple[str, ...], **options: Any) -> None:
+@click.option(
+    "--sweep",
+    type=click.Path(),
+    help="Kept share over tau for each method that predicts, and for unique (the baselines keep as many as pred_2d): a "
+    "table, and this plot (.png, .svg, .pdf).",
+)
+def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> None:
     """Show what would be pruned of IMAGES, without a model (sizes as for Qwen3-VL)."""
     from . import inspect as view
     from .runtime.prune import Prune
 
-    prune = prune_of(options) or Prune()
-    if options["sweep"] and (options["overlay"] or options["frames"] or prune.max_tokens):
-        raise click.UsageError("--sweep goes with none of --overlay, --frames, --max-tokens")
+    given = [
+        name for name in ("tau", "method", "max_tokens", "overlay", "frames") if options[name] not in (None, False)
+    ]
+    if options["sweep"] is not None and given:
+        raise click.UsageError(f"--sweep goes with --metric and --mode only, found --{given[0].replace('_', '-')}")
+    if prune_seed is not None and options["method"] not in ("random", "conncomp"):
+        raise click.UsageError("--prune-seed is for --method random or conncomp")
+    prune = replace(prune_of(options) or Prune(), seed=prune_seed or 0)
     view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,11 +17,12 @@ from PIL import Image
 from .models.config import PREDICTORS
 from .models.errors import ImageError, RequestError
 from .overlay import overlay as drawn
-from .runtime.image import ImageLike
+from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
 from .runtime.prune import Prune, Selection
-from .runtime.selector import select, select_frames
+from .runtime.selector import packaged_selector, select, select_frames
 
 LEVELS = (0, 1, 2, 3, 5, 8, 13, 20, 32, 64)  # tau in 1 / 255, of a sweep
+PLOTS = (".png", ".svg", ".pdf")
 Shares = dict[str, list[tuple[int, float]]]  # method -> (level, kept share)
 
 
@@ -34,16 +36,16 @@ def main(
     **sizes: int,
 ) -> None:
     """Print what is kept of each image (``frames``: of one recording), or a sweep; draw the pictures asked for."""
-    if sweep:
-        target = check_picture(sweep)
+    if sweep is not None:
+        target = check_picture(sweep, images, PLOTS)
         with click.progressbar(length=len(images), label="sweep", file=sys.stderr) as bar:
             shares = over_tau(images, prune, lambda: bar.update(1), **sizes)
-        plot(shares, target)
+        plot(shares, target, f"{len(images)} image{'s' * (len(images) > 1)}, {prune.metric}, {mode_of(prune)}")
         click.echo(json.dumps(shares) if as_json else "\n".join([*table(shares), f"plot    {sweep}"]))
         return
     pictures: list[Path | None] = [None] * len(images)
-    if overlay:
-        pictures[:] = [check_picture(overlay, images[0])] if len(images) == 1 else overlay_files(overlay, images)
+    if overlay is not None:
+        pictures[:] = [check_picture(overlay, images)] if len(images) == 1 else overlay_files(overlay, images)
     found = []
     chosen = select_frames(images, prune, **sizes) if frames else (select(image, prune, **sizes) for image in images)
     for image, selection, picture in zip(images, chosen, pictures, strict=True):
@@ -53,10 +55,14 @@ def main(
         if not as_json:
             click.echo("\n".join(lines(image, selection) + ([f"overlay {picture}"] if picture else [])))
     if as_json:
-        every = [{"image": image, **as_dict(s)} for image, s in zip(images, found, strict=True)]
-        click.echo(json.dumps(every if len(every) > 1 else every[0]))
+        click.echo(json.dumps([{"image": image, **as_dict(s)} for image, s in zip(images, found, strict=True)]))
     elif len(found) > 1:
         click.echo(together(found))
+
+
+def mode_of(prune: Prune) -> str:
+    """ "anchored" or "sliding"."""
+    return "anchored" if prune.anchored else "sliding"
 
 
 def as_dict(selection: Selection) -> dict[str, object]:
@@ -64,8 +70,8 @@ def as_dict(selection: Selection) -> dict[str, object]:
     prune = selection.prune
     setting = None
     if prune is not None:
-        setting = {"method": prune.method, "metric": prune.metric, "tau": prune.tau}
-        setting |= {"mode": "anchored" if prune.anchored else "sliding", "max_tokens": prune.max_tokens}
+        setting = {"method": prune.method, "metric": prune.metric, "tau": prune.tau, "mode": mode_of(prune)}
+        setting |= {"max_tokens": prune.max_tokens, "seed": prune.seed}
     return {
         "prune": setting,
         "width": selection.width,
@@ -97,13 +103,16 @@ def over_tau(images: Sequence[str], prune: Prune, progress: Callable[[], None] =
 
     ``progress`` is called after every image.
     """
+    selector = packaged_selector(sizes.get("patch", 16) * sizes.get("merge", 2))
+    limits = (sizes.get("min_pixels", MIN_PIXELS), sizes.get("max_pixels", MAX_PIXELS))
     kept: dict[tuple[str, int], int] = {}
     total = 0
     for image in images:
+        pixels = selector.backend.upload(prepare(image, selector.block, *limits))
         for method, level in _settings():
             exact = method == "unique"
             tried = Prune(method) if exact else replace(prune, method=method, tau=level / 255, max_tokens=None)
-            found = select(image, tried, **sizes)
+            found = selector.select(pixels, tried)[1]
             kept[method, level] = kept.get((method, level), 0) + found.kept
         total += found.total
         progress()
@@ -129,7 +138,7 @@ def table(shares: Shares) -> list[str]:
     return rows
 
 
-def plot(shares: Shares, path: Path) -> None:
+def plot(shares: Shares, path: Path, title: str) -> None:
     """A sweep as a picture. Raises RequestError without matplotlib, ImageError if it cannot be written."""
     try:
         import matplotlib
@@ -139,13 +148,14 @@ def plot(shares: Shares, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for (method, points), marker in zip(shares.items(), "osdx", strict=True):
-        axis.plot([x for x, _ in points], [100 * y for _, y in points], marker=marker, label=method)
+    for (method, points), style in zip(shares.items(), ("o-", "s-", "d--", "x"), strict=True):  # two may coincide
+        axis.plot([x for x, _ in points], [100 * y for _, y in points], style, label=method)
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xticks(LEVELS, [str(level) for level in LEVELS])
     axis.set_xlabel("tau, in 1/255")
     axis.set_ylabel("tokens kept, %")
-    axis.set_ylim(0, axis.get_ylim()[1])
+    axis.set_ylim(0, 105 * max(share for points in shares.values() for _, share in points))
+    axis.set_title(title)
     axis.grid(alpha=0.3)
     axis.legend()
     _write(path, lambda partial: figure.savefig(partial, dpi=150))
@@ -154,14 +164,14 @@ def plot(shares: Shares, path: Path) -> None:
 
 def write_overlay(image: ImageLike, selection: Selection, path: str | Path) -> None:
     """Draw and save the overlay; the format follows the file name. Raises ImageError if it cannot be written."""
-    target = check_picture(path, image)
+    target = check_picture(path, [image])
     _write(target, lambda partial: drawn(image, selection).save(partial))
 
 
 def overlay_files(folder: str, images: Sequence[str]) -> list[Path]:
     """A file in a new or existing folder for the overlay of each of several images; raises ImageError."""
     target = Path(folder)
-    if target.suffix.lower() in Image.registered_extensions() or (target.exists() and not target.is_dir()):
+    if target.suffix.lower() in _savable() or (target.exists() and not target.is_dir()):
         raise ImageError(f"{folder}: is a file, expected a folder for the overlays of {len(images)} images")
     if not target.parent.is_dir():
         raise ImageError(f"{folder}: cannot be made, expected a folder in an existing one")
@@ -169,33 +179,46 @@ def overlay_files(folder: str, images: Sequence[str]) -> list[Path]:
         target.mkdir(exist_ok=True)
     except OSError as err:
         raise ImageError(f"{folder}: cannot be made: {err}") from err
-    files = [target / f"{i:03d}-{Path(image).stem}.png" for i, image in enumerate(images, 1)]
-    return [check_picture(file, image) for file, image in zip(files, images, strict=True)]
+    files = [target / f"{i:03d}-{Path(image).stem[:100]}.png" for i, image in enumerate(images, 1)]
+    return [check_picture(file, images) for file in files]
 
 
-def check_picture(path: str | Path, image: ImageLike | None = None) -> Path:
+def check_picture(path: str | Path, images: Sequence[ImageLike] = (), suffixes: Sequence[str] | None = None) -> Path:
     """The path if a picture can be written there; raises ImageError before any work is done.
 
-    ``image``: what the picture is made from, which it must not replace.
+    ``images``: what must not be replaced by it; ``suffixes``: of its name, by default all that Pillow can write.
     """
     target = Path(path)
-    if target.suffix.lower() not in Image.registered_extensions():
-        raise ImageError(f"{path}: the picture cannot be written, expected a name that ends in .png or .jpg")
+    if target.suffix.lower() not in (suffixes or _savable()):
+        names = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes else ".png or .jpg"
+        raise ImageError(f"{path}: the picture cannot be written, expected a name that ends in {names}")
     if target.is_dir() or not target.parent.is_dir():
         raise ImageError(f"{path}: the picture cannot be written, expected a file in an existing directory")
-    if isinstance(image, (str, os.PathLike)) and target.exists() and Path(image).exists() and target.samefile(image):
-        raise ImageError(f"{path}: is the image itself, expected another name for the picture")
+    for image in images:
+        if (
+            isinstance(image, (str, os.PathLike))
+            and target.exists()
+            and Path(image).exists()
+            and target.samefile(image)
+        ):
+            raise ImageError(f"{path}: is one of the images, expected another name for the picture")
     return target
+
+
+def _savable() -> set[str]:
+    """The suffixes of files that Pillow can write."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
 
 
 def _write(target: Path, save: Callable[[Path], object]) -> None:
     """Save into a file beside ``target`` and rename it, so an existing file is replaced whole or not at all."""
-    partial = target.with_name(f".{target.name}.partial{target.suffix}")
+    partial = target.with_name(f".{target.stem[:100]}.partial{target.suffix}")
     try:
         save(partial)
         partial.replace(target)
     except (OSError, ValueError) as err:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ImageError(f"{target}: the picture cannot be written: {err}") from err
 
 

@@ -42,7 +42,7 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-PRUNE = ("tau", "mode", "method", "metric", "max_tokens", "seed")
+PRUNE = ("tau", "mode", "method", "metric", "max_tokens")
 
 
 def prune_of(options: dict[str, Any]) -> Any:

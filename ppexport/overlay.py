@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,7 +14,6 @@ from .runtime.prune import Selection
 KEPT, BESIDE, ABOVE, OTHERWISE = range(4)
 TINTS = {BESIDE: (255, 0, 110), ABOVE: (30, 110, 255), OTHERWISE: (250, 150, 0)}
 EDGE = (0, 200, 90)  # outline around what is kept
-LABELS = {BESIDE: "from the left", ABOVE: "from above", OTHERWISE: "otherwise"}
 
 
 def overlay(image: ImageLike, selection: Selection) -> Image.Image:
@@ -31,8 +29,7 @@ def overlay(image: ImageLike, selection: Selection) -> Image.Image:
     gray = pixels.mean(axis=2, dtype=np.float32)[:, :, None]
     picture = pixels.astype(np.float32)
     for kind, tint in TINTS.items():
-        faded = 0.25 * gray + 0.25 * 255 + 0.5 * np.array(tint, np.float32)
-        picture = np.where((large == kind)[:, :, None], faded, picture)
+        picture = np.where((large == kind)[:, :, None], _faded(gray, tint), picture)
     made = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
     _outline(ImageDraw.Draw(made), where == KEPT, block)
     return _with_legend(made, selection, where)
@@ -52,7 +49,7 @@ def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
         return found.reshape(rows, cols)
     block = selection.width // cols
     tokens = pixels.reshape(rows, block, cols, block, 3).swapaxes(1, 2).reshape(rows * cols, -1).astype(np.int32)
-    limit = replace(prune, max_tokens=None).threshold(block)
+    limit = prune.threshold(block)
     stands_for = list(range(rows * cols))  # the token that a token is compared as
 
     def match(a: int, b: int) -> bool:
@@ -112,22 +109,42 @@ def _with_legend(picture: Image.Image, selection: Selection, where: np.ndarray) 
     size = max(14, min(picture.height // 45, picture.width // 60))
     font = ImageFont.load_default(size)
     entries = [(EDGE, f"kept {selection.kept} of {selection.total} tokens ({selection.share:.1%})")]
-    for kind, tint in TINTS.items():
+    for kind in TINTS:
         if count := int((where == kind).sum()):
-            beside = kind == BESIDE and selection.prune is not None and selection.prune.method == "serpentine"
-            entries.append((tint, f"dropped, {'from beside' if beside else LABELS[kind]}: {count}"))
+            entries.append((TINTS[kind], f"dropped, {_label(kind, selection)}: {count}"))
+    widths = [int(size * 2.4 + font.getlength(label)) for _, label in entries]
+    across = max(picture.width, max(widths) + size // 2)
     x, line = size // 2, 0
     places: list[tuple[int, int]] = []
-    for _, label in entries:
-        width = int(size * 2.4 + font.getlength(label))
-        if places and x + width > picture.width:
+    for width in widths:
+        if places and x + width > across:
             x, line = size // 2, line + 1
         places.append((x, picture.height + size // 2 + line * 2 * size))
         x += width
-    full = Image.new("RGB", (picture.width, picture.height + 2 * size * (line + 1)), "white")
+    full = Image.new("RGB", (across, picture.height + 2 * size * (line + 1)), "white")
     full.paste(picture, (0, 0))
     draw = ImageDraw.Draw(full)
     for (colour, label), (x, y) in zip(entries, places, strict=True):
-        draw.rectangle((x, y, x + size, y + size), fill=colour)
+        shade = colour if colour == EDGE else tuple(int(v) for v in _faded(np.array([[[200.0]]]), colour).reshape(3))
+        draw.rectangle((x, y, x + size, y + size), fill=shade, outline=colour, width=max(1, size // 8))
         draw.text((x + size * 1.4, y + size / 2), label, fill="black", font=font, anchor="lm")
     return full
+
+
+def _faded(gray: np.ndarray, tint: tuple[int, int, int]) -> np.ndarray:
+    """Gray values [..., 1] under a tint: [..., 3]."""
+    return 0.25 * gray + 0.25 * 255 + 0.5 * np.array(tint, np.float32)
+
+
+def _label(kind: int, selection: Selection) -> str:
+    """What a tint means."""
+    prune = selection.prune
+    if kind == BESIDE:
+        return "from beside" if prune is not None and prune.method == "serpentine" else "from the left"
+    if kind == ABOVE:
+        return "from above"
+    if prune is not None and prune.method == "raster":
+        return "from the row before"
+    if prune is not None and prune.method == "pred_2d":
+        return "over the budget" if prune.max_tokens is not None else "as before"
+    return {"unique": "copies", "conncomp": "of their component"}.get(prune.method if prune else "", "at random")

@@ -33,7 +33,7 @@ def run(
 ) -> None:
     """Load the bundle, stream the answer to stdout, print the statistics to stderr (or all of it as JSON)."""
     if overlay:
-        check_picture(overlay, images[0])
+        check_picture(overlay, images)
     pipe = load(bundle, device, min_pixels, max_pixels, threads, verify)
     answer = pipe.generate(prompt, images, prune, **generation)
     for piece in answer:

@@ -20,6 +20,7 @@ from ..models.errors import ImageError, RequestError
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
+MIN_PIXELS, MAX_PIXELS = 65536, 16777216  # of Qwen3-VL, where nothing else is asked for
 MAX_FILE_BYTES = 256 << 20
 MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused before it is decoded
 MAX_ASPECT = 200  # as in transformers

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..models.checks import integer, number
-from ..models.config import PREDICTORS, PRUNE_METHODS, PRUNE_METRICS
+from ..models.config import MOST_SEED, PREDICTORS, PRUNE_METHODS, PRUNE_METRICS
 from ..models.errors import RequestError
 
 
@@ -30,19 +30,22 @@ class Prune:
     seed: int = 0  # of the baselines
 
     def __post_init__(self) -> None:
-        number("tau", self.tau, "a number from 0 to 1", 0, 1)
-        integer("seed", self.seed, 0, 2**31 - 2)
+        plain = {"tau": number("tau", self.tau, "a number from 0 to 1", 0, 1)}
+        plain["seed"] = integer("seed", self.seed, 0, MOST_SEED)
         if self.max_tokens is not None:
-            integer("max_tokens", self.max_tokens, 1)
+            plain["max_tokens"] = integer("max_tokens", self.max_tokens, 1)
+        for name, value in plain.items():  # of numpy's types, too
+            object.__setattr__(self, name, value)
         if not isinstance(self.anchored, bool):
             raise RequestError(f"anchored is {self.anchored!r}, expected True or False")
-        if self.method not in PRUNE_METHODS:
+        if not isinstance(self.method, str) or self.method not in PRUNE_METHODS:
             raise RequestError(f"method is {self.method!r}, expected one of: {', '.join(PRUNE_METHODS)}")
-        if self.metric not in PRUNE_METRICS:
+        if not isinstance(self.metric, str) or self.metric not in PRUNE_METRICS:
             raise RequestError(f"metric is {self.metric!r}, expected one of: {', '.join(PRUNE_METRICS)}")
-        if self.method == "unique" and (self.metric, self.tau) != ("max", 0):
+        if self.method == "unique" and (self.metric, self.tau, self.anchored) != ("max", 0, True):
             raise RequestError(
-                f"method 'unique' has metric {self.metric!r} and tau {self.tau}, expected 'max' and 0: it drops copies"
+                f"method 'unique' has metric {self.metric!r}, tau {self.tau:g} and anchored {self.anchored}, expected "
+                "'max', 0 and True: it drops copies only"
             )
         if self.max_tokens is not None and self.method not in PREDICTORS:
             raise RequestError(f"max_tokens goes with {', '.join(PREDICTORS)}, found method {self.method!r}")
@@ -57,7 +60,7 @@ class Prune:
         return int({"max": level, "mae": level * count, "rmse": level**2 * count}[self.metric] + 1e-6)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """Which tokens of one image are kept."""
 

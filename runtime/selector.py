@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from ..models.checks import integer, sequence
-from ..models.config import SELECTOR_BLOCKS, prune_file
+from ..models.checks import integer
+from ..models.config import PREDICTORS, SELECTOR_BLOCKS, prune_file
 from ..models.errors import RequestError
-from .image import ImageLike, prepare
+from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
 from .prune import Prune, Selection, check_prune
 from .session import Backend, Buffer, Session, run
 
 LEVELS = {"max": 255, "mae": 2040, "rmse": 2040}  # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
+NOTHING = dict.fromkeys(PREDICTORS, "no token repeats its neighbours")  # why all tokens are kept
+NOTHING |= dict.fromkeys(("random", "conncomp"), "no token repeats its neighbours, and pred_2d says how many to keep")
+NOTHING["unique"] = "no token occurs twice"
 HIGHEST = 0.25  # tau that max_tokens goes up to: beyond it, text of low contrast would be taken for its background
 
 
@@ -24,7 +29,7 @@ HIGHEST = 0.25  # tau that max_tokens goes up to: beyond it, text of low contras
 class Found:
     """What a pruning graph says of an image."""
 
-    order: Buffer  # int32 [N], or the kept ones only
+    order: Buffer  # int32 [N], the kept ones and then the dropped ones
     count: int
     prune: Prune | None  # with the tau that was used
     distance: Buffer | None = None  # int32 [N], where tokens are predicted
@@ -57,33 +62,37 @@ class Selector:
         else:
             found = self._choose(image, prune)
             dropped = total - found.count
+            fits = prune.max_tokens is None or total <= prune.max_tokens
             if not dropped:
-                found = replace(found, note="no token repeats its neighbours")
-            elif dropped < worth * total:
-                note = f"only {dropped} of {total} tokens repeat their neighbours, which saves nothing"
+                found = replace(found, note=NOTHING[prune.method])
+            elif dropped < worth * total and fits:
+                note = f"only {dropped} of {total} tokens could be dropped, which saves nothing"
                 found = replace(found, order=self._all(total), count=total, note=note)
         return self._selection(image, found)
 
     def frames(self, images: Iterable[Buffer], prune: Prune) -> Iterator[Selection]:
-        """Frames of one recording, uint8 [H, W, 3] of one size -> what is kept of each.
+        """Frames of one recording, uint8 [H, W, 3] of one size -> what is kept of each (exporters/temporal.py).
 
-        The first one is an image like any other; of the others, tokens that are what they were before are dropped too
-        (exporters/temporal.py), in a frame that stands still all of them.
+        The first one is an image like any other; of the others, tokens that are what they were before are dropped too,
+        in a frame that stands still all of them. Raises RequestError for a method other than pred_2d and for a budget.
         """
-        reference: Buffer | None = None
+        if prune.method != "pred_2d" or prune.max_tokens is not None:
+            found = f"method {prune.method!r}" if prune.max_tokens is None else f"max_tokens {prune.max_tokens}"
+            raise RequestError(f"frames are predicted by pred_2d with a fixed tau, found {found}")
+        return self._frames(images, prune)
+
+    def _frames(self, images: Iterable[Buffer], prune: Prune) -> Iterator[Selection]:
+        session, reference = self.session("temporal", prune.metric), None
         for image in images:
-            found, fresh = self._choose(image, prune), image
-            if reference is not None:
-                order, counter = self._numbers(self._total(image)), self._numbers(1)
-                changed = self.backend.zeros(image.shape, "uint8")
-                inputs = {"image": image, "reference": reference, "spatial_order": found.order}
-                inputs["spatial_count"] = self._upload(found.count)
-                inputs["threshold"] = self._upload(prune.threshold(self.block))
-                outputs = {"order": order, "count": counter, "fresh": changed}
-                run(self.session("temporal", prune.metric), inputs, outputs)
-                found = replace(found, order=order, count=self._read(counter))
-                fresh = changed if prune.anchored else image
-            reference = fresh
+            order, count = self._numbers(self._total(image)), self._numbers(1)
+            shown = self.backend.zeros(image.shape, "uint8")
+            values = {"threshold": prune.threshold(self.block), "anchored": prune.anchored, "first": reference is None}
+            inputs = {"image": image, "reference": image if reference is None else reference}
+            inputs |= {name: self._upload(value) for name, value in values.items()}
+            run(session, inputs, {"order": order, "count": count, "shown": shown})
+            found, reference = Found(order, self._read(count), prune), shown
+            if found.count == self._total(image):
+                found = replace(found, note=NOTHING["pred_2d"])
             yield self._selection(image, found)[1]
 
     def _choose(self, image: Buffer, prune: Prune) -> Found:
@@ -93,12 +102,15 @@ class Selector:
         count = self._predict(image, replace(prune, method="pred_2d")).count
         if prune.method == "conncomp":
             return self._predict(image, prune, target=count)
-        return Found(self.backend.upload(_random_order(self._total(image), count, prune.seed)), count, prune)
+        total = self._total(image)
+        others = 1 + np.random.default_rng(prune.seed).choice(total - 1, count - 1, replace=False)
+        return Found(self._order(total, np.concatenate([[0], others])), count, prune)
 
     def _fit(self, image: Buffer, prune: Prune) -> Found:
         """With the smallest tau from ``prune.tau`` on that keeps at most ``max_tokens``, by bisection.
 
-        If there is none up to HIGHEST: of the tokens, those that lie farthest from what predicts them at ``prune.tau``.
+        That is exact where a larger tau never keeps more, which drifting pictures can break by a few tokens. If HIGHEST
+        keeps too many: the tokens that lie farthest from what predicts them at ``prune.tau``.
         """
         assert prune.max_tokens is not None
         most, steps = prune.max_tokens, LEVELS[prune.metric]
@@ -111,12 +123,12 @@ class Selector:
         best = at(high) if high > low else first
         if best.count > most:
             assert first.distance is not None
-            note = f"no tau from {prune.tau:g} to {highest:g} keeps at most {most} tokens (found {best.count}); "
-            note += "kept are those that differ most from their prediction"
+            note = f"tau {highest:g} would keep {best.count} tokens, expected at most {most}; kept are the {most} that "
+            note += "differ most from their prediction"
             distance = self.backend.download(first.distance).astype(np.int64)
             distance[0] = np.iinfo(np.int64).max  # the first token is predicted from nothing
-            kept = np.sort(np.argsort(-distance, kind="stable")[:most]).astype(np.int32)
-            return Found(self.backend.upload(kept), most, prune, note=note)
+            kept = np.argsort(-distance, kind="stable")[:most]
+            return Found(self._order(self._total(image), kept), most, prune, note=note)
         while high - low > 1:
             middle = (low + high) // 2
             tried = at(middle)
@@ -151,6 +163,12 @@ class Selector:
     def _all(self, total: int) -> Buffer:
         return self.backend.upload(np.arange(total, dtype=np.int32))
 
+    def _order(self, total: int, kept: np.ndarray) -> Buffer:
+        """The kept indices and then the others, both rising."""
+        dropped = np.ones(total, bool)
+        dropped[kept] = False
+        return self.backend.upload(np.argsort(dropped, kind="stable").astype(np.int32))
+
     def _numbers(self, count: int) -> Buffer:
         return self.backend.zeros((count,), "int32")
 
@@ -159,12 +177,6 @@ class Selector:
 
     def _read(self, counter: Buffer) -> int:
         return int(self.backend.download(counter)[0])
-
-
-def _random_order(total: int, count: int, seed: int) -> np.ndarray:
-    """Token 0 and count - 1 others drawn without replacement, rising: int32 [count]."""
-    others = 1 + np.random.default_rng(seed).choice(total - 1, count - 1, replace=False)
-    return np.sort(np.concatenate([[0], others])).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=len(SELECTOR_BLOCKS))
@@ -182,8 +194,8 @@ def select(
     prune: Prune | None = Prune(),  # noqa: B008 (frozen)
     patch: int = 16,
     merge: int = 2,
-    min_pixels: int = 65536,
-    max_pixels: int = 16777216,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
 ) -> Selection:
     """What would be kept of an image, without a model.
 
@@ -201,19 +213,20 @@ def select_frames(
     prune: Prune = Prune(),  # noqa: B008 (frozen)
     patch: int = 16,
     merge: int = 2,
-    min_pixels: int = 65536,
-    max_pixels: int = 16777216,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Selection]:
     """What would be kept of each frame of a recording: tokens that are what they were in the frame before go too.
 
     Arguments as for ``select``; frames are taken one by one. ``keep`` of a frame that stands still is empty. Raises
-    ImageError, and RequestError for frames of several sizes or a ``prune`` that is not a Prune.
+    ImageError, and RequestError for frames of several sizes, and for a ``prune`` that is not pred_2d with a fixed tau.
     """
     if not isinstance(prune, Prune):
         raise RequestError(f"prune is {prune!r:.80}, expected ppexport.Prune(...)")
-    if not isinstance(frames, Iterator):
-        frames = sequence("frames", frames, "images")
+    if isinstance(frames, (str, bytes, os.PathLike, Image.Image)) or not isinstance(frames, Iterable):
+        raise RequestError(f"frames is a {type(frames).__name__}, expected a list of images")
     selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
+    smart_resize(selector.block, selector.block, selector.block, min_pixels, max_pixels)  # the limits, before any frame
 
     def prepared() -> Iterator[Buffer]:
         first: tuple[int, ...] | None = None

@@ -84,21 +84,33 @@ def components(image: np.ndarray, block: int, metric: str, threshold: int, targe
                     open_.append(there)
     count = len(set(first.values()))
     wanted, others = max(target - count, 0), total - count
-    turn = lambda i: (i * 1327217885 + seed * 889516852) % (2**31 - 1)  # noqa: E731
+    turn = lambda i: (i // cols * 1621087444 + i % cols * 1223722706 + seed * 889516852) % (2**31 - 1)  # noqa: E731
     return [i for i in range(total) if first[i] == i or turn(i) * others < wanted * (2**31 - 1)]
 
 
 def frame(
-    image: np.ndarray, reference: np.ndarray, block: int, metric: str, threshold: int, spatial: list[int]
+    image: np.ndarray, reference: np.ndarray | None, block: int, metric: str, threshold: int, anchored: bool
 ) -> tuple[list[int], np.ndarray]:
-    """What is kept of a frame after ``spatial`` was, and what the next one is compared with."""
-    kept, fresh = [], reference.copy()
-    for index in range(image.shape[0] // block * (image.shape[1] // block)):
-        if distance(metric, token(image, block, index), token(reference, block, index)) > threshold:
-            token(fresh, block, index)[...] = token(image, block, index)
-            if index in spatial:
-                kept.append(index)
-    return kept, fresh
+    """What is kept of a frame, given what was shown before, and what is shown for it."""
+    rows, cols = image.shape[0] // block, image.shape[1] // block
+    kept, shown = [], image.copy()
+    far = lambda a, b: distance(metric, a, b) > threshold  # noqa: E731
+    for index in range(rows * cols):
+        own, rebuilt = token(image, block, index), token(shown, block, index)
+        if reference is not None and not far(own, token(reference, block, index)):
+            if anchored:
+                rebuilt[...] = token(reference, block, index)
+            continue
+        if index == 0:
+            kept.append(0)
+            continue
+        match = lambda a, b: not far(token(shown, block, a), token(shown, block, b))  # noqa: E731
+        repeated = token(shown, block, predict(match, *divmod(index, cols), cols))
+        if far(own, repeated):
+            kept.append(index)
+        elif anchored:
+            rebuilt[...] = repeated
+    return kept, shown
 
 
 def token(image: np.ndarray, block: int, index: int) -> np.ndarray:

@@ -47,6 +47,15 @@ def test_run_json_and_no_prune(tiny_bundle: Path) -> None:
     assert set(found["milliseconds"]) == {"image", "prune", "text", "vision", "prefill", "decode"}
 
 
+def test_run_takes_the_bundle_s_pruning_and_its_own_seed(tiny_bundle: Path) -> None:
+    """Without an option of pruning the bundle decides; --seed is that of the sampling."""
+    options = ("run", tiny_bundle, "-i", SCREEN, "Title?", "-n", 8, "--json")
+    plain = json.loads(invoke(*options)[1])
+    assert plain["images"][0]["kept"] == 198
+    drawn = [json.loads(invoke(*options, "--temperature", 5, "--seed", seed)[1])["answer"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_errors_are_one_line_and_exit_code_1(tiny_bundle: Path, tmp_path: Path) -> None:
     code, out, err = invoke("run", tiny_bundle, "-i", tmp_path / "none.png", "hi")
     assert (code, out) == (1, "")
@@ -61,7 +70,7 @@ def test_overlay_never_harms_a_file(tiny_bundle: Path, tmp_path: Path) -> None:
         (notes, "expected a name that ends in .png"),
         (tmp_path, "expected a name that ends in"),
         (tmp_path / "no" / "o.png", "expected a file in an existing directory"),
-        (picture, "is the image itself"),
+        (picture, "is one of the images"),
     ):
         for command in (["inspect", picture], ["run", tiny_bundle, "hi", "-i", picture]):
             code, out, err = invoke(*command, "--overlay", target)

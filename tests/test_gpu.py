@@ -10,9 +10,11 @@ import pytest
 import ppexport
 from ppexport.build import build
 from ppexport.compiler import Options
+from ppexport.models.config import PRUNE_GRAPHS
 from ppexport.models.errors import PpexportError
 from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
 from ppexport.runtime import cuda, trt_api
+from ppexport.runtime.image import prepare
 
 pytestmark = pytest.mark.gpu
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
@@ -49,6 +51,19 @@ def test_answers_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline, 
             made = sample(skill, HELD_OUT + seed)
             found, expected = (p.generate(made.question, [np.asarray(made.image)], prune).text() for p in (pipe, cpu))
             assert found == expected
+
+
+@pytest.mark.parametrize(("method", "metric"), PRUNE_GRAPHS)
+def test_selections_equal_the_cpu(pipe: ppexport.Pipeline, method: str, metric: str) -> None:
+    """Exactly, as sums of whole numbers; engines have the usual graph only."""
+    if not pipe.backend.name.startswith("onnxruntime-cuda") and (method, metric) != ("pred_2d", "max"):
+        pytest.skip("engines prune with pred_2d and max only")
+    for i, made in enumerate(sample(skill, HELD_OUT + 7) for skill in SKILLS):
+        image = prepare(made.image, 32, 1, 1 << 20)
+        for tau in (0.0,) if method == "unique" else (0.0, 0.02, 0.3):
+            prune = ppexport.Prune(method, metric, tau, seed=i if method == "conncomp" else 0)
+            found = pipe.selector.select(pipe.backend.upload(image), prune)[1]
+            np.testing.assert_array_equal(found.keep, ppexport.select(image, prune, min_pixels=1).keep)
 
 
 def test_embeddings_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:

@@ -46,9 +46,16 @@ def test_inspect_prints_numbers_and_writes_the_overlay(tmp_path: Path) -> None:
 def test_inspect_json(tmp_path: Path) -> None:
     code, out, _ = invoke("inspect", SCREEN, "--json", "--tau", "0.05")
     assert code == 0
-    found = json.loads(out)
+    (found,) = json.loads(out)
     assert found["keep"] == ppexport.select(SCREEN, ppexport.Prune(tau=0.05)).keep.tolist()
-    assert found["prune"] == {"method": "pred_2d", "metric": "max", "tau": 0.05, "mode": "anchored", "max_tokens": None}
+    assert found["prune"] == {
+        "method": "pred_2d",
+        "metric": "max",
+        "tau": 0.05,
+        "mode": "anchored",
+        "max_tokens": None,
+        "seed": 0,
+    }
     assert found["grid"] == {"rows": 24, "cols": 32}
     assert found["kept"] == len(found["keep"]) == 198
 
@@ -58,13 +65,14 @@ def test_inspect_takes_every_method(tmp_path: Path) -> None:
     for method in PRUNE_METHODS[:3] + PRUNE_METHODS[4:]:
         code, out, _ = invoke("inspect", SCREEN, "--tau", 0.02, "--method", method, "--metric", "mae", "--json")
         assert code == 0
-        found = json.loads(out)
+        (found,) = json.loads(out)
         assert found["prune"] == {
             "method": method,
             "metric": "mae",
             "tau": 0.02,
             "mode": "anchored",
             "max_tokens": None,
+            "seed": 0,
         }
         kept[method] = found["kept"]
     assert kept["random"] == kept["pred_2d"] < 198
@@ -116,7 +124,7 @@ def test_the_legend_names_what_is_in_the_picture(screen: np.ndarray) -> None:
         selection = ppexport.select(screen, ppexport.Prune(method), min_pixels=1)
         legend = np.asarray(overlay(screen, selection))[128:]
         assert legend.shape[0] >= 4 * 14
-        colours = {tuple(c) for c in legend.reshape(-1, 3)}
+        colours = {tuple(c) for c in legend.reshape(-1, 3)}  # swatches have an outline in the pure colour
         assert {kind for kind, tint in TINTS.items() if tint in colours} == expected
         assert EDGE in colours
 
@@ -143,7 +151,7 @@ def test_frames_of_a_recording(tmp_path: Path) -> None:
 def test_budget() -> None:
     code, out, _ = invoke("inspect", SCREEN, "--max-tokens", 190)
     assert code == 0
-    assert "kept    190 (24.7%), no tau from 0 to 0.25 keeps at most 190 tokens" in out
+    assert "kept    190 (24.7%), tau 0.25 would keep 198 tokens, expected at most 190; kept are the 190 that" in out
     code, out, _ = invoke("inspect", SCREEN, "--max-tokens", 198)
     assert "kept    198 (25.8%), tau 0\n" in out
     code, _, err = invoke("inspect", SCREEN, "--max-tokens", 5, "--method", "unique")
@@ -170,10 +178,44 @@ def test_sweep_is_a_table_and_a_plot(tmp_path: Path) -> None:
         assert kept[-1] < kept[0]
 
 
+def test_narrow_pictures_have_a_whole_legend() -> None:
+    tall = np.tile(np.arange(4000, dtype=np.uint8)[:, None, None] // 40, (1, 20, 3))
+    selection = ppexport.select(tall, min_pixels=1)
+    assert selection.width == 32
+    assert overlay(tall, selection).width > 200
+
+
+def test_inputs_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    first, second = tmp_path / "a.png", tmp_path / "out" / "001-a.png"
+    for path in (first, second):
+        path.write_bytes(SCREEN.read_bytes())
+    for options in ([first, second, "--overlay", tmp_path / "out"], [first, "--sweep", first]):
+        code, out, err = invoke("inspect", *options)
+        assert (code, out) == (1, "")
+        assert "is one of the images" in err
+    assert first.read_bytes() == second.read_bytes() == SCREEN.read_bytes()
+
+
+def test_long_names(tmp_path: Path) -> None:
+    images = [tmp_path / f"{letter * 245}.png" for letter in "ab"]
+    for image in images:
+        image.write_bytes(SCREEN.read_bytes())
+    assert invoke("inspect", *images, "--overlay", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
 def test_impossible_requests(tmp_path: Path) -> None:
-    assert invoke("inspect", SCREEN, "--sweep", tmp_path / "s.png", "--frames")[0] == 2
+    for options in (["--frames"], ["--tau", "0.1"], ["--method", "raster"], ["--max-tokens", "9"]):
+        code, _, err = invoke("inspect", SCREEN, "--sweep", tmp_path / "s.png", *options)
+        assert code == 2
+        assert f"--sweep goes with --metric and --mode only, found {options[0]}" in err
+    assert invoke("inspect", SCREEN, "--prune-seed", 3)[0] == 2
     for options, message in (
-        (["--sweep", tmp_path / "s.txt"], "expected a name that ends in .png"),
+        (["--sweep", tmp_path / "s.bmp"], "expected a name that ends in .png, .svg or .pdf"),
+        (["--sweep", ""], "expected a name that ends in .png, .svg or .pdf"),
+        (["--overlay", tmp_path / "o.psd"], "expected a name that ends in .png or .jpg"),
+        ([SCREEN, "--frames", "--max-tokens", 9], "predicted by pred_2d with a fixed tau, found max_tokens 9"),
         ([SCREEN, "--overlay", tmp_path / "one.png"], "is a file, expected a folder for the overlays of 2 images"),
         ([SCREEN, "--overlay", tmp_path / "no" / "such"], "expected a folder in an existing one"),
     ):

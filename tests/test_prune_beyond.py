@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_order
 from prune_cases import BLOCK, cut, images, session
-from prune_spec import components, frame
+from prune_spec import components, distance, frame, token
 
 import ppexport
 from ppexport.exporters import unique
@@ -22,7 +22,7 @@ from ppexport.models.config import PRUNE_METRICS
 @settings(max_examples=60, deadline=None)
 @given(
     image=images(),
-    level=st.sampled_from([0, 1, 3, 20, 255]),
+    level=st.integers(0, 255),
     metric=st.sampled_from(PRUNE_METRICS),
     target=st.integers(0, 150),
     seed=st.integers(0, 2**31 - 2),
@@ -52,24 +52,59 @@ def test_components_follow_winding_ways() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(image=images(), data=st.data(), metric=st.sampled_from(PRUNE_METRICS), level=st.sampled_from([0, 1, 3, 20]))
-def test_temporal_equals_the_specification(image: np.ndarray, data: st.DataObject, metric: str, level: int) -> None:
+@given(
+    image=images(),
+    data=st.data(),
+    metric=st.sampled_from(PRUNE_METRICS),
+    level=st.one_of(st.sampled_from([0, 1, 3, 20]), st.integers(0, 255)),
+    anchored=st.booleans(),
+)
+def test_frames_equal_the_specification(
+    image: np.ndarray, data: st.DataObject, metric: str, level: int, anchored: bool
+) -> None:
+    """Three frames in a row: noise, tokens that move, light that changes."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    step = data.draw(st.sampled_from([0, 1, 4, 60]))
-    where = rng.random(image.shape) < data.draw(st.sampled_from([0.002, 0.1]))
-    reference = np.clip(image + where * rng.integers(-step, step + 1, image.shape), 0, 255).astype(np.uint8)
     threshold = ppexport.Prune(metric=metric, tau=level / 255).threshold(BLOCK)
-    total = image.size // (3 * BLOCK**2)
-    spatial = sorted(rng.choice(total, rng.integers(1, total + 1), replace=False).tolist())
-    order = np.array([*spatial, *(i for i in range(total) if i not in spatial)], np.int32)
-    kept, fresh = frame(image, reference, BLOCK, metric, threshold, spatial)
-    inputs = {"image": image, "reference": reference, "threshold": np.array([threshold], np.int32)}
-    inputs |= {"spatial_order": order, "spatial_count": np.array([len(spatial)], np.int32)}
-    for dialect in DIALECTS:
-        found, count, after = session(dialect, "temporal", metric).run(None, inputs)
-        assert sorted(found.tolist()) == list(range(total))
-        assert found[: count[0]].tolist() == kept
-        np.testing.assert_array_equal(after, fresh)
+    shown: np.ndarray | None = None
+    pictures = dict.fromkeys(DIALECTS, image)
+    for _ in range(3):
+        kept, after = frame(image, shown, BLOCK, metric, threshold, anchored)
+        if anchored:
+            for i in range(image.size // (3 * BLOCK**2)):
+                assert distance(metric, token(image, BLOCK, i), token(after, BLOCK, i)) <= threshold
+        numbers = {"first": shown is None, "threshold": threshold, "anchored": anchored}
+        inputs = {"image": image, **{name: np.array([n], np.int32) for name, n in numbers.items()}}
+        for dialect in DIALECTS:
+            inputs["reference"] = pictures[dialect]
+            order, count, pictures[dialect] = session(dialect, "temporal", metric).run(None, inputs)
+            assert sorted(order.tolist()) == list(range(len(order)))
+            assert order[: count[0]].tolist() == kept
+            np.testing.assert_array_equal(pictures[dialect], after)
+        shown = after
+        step = data.draw(st.sampled_from([0, 1, 4, 60]))
+        where = rng.random(image.shape) < data.draw(st.sampled_from([0.002, 0.1]))
+        changed = image.astype(int) + where * rng.integers(-step, step + 1, image.shape)
+        changed += data.draw(st.sampled_from([0, 0, 1, 5]))
+        image = np.clip(changed, 0, 255).astype(np.uint8)
+        if data.draw(st.booleans()):
+            image = np.ascontiguousarray(np.roll(image, BLOCK, axis=data.draw(st.integers(0, 1))))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(34, 34), (1, 89), (55, 55), (20, 89), (89, 20)])
+def test_every_component_keeps_its_share(rows: int, cols: int) -> None:
+    """Strips of one token's width, down and across: each keeps 30 % of its tokens, give or take."""
+    for axis in (0, 1):
+        row, col = np.indices((rows, cols))
+        grid = ((row if axis else col) * 97 % 251).astype(np.uint8)
+        image = grid.repeat(BLOCK, 0).repeat(BLOCK, 1)[:, :, None].repeat(3, 2).copy()
+        length = cols if axis else rows
+        if length < 20:
+            continue
+        numbers = {"threshold": 0, "target": int(0.3 * rows * cols), "seed": 1}
+        inputs = {"image": image, **{n: np.array([v], np.int32) for n, v in numbers.items()}}
+        order, count = session("ort", "conncomp", "max").run(None, inputs)
+        kept = np.bincount((order[: count[0]] // cols) if axis else (order[: count[0]] % cols))
+        assert abs(kept - 0.3 * length).max() <= 2 + 0.05 * length
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Every command and code block of the README is run, as written, in a copy of what a clone holds."""
+"""Every command and code block of the README and of docs/pruning.md is run, as written, in a copy of a clone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+PRUNING = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines() if line]
+
+
+SHELL = commands(README)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -68,6 +75,17 @@ def test_python_block(block: str, clone: Path) -> None:
     assert re.match(r"46%\d+ of 143 tokens", run(f"{sys.executable} block.py", clone))
 
 
+@pytest.mark.parametrize("command", commands(PRUNING))
+def test_command_of_the_page_on_pruning(command: str, clone: Path) -> None:
+    assert "kept" in run(command, clone) or "--sweep" in command
+
+
+def test_python_of_the_page_on_pruning(clone: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PRUNING, re.S)
+    (clone / "block.py").write_text(block, encoding="utf-8")
+    assert run(f"{sys.executable} block.py", clone).startswith("297 0.0 \n[")
+
+
 def test_readme_runs_the_two_commands() -> None:
     assert [c.split()[:2] for c in SHELL if c.startswith("ppexport")][:2] == [
         ["ppexport", "build"],
@@ -77,7 +95,9 @@ def test_readme_runs_the_two_commands() -> None:
 
 
 def test_links_and_paths_exist() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-    for path in re.findall(r"`((?:runtime|exporters|models|bench|tests|docs)/[\w/.]*)`", README):
-        assert (ROOT / path).exists(), path
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
+        for path in re.findall(r"`((?:runtime|exporters|models|bench|tests|docs)/[\w/.]*)`", text):
+            assert (ROOT / path).exists(), (page, path)
