@@ -37,16 +37,17 @@ class Layer(nn.Module):
         c = self.c
         B, S, _ = x.shape
         h = ops.rms_norm(x, self.norm1.to(x.dtype), c.norm_eps).to(self.dtype)
-        q = ops.rms_norm(self.q(h).reshape(B, S, c.heads, c.head_dim), self.q_norm, c.norm_eps)
-        k = ops.rms_norm(self.k(h).reshape(B, S, c.kv_heads, c.head_dim), self.k_norm, c.norm_eps)
-        v = ops.watch("attention", self.v(h)).reshape(B, S, c.kv_heads, c.head_dim)
+        q, k, v = (ops.watch("attention", part(h)).reshape(B, S, -1, c.head_dim) for part in (self.q, self.k, self.v))
+        q, k = ops.rms_norm(q, self.q_norm, c.norm_eps), ops.rms_norm(k, self.k_norm, c.norm_eps)
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         out, k_cache, v_cache = ops.cached_attention(q, k, v, k_cache, v_cache, own, entries, c.head_dim**-0.5)
-        x = ops.watch("residual", x + self.o(out.reshape(B, S, c.heads * c.head_dim)).to(x.dtype))
+        out = ops.watch("attention", self.o(out.reshape(B, S, c.heads * c.head_dim)))
+        x = ops.watch("residual", x + out.to(x.dtype))
         h = ops.rms_norm(x, self.norm2.to(x.dtype), c.norm_eps).to(self.dtype)
         if self.wide_mlp:
             h = h.float()
-        inner = ops.watch("mlp", F.silu(self.gate(h)) * self.up(h))
+        gate, up = ops.watch("mlp", self.gate(h)), ops.watch("mlp", self.up(h))
+        inner = ops.watch("mlp", F.silu(gate) * up)
         x = x + ops.watch("mlp", self.down(inner)).to(x.dtype)
         return ops.watch("residual", x), k_cache, v_cache
 
@@ -105,7 +106,7 @@ class Decoder(nn.Module):
             x, k, v = layer(x, cos, sin, caches[2 * i], caches[2 * i + 1], own, entries)
             new_caches += [k, v]
             if i < deepstack.shape[0]:
-                x = x + placed(deepstack.select(0, i)).to(self.residual) * image_gate
+                x = ops.watch("residual", x + placed(deepstack.select(0, i)).to(self.residual) * image_gate)
         return self.logits(x, logits_at), *new_caches
 
     def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@ export both towers run once in float32 on synthetic screens, one layer's weights
 value that comes near the end is calculated in float32 in the exported graph. bfloat16 cannot overflow.
 
 Kinds (``ops.watch`` in the towers): "residual", the sums that layers add to; "mlp", what is inside and comes out of an
-MLP; "merger", the same of the patch mergers; "attention", queries, keys and values. Always in float32: norms (their
-operators accumulate so), positions and rotary angles, the logits.
+MLP; "merger", what is inside the patch mergers. Always in float32: norms (their operators accumulate so), positions and
+rotary angles. Two kinds have to be in 16 bits: "attention", queries, keys, values and what attention puts out, and
+"features", what vision hands to the decoder; where those are too large, the export is refused.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models.config import Preprocessing, Weight
+from ..models.errors import CheckpointError
 from ..models.pocket.screens import sample
 from . import language, ops, vision
 from .checkpoint import Checkpoint
 
 LIMIT = 65504 / 8  # room for pictures that excite the model more than the ones tried here
-ALWAYS = ("norm", "positions", "logits")
+ALWAYS = ("norm", "positions")
+NARROW = ("attention", "features")
 ALL = ("everything",)  # of graphs that calculate in float32 anyway
 SCREENS = (("transcribe", 1), ("locate", 2), ("yesno", 3))  # skill and seed, drawn at up to 640 x 480 pixels
 
@@ -36,7 +39,7 @@ def wide_kinds(
 ) -> dict[str, tuple[str, ...]]:
     """Graph -> the kinds of values to calculate in float32, for graphs that calculate in ``precision``.
 
-    Raises CheckpointError for weights that cannot be read.
+    Raises CheckpointError for weights that cannot be read, and for a model that float16 cannot calculate.
     """
     if precision == "fp32":
         return {"vision": ALL, "language": ALL}
@@ -45,6 +48,11 @@ def wide_kinds(
         largest = measure(checkpoint, pre, progress)
         for graph, kinds in largest.items():
             found[graph] = {kind for kind, value in kinds.items() if not value < LIMIT}
+            for kind in sorted(found[graph] & set(NARROW)):
+                raise CheckpointError(
+                    f"{graph}: {kind} reaches {kinds[kind]:.0f} on synthetic screens, expected under {LIMIT:.0f} for "
+                    "float16 (which ends at 65504); build with --precision bf16"
+                )
             if "mlp" in found[graph]:
                 found[graph].add("residual")  # which it is added to
     return {graph: (*ALWAYS, *sorted(kinds)) for graph, kinds in found.items()}

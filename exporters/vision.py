@@ -36,10 +36,11 @@ class Block(nn.Module):
         qkv = ops.watch("attention", self.qkv(self.norm1(x).to(self.dtype)))
         q, k, v = (qkv.narrow(1, i * width, width).reshape(B, -1, self.heads, self.head_dim) for i in range(3))
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-        out = self.proj(ops.attention(q, k, v, self.head_dim**-0.5, mask).reshape(-1, width))
+        out = ops.attention(q, k, v, self.head_dim**-0.5, mask).reshape(-1, width)
+        out = ops.watch("attention", self.proj(out))
         x = ops.watch("residual", x + out.to(x.dtype))
         h = self.norm2(x).to(torch.float32 if self.wide_mlp else self.dtype)
-        inner = ops.watch("mlp", ops.gelu(self.fc1(h), "tanh"))
+        inner = ops.gelu(ops.watch("mlp", self.fc1(h)), "tanh")
         return ops.watch("residual", x + ops.watch("mlp", self.fc2(inner)).to(x.dtype))
 
 
@@ -59,8 +60,8 @@ class Merger(nn.Module):
             x = self.norm(x.reshape(-1, self.merged))
         else:
             x = self.norm(x).reshape(-1, self.merged)
-        inner = ops.watch("merger", ops.gelu(self.fc1(x.to(self.inner)), "none"))
-        return ops.watch("merger", self.fc2(inner)).to(self.dtype)
+        inner = ops.gelu(ops.watch("merger", self.fc1(x.to(self.inner))), "none")
+        return ops.watch("features", self.fc2(inner)).to(self.dtype)
 
 
 class VisionTower(nn.Module):

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import profiles
 from .errors import BundleError
-from .manifest import GRAPHS, Manifest
+from .manifest import GRAPHS, Manifest, sha256
 from .profiles import Profile, Profiles
 from .strict import StrictError, from_json, to_json
 
@@ -68,8 +69,11 @@ def write(record: EngineRecord, directory: Path) -> None:
     (directory / FILE).write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
 
 
-def read(bundle: Path, manifest: Manifest, target: str) -> EngineRecord:
-    """The record of a target; raises BundleError if there is none, or it is damaged or of another bundle."""
+def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) -> EngineRecord:
+    """The record of a target; raises BundleError if there is none, or it is damaged or of another bundle.
+
+    ``verify``: also if an engine is not the one that was compiled.
+    """
     path = folder(bundle, target) / FILE
     todo = rebuild(bundle, target)
     if not path.is_file():
@@ -82,9 +86,17 @@ def read(bundle: Path, manifest: Manifest, target: str) -> EngineRecord:
         raise BundleError(f"{path}: found schema {record.schema}, target {record.target!r}; {todo}")
     if record.graphs != compiled_files(manifest):
         raise BundleError(f"{path}: the engines were compiled from other graphs than the bundle's; {todo}")
-    for engine in record.engines.values():
+    for graph, engine in record.engines.items():
+        known = set(profiles.AXES["prefill"] + ("B", "P", "M") if graph == "language" else profiles.AXES[graph])
+        axes = {axis for names in engine.axes.values() for axis in names} - {""}
+        if Path(engine.file).name != engine.file or not engine.profiles or not axes <= known:
+            raise BundleError(f"{path}: its {graph} engine has a file, axes or profiles that none has; {todo}")
+        if any(not axes <= set(profile) for profile in engine.profiles):
+            raise BundleError(f"{path}: the profiles of its {graph} engine are not of its axes; {todo}")
         file = path.parent / engine.file
         size = file.stat().st_size if file.is_file() else None
         if size != engine.bytes:
             raise BundleError(f"{file}: found {size} bytes, expected {engine.bytes}; {todo}")
+        if verify and sha256(file) != engine.sha256:
+            raise BundleError(f"{file}: is not the engine that was compiled (its hash differs); {todo}")
     return record

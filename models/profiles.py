@@ -20,7 +20,10 @@ SCHEMA = 1
 Range = tuple[int, int, int]  # smallest, the one to be fastest at, largest
 Profile = dict[str, Range]  # axis -> sizes
 
-MAX_PIXELS, CAPACITY = 2_097_152, 4096  # where nothing else is asked for
+# Where nothing else is asked for: what a 2B model leaves room for on a device with 8 GB. Attention of the plain dialect
+# holds the scores of all pairs of patches or tokens, so that its sizes are smaller.
+MAX_PIXELS = {"standard": 2_097_152, "plain": 1_048_576}
+CAPACITY = {"standard": 4096, "plain": 2048}
 MEANING = {
     "H": "height in pixels",
     "W": "width in pixels",
@@ -30,11 +33,9 @@ MEANING = {
     "P": "positions with logits",
     "M": "tokens in the cache",
 }
-FLAG = {
-    **dict.fromkeys("HWKS", "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"),
-    **dict.fromkeys("BP", "--batch"),
-    "M": "--capacity",
-}
+IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"
+FLAG = {**dict.fromkeys("HWK", IMAGES), "S": "--capacity or --profiles", "B": "--batch", "M": "--capacity"}
+MOST_BATCH, MOST_SIDE, MOST_PIXELS = 1024, 1 << 17, 100_000_000
 # Axes of each graph that a profile gives. B (batch) and M (cache capacity) are set once for all profiles.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
@@ -52,19 +53,15 @@ class Profiles:
     prefill: tuple[Profile, ...]
 
 
-def defaults(
-    model: ModelConfig, context: int, max_pixels: int, capacity: int | None = None, batch: int = 1
-) -> Profiles:
+def defaults(model: ModelConfig, context: int, max_pixels: int, capacity: int, batch: int = 1) -> Profiles:
     """Profiles for images of up to ``max_pixels`` with sides up to 4 : 1, nothing known of what they show.
 
-    ``capacity`` defaults to 4096 tokens, or the model's context if that is less. Raises RequestError for a capacity or
-    image size that no request could use.
+    Raises RequestError for a capacity or image size that no request could use.
     """
     block = model.vision.block
     tokens = max_pixels // block**2
     if tokens < 1:
         raise RequestError(f"max_pixels is {max_pixels}, expected at least one token of {block} x {block}")
-    capacity = min(CAPACITY, context) if capacity is None else capacity
     _check_capacity(capacity, context)
     usual, longest = (block * max(1, round(math.sqrt(n))) for n in (tokens, 4 * tokens))
     sides = (block, usual, longest)
@@ -93,8 +90,8 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
     if profiles.schema != SCHEMA:
         raise RequestError(f"schema is {profiles.schema}, expected {SCHEMA}")
     _check_capacity(profiles.capacity, context)
-    integer("batch", profiles.batch, 1)
-    integer("max_pixels", profiles.max_pixels, block**2)
+    integer("batch", profiles.batch, 1, MOST_BATCH)
+    integer("max_pixels", profiles.max_pixels, block**2, MOST_PIXELS)
     for graph in ("prune", "vision", "prefill"):
         listed: tuple[Profile, ...] = getattr(profiles, graph)
         if not listed:
@@ -106,13 +103,18 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
             for axis, sizes in profile.items():
                 step = block if axis in "HW" else 1
                 low, best, high = sizes
-                if not step <= low <= best <= high or any(n % step for n in sizes):
+                if not step <= low <= best <= high <= MOST_SIDE or any(n % step for n in sizes):
                     multiples = f" multiples of {step}" if step > 1 else ""
-                    raise RequestError(f"{name}.{axis} is {list(sizes)}, expected rising{multiples}: min, opt, max")
-            if graph == "prefill" and profile["S"][2] > profiles.capacity:
-                raise RequestError(
-                    f"{name}.S goes to {profile['S'][2]}, expected at most {profiles.capacity} (capacity)"
-                )
+                    raise RequestError(
+                        f"{name}.{axis} is {list(sizes)}, expected rising{multiples} up to {MOST_SIDE}: min, opt, max"
+                    )
+            for axis in ("S", "K") if graph == "prefill" else ():
+                if profile[axis][2] > profiles.capacity:
+                    raise RequestError(
+                        f"{name}.{axis} goes to {profile[axis][2]}, expected at most {profiles.capacity} (capacity)"
+                    )
+            if graph == "vision" and profile["K"][2] > (most := profile["H"][2] * profile["W"][2] // block**2):
+                raise RequestError(f"{name}.K goes to {profile['K'][2]}, expected at most {most}, what H and W hold")
     return profiles
 
 
@@ -124,7 +126,7 @@ def engine_profiles(profiles: Profiles, graph: str, dialect: str) -> list[Profil
     common = {"B": (1, 1, batch), "P": (1, 1, 1)}
     start, used = common.copy(), common.copy()
     if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
-        start["M"], used["M"] = (1, 1, capacity), (1, max(1, capacity // 2), capacity)
+        start["M"], used["M"] = (1, 1, 1), (1, max(1, capacity // 2), capacity)  # a prompt finds nothing in the cache
     decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
     return [*({**p, **start} for p in profiles.prefill), decode]
 
@@ -153,12 +155,13 @@ def fitting(listed: list[Profile], sizes: Mapping[str, int]) -> int | None:
     return None
 
 
-def outside(listed: list[Profile], sizes: Mapping[str, int]) -> str:
+def outside(listed: list[Profile], sizes: Mapping[str, int], graph: str) -> str:
     """Which axis of ``sizes`` lies outside every profile, for an error: "K is 900, the engine takes 1 to 512"."""
     for axis, n in sizes.items():
         ranges = [profile[axis] for profile in listed]
         if not any(low <= n <= high for low, _, high in ranges):
             spans = ", ".join(sorted({f"{low} to {high}" for low, _, high in ranges}))
-            return f"{axis} ({MEANING[axis]}) is {n}, the engine takes {spans}; build it again with {FLAG[axis]}"
+            flag = FLAG["S"] if graph == "language" and axis == "K" else FLAG[axis]
+            return f"{axis} ({MEANING[axis]}) is {n}, the engine takes {spans}; build it again with {flag}"
     together = ", ".join(f"{axis} {n}" for axis, n in sizes.items())
     return f"no profile of the engine takes {together} together; build it again with other --profiles"

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .compiler import Options
+from .compiler import Options, prepare
 from .engines import check_dialect, compile_bundle, plan_sizes
-from .models.config import ModelConfig
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
+from .models.manifest import Manifest
 from .models.profiles import Profiles
-from .runtime import trt_api
 from .runtime.bundle import open_bundle
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def build(
     if taken:
         raise BundleError(f"{output}: already exists; remove it or choose another name")
     for target in targets:
-        trt_api.load(target)  # before minutes of exporting
+        prepare(target, options)  # before minutes of exporting
     exporter = _exporter()
     if dialect == "auto":
         dialect = "standard" if targets else "ort"
@@ -60,9 +59,9 @@ def build(
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
         config, preprocessing = plan.checkpoint.config, plan.preprocessing
-        sizes = plan_sizes(config, config.text.context, preprocessing, sizes, options)
+        sizes = plan_sizes(config, config.text.context, preprocessing, plan.dialect, sizes, options)
     on_plan(plan, sizes)
-    _check_space(plan, output)
+    _check_space(plan, output, len(targets))
     created = _make_parents(output.parent)
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
@@ -93,17 +92,21 @@ def compile_in_place(
     targets: Sequence[str],
     sizes: Profiles | None = None,
     options: Options = Options(),  # noqa: B008 (frozen)
-    on_plan: Callable[[ModelConfig, str, int, Profiles], None] = lambda model, compute, weights, sizes: None,
+    on_plan: Callable[[Manifest, int, Profiles], None] = lambda manifest, weights, sizes: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> None:
     """Compile the engines of an existing bundle; needs no export packages. ``on_plan`` is told the sizes first.
 
     Raises as engines.compile_bundle.
     """
-    _, manifest = open_bundle(bundle)
-    sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, sizes, options)
+    directory, manifest = open_bundle(bundle)
+    for target in targets:
+        prepare(target, options)  # before the first one replaces anything
+    dialect = check_dialect({g.dialect for g in manifest.graphs.values()}, manifest.compute, str(directory))
+    sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, dialect, sizes, options)
     weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx.data"))
-    on_plan(manifest.model, manifest.compute, weights, sizes)
+    on_plan(manifest, weights, sizes)
+    _check_disk(directory, len(targets) * weights, "engines")
     for target in targets:
         compile_bundle(bundle, target, sizes, options, progress)
 
@@ -139,17 +142,24 @@ def _exporter():  # type: ignore[no-untyped-def]  # a module, imported here beca
     return bundle
 
 
-def _check_space(plan: Plan, output: Path) -> None:
-    """Raise SpaceError if the disk or the memory that is free is less than the plan's estimate."""
+def _check_space(plan: Plan, output: Path, targets: int) -> None:
+    """Raise SpaceError if the disk or the memory that is free is less than the plan's estimate.
+
+    Engines hold the weights once more.
+    """
     existing = next(p for p in [output.absolute().parent, *output.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < plan.disk:
-        raise SpaceError(f"{existing}: {_mb(free)} free, expected at least {_mb(plan.disk)} for the bundle; make room")
+    _check_disk(existing, plan.disk + targets * plan.weights, "bundle")
     memory = available_memory()
     if memory is not None and memory < plan.ram:
         raise SpaceError(
             f"{_mb(memory)} of memory are available, expected at least {_mb(plan.ram)} to build; close other programs"
         )
+
+
+def _check_disk(directory: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise SpaceError(f"{directory}: {_mb(free)} free, expected at least {_mb(needed)} for the {what}; make room")
 
 
 def available_memory() -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import replace
 from typing import Any
@@ -68,9 +67,6 @@ def build(
     from .build import build as build_bundle
     from .build import compile_in_place
 
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: clean up; Windows has no SIGHUP
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
     if output is None and (not targets or precision != "auto" or dialect != "auto"):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
     sizes, options = engines_of(**engine)
@@ -81,10 +77,6 @@ def build(
             build_bundle(source, output, precision, dialect, targets, sizes, options, bar.plan, bar.update)
     if not quiet:
         click.echo(f"built {output or source}")
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 @main.command()

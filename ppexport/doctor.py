@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from .models.errors import PpexportError
 from .models.version import __version__
 from .runtime import cuda, trt_api
 from .runtime.bundle import open_bundle
-from .runtime.devices import open_device
+from .runtime.pipeline import load
 
 PACKAGES = [
     "numpy",
@@ -79,10 +80,16 @@ def _pip(extra: str) -> str:
 
 
 def _jetpack() -> Finding:
+    """The L4T release, and the JetPack that it belongs to."""
     release = Path("/etc/nv_tegra_release")
     if not release.is_file():
         return Finding("Jetson", "no")
-    return Finding("Jetson", release.read_text(encoding="utf-8", errors="replace").splitlines()[0].lstrip("# "))
+    line = release.read_text(encoding="utf-8", errors="replace").splitlines()[0].lstrip("# ")
+    found = re.match(r"R(\d+)", line)
+    jetpack = {"35": "JetPack 5", "36": "JetPack 6", "38": "JetPack 7"}.get(
+        found[1] if found else "", "unknown JetPack"
+    )
+    return Finding("Jetson", f"{jetpack} ({line})")
 
 
 def _gpu() -> Finding:
@@ -96,7 +103,7 @@ def _gpu() -> Finding:
             memory = properties.totalGlobalMem / 1e9
             names.append(f"{name}, {memory:.1f} GB, compute capability {cuda.compute_capability(device)}")
         driver = cuda.check(api.cudaDriverGetVersion())
-        return Finding("GPU", f"{'; '.join(names)}; driver for CUDA {driver // 1000}.{driver % 1000 // 10}")
+        return Finding("GPU", f"{'; '.join(names)}; its driver takes CUDA up to {driver // 1000}.{driver % 1000 // 10}")
     except PpexportError as err:
         return Finding("GPU", f"none that can be used: {err}", "a GPU with its driver, and cuda-python, to run engines")
 
@@ -109,13 +116,20 @@ def _flavour(target: str) -> Finding:
         return Finding(target, "not installed", trt_api.INSTALL[target])
 
 
-def _providers() -> Finding:
+def _provider_names() -> list[str]:
     try:
         import onnxruntime
     except ImportError:
-        return Finding("ONNX Runtime", "not installed", _pip("cpu"))
-    providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
-    return Finding("ONNX Runtime", f"{onnxruntime.__version__}: {providers}")
+        return []
+    return list(onnxruntime.get_available_providers())
+
+
+def _providers() -> Finding:
+    names = [name.removesuffix("ExecutionProvider") for name in _provider_names()]
+    if not names:
+        return Finding("ONNX Runtime", "not installed", f"{_pip('cpu')}, or on an NVIDIA GPU {_pip('cuda')}")
+    version = _version("onnxruntime") or _version("onnxruntime-gpu") or ""
+    return Finding("ONNX Runtime", f"{version}: {', '.join(names)}")
 
 
 def _targets(gpu: bool) -> Iterator[Finding]:
@@ -130,18 +144,20 @@ def _targets(gpu: bool) -> Iterator[Finding]:
             builds.append(target)
         if gpu:
             runs.append(target)
+    if gpu and "CUDAExecutionProvider" in _provider_names():
+        runs.append("cuda")
     yield Finding("can compile for", ", ".join(builds) or "nothing")
     yield Finding("can run on", ", ".join(runs) or "nothing", "" if runs else _pip("cpu"))
 
 
 def _bundle(bundle: str) -> Iterator[Finding]:
-    """Does the bundle run here, on each device."""
-    directory, manifest = open_bundle(bundle)
+    """Does the bundle run here, on each device? It is loaded and hashed, not looked at only."""
+    _, manifest = open_bundle(bundle)
     dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
     yield Finding("bundle", f"{manifest.family}, weights in {manifest.precision}, dialect {dialects}")
     for device in ("cpu", "cuda", *TARGETS):
         try:
-            open_device(device, directory, manifest, 0)
-            yield Finding(f"  on {device}", "runs")
+            with load(bundle, device, verify=True):
+                yield Finding(f"  on {device}", "runs")
         except PpexportError as err:
             yield Finding(f"  on {device}", f"does not run: {err}")

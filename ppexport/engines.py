@@ -7,16 +7,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from .compiler import Options, Progress, compile_graph, flags
+from .compiler import Options, Progress, compile_graph, flags, prepare
 from .models import engines, profiles
 from .models.config import ModelConfig, Preprocessing
 from .models.engines import Engine, EngineRecord
-from .models.errors import BundleError, SpaceError
+from .models.errors import BundleError, RequestError, SpaceError
 from .models.manifest import BYTES, GRAPHS, sha256
 from .models.profiles import Profiles
 from .onnx_dims import set_axis
-from .runtime import trt_api
 from .runtime.bundle import open_bundle
+from .runtime.cuda import rounded
 
 DIALECTS = ("standard", "plain")
 
@@ -33,10 +33,10 @@ def compile_bundle(
     Raises BackendError (the target is not installed, or refuses a graph: its words are quoted), BundleError (graphs of
     another dialect), RequestError (profiles that do not fit). On any error or interruption the bundle stays as it was.
     """
-    trt = trt_api.load(target)
+    trt, options = prepare(target, options)
     directory, manifest = open_bundle(bundle)
     dialect = check_dialect({g.dialect for g in manifest.graphs.values()}, manifest.compute, str(directory))
-    sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, sizes, options)
+    sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, dialect, sizes, options)
     folder = engines.folder(directory, target)
     try:
         folder.parent.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def compile_bundle(
             target,
             trt.__name__,
             trt.__version__,
-            options.compute_capabilities or _current(target),
+            options.compute_capabilities,
             dialect,
             manifest.compute,
             flags(options),
@@ -101,45 +101,60 @@ def check_dialect(dialects: set[str], compute: str, what: str) -> str:
 
 
 def plan_sizes(
-    model: ModelConfig, context: int, preprocessing: Preprocessing, sizes: Profiles | None, options: Options
+    model: ModelConfig,
+    context: int,
+    preprocessing: Preprocessing,
+    dialect: str,
+    sizes: Profiles | None,
+    options: Options,
 ) -> Profiles:
     """The given profiles, checked, or default ones. Raises RequestError."""
     if sizes is None:
-        pixels = min(options.max_pixels, preprocessing.max_pixels)
-        sizes = profiles.defaults(model, context, pixels, options.capacity, options.batch)
+        pixels = min(options.max_pixels or profiles.MAX_PIXELS[dialect], preprocessing.max_pixels)
+        capacity = options.capacity or min(profiles.CAPACITY[dialect], context)
+        sizes = profiles.defaults(model, context, pixels, capacity, options.batch)
+    if sizes.max_pixels < preprocessing.min_pixels:
+        raise RequestError(
+            f"max_pixels is {sizes.max_pixels}, expected at least {preprocessing.min_pixels}: the model enlarges "
+            "smaller images to that"
+        )
     return profiles.check(sizes, model, context)
 
 
-def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles) -> dict[str, int]:
-    """What running the engines will take on the device, in bytes, by what it is for; activations come on top."""
-    c, width = model.text, BYTES[compute]
+def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dialect: str) -> dict[str, int]:
+    """What running the engines will take on the device, in bytes, by what it is for. Activations are an estimate: the
+    widest layer with its inputs and outputs, and the scores of attention where no fused kernel keeps them away."""
+    c, v, width = model.text, model.vision, BYTES[compute]
     kept = max(profile["K"][2] for profile in sizes.prefill)
     pixels = max(profile["H"][2] * profile["W"][2] for profile in sizes.prune)
+    patches = max(profile["K"][2] for profile in sizes.vision) * v.merge**2
+    prompt = max(profile["S"][2] for profile in sizes.prefill)
+    layer = max(patches * (4 * v.width + 2 * v.ffn), prompt * (4 * c.width + 3 * c.ffn)) * width
+    pairs = max(v.heads * patches**2, c.heads * prompt**2) * width if dialect == "plain" else 0
+    cache = sizes.batch * sizes.capacity * c.kv_heads * c.head_dim * width
+    caches = [rounded(2 * c.layers * cache)] if dialect == "plain" else [rounded(cache)] * (2 * c.layers)
     return {
         "weights": weights,
-        "caches": 2 * c.layers * sizes.batch * sizes.capacity * c.kv_heads * c.head_dim * width,
-        "image": 3 * pixels,
-        "features": (1 + len(model.vision.deepstack)) * kept * c.width * width,
-        "logits": 4 * sizes.batch * c.vocab,
+        "caches": sum(caches),
+        "activations": layer + 2 * pairs,
+        "image": rounded(min(3 * pixels, 3 * sizes.max_pixels)),
+        "features": rounded((1 + len(v.deepstack)) * kept * c.width * width),
+        "logits": rounded(4 * sizes.batch * c.vocab),
     }
 
 
-def _current(target: str) -> tuple[str, ...]:
-    """Compute capabilities of engines for which none was chosen."""
-    if target == "tensorrt-rtx":
-        return ("all",)
-    from .runtime import cuda
-
-    return (cuda.compute_capability(),)
-
-
 def _replace(folder: Path, work: Path) -> None:
-    """Put ``work`` in the place of ``folder``."""
+    """Put ``work`` in the place of ``folder``; on any error what was there is there again."""
     old = work.with_suffix(".old")
     if folder.exists():
         folder.rename(old)
-    work.chmod(0o755)
-    work.rename(folder)
+    try:
+        work.chmod(0o755)
+        work.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

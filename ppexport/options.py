@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .models.config import PRUNE_METHODS, PRUNE_METRICS
+from .models.profiles import MOST_BATCH
 
 
 def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,12 +72,16 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option("--profiles", type=click.Path(), help="Sizes to compile for, a file of 'ppexport plan'."),
-            click.option("--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096]"),
-            click.option("--max-pixels", type=click.IntRange(1), help="Of an image.  [default: 2097152]"),
-            click.option("--batch", type=click.IntRange(1), help="Sequences at a time.  [default: 1]"),
-            click.option("--workspace", type=click.IntRange(1), help="Scratch memory of an engine, in MB."),
-            click.option("--version-compatible", is_flag=True, help="Engines for later versions of TensorRT too."),
-            click.option("--hardware-compatible", is_flag=True, help="Engines for all GPUs from Ampere on."),
+            click.option("--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096; plain: 2048]"),
+            click.option(
+                "--max-pixels", type=click.IntRange(1), help="Of an image.  [default: 2097152; plain: 1048576]"
+            ),
+            click.option(
+                "--batch", type=click.IntRange(1, MOST_BATCH), help="Sequences at a time; 'run' needs 1.  [default: 1]"
+            ),
+            click.option("--workspace", type=click.IntRange(1, 1 << 20), help="Scratch memory of an engine, in MB."),
+            click.option("--version-compatible", is_flag=True, help="tensorrt: for later versions, too."),
+            click.option("--hardware-compatible", is_flag=True, help="tensorrt: for all GPUs from Ampere on."),
             click.option("--compute-capability", "compute_capabilities", multiple=True, help="RTX: for this one only."),
             click.option("--timing-cache", type=click.Path(), help="tensorrt: a file reused between builds."),
         ]

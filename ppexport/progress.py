@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .engines import memory
 from .models.config import ModelConfig
+from .models.manifest import Manifest
 from .models.profiles import Profiles
 
 if TYPE_CHECKING:
     from .exporters.bundle import Plan
 
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # all of them as Ctrl-C: clean up; Windows has no SIGHUP
+
+
 class Bar:
-    """One line per stage on stderr; plain text where stderr is no terminal."""
+    """One line per stage on stderr, plain text where that is no terminal. Inside, signals become KeyboardInterrupt."""
 
     def __init__(self, quiet: bool):
         self.quiet, self.console = quiet, Console(stderr=True)
         columns = (TextColumn("{task.description:<18}"), BarColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
         self.tasks: dict[str, object] = {}
+        self.interrupted = False
+        self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Bar:
+        for name in SIGNALS:
+            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+                number = getattr(signal, name)
+                self.handlers[number] = signal.signal(number, self._interrupt)
         self.progress.__enter__()
         return self
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, value, trace)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def plan(self, plan: Plan, sizes: Profiles | None) -> None:
         """Say what will be done, and what the engines for ``sizes`` will need."""
@@ -42,26 +60,34 @@ class Bar:
         say(f"{plan.checkpoint.config.family}, weights in {plan.precision}, dialect {plan.dialect}", highlight=False)
         say(f"needs {plan.disk / 1e6:.0f} MB of disk and {plan.ram / 1e6:.0f} MB of memory", highlight=False)
         if sizes is not None:
-            self.sizes(plan.checkpoint.config, plan.compute, plan.weights, sizes)
+            self._sizes(plan.checkpoint.config, plan.compute, plan.weights, sizes, plan.dialect)
         for notice in plan.notices:
             say(f"notice: {notice}", highlight=False, style="yellow")
 
-    def sizes(self, model: ModelConfig, compute: str, weights: int, sizes: Profiles) -> None:
-        """Say what engines for ``sizes`` take and need on the device."""
-        if self.quiet:
-            return
-        need = memory(model, compute, weights, sizes)
+    def sizes(self, manifest: Manifest, weights: int, sizes: Profiles) -> None:
+        """Say what engines of a bundle for ``sizes`` take and need on the device."""
+        if not self.quiet:
+            dialect = manifest.graphs["language"].dialect
+            self._sizes(manifest.model, manifest.compute, weights, sizes, dialect)
+
+    def _sizes(self, model: ModelConfig, compute: str, weights: int, sizes: Profiles, dialect: str) -> None:
+        need = memory(model, compute, weights, sizes, dialect)
         kept = max(profile["K"][2] for profile in sizes.vision)
         parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in need.items())
         self.console.print(
             f"engines for {sizes.batch} x {sizes.capacity} tokens, images of up to {kept} kept tokens: "
-            f"{sum(need.values()) / 1e6:.0f} MB on the device ({parts}) and the activations",
+            f"about {sum(need.values()) / 1e6:.0f} MB on the device ({parts})",
             highlight=False,
             soft_wrap=True,
         )
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` steps of a stage; "stage: phase" shows the phase it is in, too."""
+        """Show ``done`` of ``total`` steps of a stage; "stage: phase" shows the phase it is in, too.
+
+        Raises KeyboardInterrupt once more after a signal: Python drops one that arrives in a destructor.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
         name = stage.partition(": ")[0]
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(name, total=total)

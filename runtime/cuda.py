@@ -1,4 +1,4 @@
-"""The few CUDA runtime calls that the TensorRT backend needs, through cuda-python: errors become exceptions."""
+"""The few CUDA runtime calls that the GPU backends need, through cuda-python: errors become exceptions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import Any
 from ..models.errors import BackendError
 
 INSTALL = "install cuda-python for the CUDA of this machine: pip install 'cuda-python>=12.6,<14'"
+
+HINTS = {
+    "MemoryAllocation": "free GPU memory or build with smaller profiles",
+    "InsufficientDriver": "found no NVIDIA driver, or one that is older than the CUDA of cuda-python; install a "
+    "driver, or the cuda-python of the driver's CUDA (JetPack 6: pip install 'cuda-python==12.6.*')",
+    "NoDevice": "expected an NVIDIA GPU",
+}
 
 
 def api() -> ModuleType:
@@ -26,7 +33,7 @@ def check(result: tuple[Any, ...]) -> Any:
     error, *values = result
     if int(error) != 0:
         name = getattr(error, "name", str(error))
-        hint = "; free GPU memory or build with smaller profiles" if "MemoryAllocation" in name else ""
+        hint = next((f"; {todo}" for part, todo in HINTS.items() if part in name), "")
         raise BackendError(f"CUDA failed with {name}{hint}")
     return values[0] if len(values) == 1 else tuple(values)
 
@@ -50,12 +57,11 @@ class Memory:
         self.cuda, self.lock = cuda, threading.RLock()  # a block may be collected while the lock is held
         self.free: dict[tuple[bool, int], list[int]] = defaultdict(list)
         self.total = 0  # bytes taken from CUDA on the device
+        self.closed = False
 
     def take(self, nbytes: int, pinned: bool = False) -> Block:
         """A block of at least ``nbytes``, with whatever it held before."""
-        size = max(512, 1 << max(0, nbytes - 1).bit_length())
-        if nbytes > 64 << 20:
-            size = -(-nbytes >> 20 << 20)
+        size = rounded(nbytes)
         with self.lock:
             kept = self.free[pinned, size]
             pointer = kept.pop() if kept else None
@@ -65,14 +71,31 @@ class Memory:
             self.total += 0 if pinned else size
         return Block(self, pointer, size, pinned)
 
-    def close(self) -> None:
-        """Give all free blocks back to CUDA."""
+    def give_back(self, pinned: bool, size: int, pointer: int) -> None:
+        """Keep a block for the next ``take``, or free it if this was closed."""
         with self.lock:
+            if not self.closed:
+                self.free[pinned, size].append(pointer)
+                return
+        self._release(pinned, size, pointer)
+
+    def close(self) -> None:
+        """Give all free blocks back to CUDA, and from now on the others as soon as nobody refers to them."""
+        with self.lock:
+            self.closed = True
             for (pinned, size), pointers in self.free.items():
                 for pointer in pointers:
-                    check((self.cuda.cudaFreeHost if pinned else self.cuda.cudaFree)(pointer))
-                    self.total -= 0 if pinned else size
+                    self._release(pinned, size, pointer)
                 pointers.clear()
+
+    def _release(self, pinned: bool, size: int, pointer: int) -> None:
+        check((self.cuda.cudaFreeHost if pinned else self.cuda.cudaFree)(pointer))
+        self.total -= 0 if pinned else size
+
+
+def rounded(nbytes: int) -> int:
+    """The size of the block that holds ``nbytes``."""
+    return -(-nbytes >> 20 << 20) if nbytes > 64 << 20 else max(512, 1 << max(0, nbytes - 1).bit_length())
 
 
 class Block:
@@ -82,5 +105,4 @@ class Block:
         self.memory, self.pointer, self.size, self.pinned = memory, pointer, size, pinned
 
     def __del__(self) -> None:
-        with self.memory.lock:
-            self.memory.free[self.pinned, self.size].append(self.pointer)
+        self.memory.give_back(self.pinned, self.size, self.pointer)

@@ -12,8 +12,10 @@ from .session import Backend
 DEVICES = ("auto", "cpu", "cuda", *TARGETS)
 
 
-def open_device(device: str, directory: Path, manifest: Manifest, threads: int) -> tuple[Backend, str]:
-    """The backend of a device and one line that says what was chosen and why.
+def open_device(
+    device: str, directory: Path, manifest: Manifest, threads: int, verify: bool = False
+) -> tuple[Backend, str]:
+    """The backend of a device and one line that says what was chosen and why. ``verify``: check hashes of engines.
 
     "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, else the CPU. Raises BackendError,
     BundleError.
@@ -21,14 +23,14 @@ def open_device(device: str, directory: Path, manifest: Manifest, threads: int) 
     if device not in DEVICES:
         raise BackendError(f"device is {device!r}, expected one of: {', '.join(DEVICES)}")
     if device != "auto":
-        backend = _open(device, directory, manifest, threads)
+        backend = _open(device, directory, manifest, threads, verify)
         return backend, f"{backend.name}, as asked for"
     problems = []
     for target in reversed(TARGETS):
         if not folder(directory, target).is_dir():
             continue
         try:
-            backend = _open(target, directory, manifest, threads)
+            backend = _open(target, directory, manifest, threads, verify)
             return backend, f"{backend.name}: the bundle has engines for it that run here"
         except PpexportError as err:
             problems.append(str(err))
@@ -42,11 +44,11 @@ def open_device(device: str, directory: Path, manifest: Manifest, threads: int) 
     return backend, f"{backend.name}: {'; '.join(problems)}"
 
 
-def _open(device: str, directory: Path, manifest: Manifest, threads: int) -> Backend:
+def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify: bool = False) -> Backend:
     if device in TARGETS:
         from .trt import TrtBackend
 
-        return TrtBackend(directory, manifest, device)
+        return TrtBackend(directory, manifest, device, verify)
     dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
     found = f"{directory}: has {manifest.compute} graphs of dialect {dialects}"
     if device == "cuda":

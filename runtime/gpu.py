@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +32,8 @@ class GpuBackend:
         self.memory = cuda.Memory(self.cuda)
         self.stream = int(cuda.check(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking)))
         self._in_flight: list[cuda.Block] = []  # memory that copies still read
+        self.graphs: dict[int, Any] = {}  # executable CUDA graphs by address
+        self._finalizer = weakref.finalize(self, _close, self.cuda, self.memory, self.stream, self.graphs)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
         """See session.Backend."""
@@ -85,10 +90,9 @@ class GpuBackend:
             self._in_flight.clear()
 
     def close(self) -> None:
-        """Give the memory and the stream back; the backend cannot be used afterwards."""
-        self.wait()
-        self.memory.close()
-        cuda.check(self.cuda.cudaStreamDestroy(self.stream))
+        """Give the memory and the stream back, as the end of the backend's life does; it cannot be used afterwards."""
+        self._in_flight.clear()
+        self._finalizer()
 
     def copy(self, target: Buffer, source: Buffer) -> None:
         """target = source, of the same shape, on the device."""
@@ -104,3 +108,11 @@ class GpuBackend:
     def _copy(self, to: int, source: int, nbytes: int, kind: str) -> None:
         value = getattr(self.cuda.cudaMemcpyKind, f"cudaMemcpy{kind}")
         cuda.check(self.cuda.cudaMemcpyAsync(to, source, nbytes, value, self.stream))
+
+
+def _close(api: ModuleType, memory: cuda.Memory, stream: int, graphs: dict[int, Any]) -> None:
+    api.cudaStreamSynchronize(stream)
+    for graph in graphs.values():
+        api.cudaGraphExecDestroy(graph)
+    memory.close()
+    api.cudaStreamDestroy(stream)

@@ -112,3 +112,6 @@ class OrtCpu:
 
     def wait(self) -> None:
         """See session.Backend; a run returns when it is done."""
+
+    def close(self) -> None:
+        """See session.Backend; there is nothing that Python does not give back."""

@@ -110,6 +110,16 @@ class Pipeline:
         self.context = min(manifest.context, backend.capacity or manifest.context)
         self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
 
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the memory on the device; the pipeline cannot be used afterwards. ``with load(...)`` does so."""
+        self.backend.close()
+
     def generate(
         self,
         prompt: PromptLike,
@@ -251,19 +261,19 @@ def load(
     threads: int = 0,
     verify: bool = False,
 ) -> Pipeline:
-    """Open a bundle on a device: "cpu" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto": one whose engines it has,
-    if they run here, else the CPU. ``chosen`` of the result says which and why.
+    """Open a bundle on a device: "cpu" or "cuda" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto": one whose
+    engines it has, if they run here, else the CPU. ``chosen`` of the result says which and why.
 
     ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own, or what its engines were compiled
-    for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files too.
-    Raises BundleError, BackendError.
+    for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files and of
+    the engines too. Raises BundleError, BackendError.
     """
     integer("threads", threads, 0, 1024)
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None:
             integer(name, value, 1)
     directory, manifest = open_bundle(path, verify)
-    backend, chosen = open_device(device, directory, manifest, threads)
+    backend, chosen = open_device(device, directory, manifest, threads, verify)
     limit = backend.max_pixels or manifest.preprocessing.max_pixels
     max_pixels = min(limit, manifest.preprocessing.max_pixels) if max_pixels is None else max_pixels
     return Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen)

@@ -102,6 +102,9 @@ class Backend(Protocol):
     def wait(self) -> None:
         """Return when everything that was started is done, so that times can be measured."""
 
+    def close(self) -> None:
+        """Give back what the backend holds on its device, sooner than its end of life would."""
+
 
 def run(session: Session, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
     """Bind everything and run once."""

@@ -15,21 +15,27 @@ from . import cuda, trt_api
 from .gpu import GpuBackend
 from .session import Buffer
 
+VERSION_COMPATIBLE = "VERSION_COMPATIBLE"
 ALIGNMENT = 256  # bytes, of every address that an engine reads or writes
 
 
 class TrtBackend(GpuBackend):
     """The backend. Raises BackendError, BundleError if the engines cannot run here, with the command to rebuild."""
 
-    def __init__(self, directory: Path, manifest: Manifest, target: str):
-        self.record = engines.read(directory, manifest, target)
+    def __init__(self, directory: Path, manifest: Manifest, target: str, verify: bool = False):
+        self.record = engines.read(directory, manifest, target, verify)
         self.trt = trt_api.load(target)
-        super().__init__()
         check_fits(self.record, self.trt, directory)
+        super().__init__()
         self.name = f"{target} {self.trt.__version__}"
         self.capacity, self.max_pixels = self.record.profiles.capacity, self.record.profiles.max_pixels
         self.log = trt_api.logger(self.trt)
-        self.runtime = self.trt.Runtime(self.log)
+        try:
+            self.runtime = self.trt.Runtime(self.log)
+        except TypeError as err:  # pybind11's words for a constructor that returned nothing
+            raise BackendError(f"{self.name} does not start: {trt_api.quote(self.log)}") from err
+        if VERSION_COMPATIBLE in self.record.flags:  # such an engine brings code of its own
+            self.runtime.engine_host_code_allowed = True
         self._directory = directory
         self._sessions: list[TrtSession] = []
         self._scratch: cuda.Block | None = None
@@ -44,8 +50,15 @@ class TrtBackend(GpuBackend):
             self._scratch = self.memory.take(max(size, 1))
         for each in self._sessions:
             for context in each.contexts:
-                context.graph = None  # holds the address of the memory before
+                self.forget_graph(context)  # it holds the address of the memory before
                 context.context.set_device_memory(self._scratch.pointer, self._scratch.size)
+
+    def forget_graph(self, context: Context) -> None:
+        """Before anything about a context changes: TensorRT forbids to replay what was captured before."""
+        if context.graph is not None:
+            del self.graphs[int(context.graph)]
+            cuda.check(self.cuda.cudaGraphExecDestroy(context.graph))
+            context.graph = None
 
     def session(self, path: Path) -> TrtSession:
         """The engine that was compiled from a graph; see session.Backend."""
@@ -74,16 +87,23 @@ class TrtSession:
         modes = {name: self.loaded.get_tensor_mode(name) for name in names}
         self.inputs: Sequence[str] = [n for n in names if modes[n] == trt.TensorIOMode.INPUT]
         self.outputs: Sequence[str] = [n for n in names if modes[n] == trt.TensorIOMode.OUTPUT]
+        if self.loaded.num_optimization_profiles != len(engine.profiles):
+            raise BackendError(
+                f"{folder / engine.file}: has {self.loaded.num_optimization_profiles} profiles, its record "
+                f"{len(engine.profiles)}; {engines.rebuild(bundle, target)}"
+            )
+        self.decode = len(engine.profiles) - 1 if graph == "language" else None  # that profile is for single tokens
         self.contexts = [self._context(i) for i in range(len(engine.profiles))]
         backend.share_scratch(self)
 
     def _context(self, profile: int) -> Context:
-        """A context for one profile; on RTX the runtime captures CUDA graphs by itself."""
+        """A context for one profile; that for decode replays CUDA graphs (the runtime of RTX captures them itself)."""
         backend, trt = self.backend, self.backend.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(trt, "CudaGraphStrategy"):
             config = self.loaded.create_runtime_config()
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if profile == self.decode:
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             config.set_execution_context_allocation_strategy(strategy)
             made = self.loaded.create_execution_context(config)
         else:
@@ -94,7 +114,7 @@ class TrtSession:
                 f"{trt_api.quote(backend.log)}; build it with smaller or fewer profiles"
             )
         backend.wait()
-        return Context(made, captures=not hasattr(trt, "CudaGraphStrategy"))
+        return Context(made, captures=profile == self.decode and not hasattr(trt, "CudaGraphStrategy"))
 
     def binding(self) -> TrtBinding:
         """See session.Session."""
@@ -107,7 +127,7 @@ class Context:
     def __init__(self, context: Any, captures: bool):
         self.context, self.captures = context, captures
         self.bound: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self.graph: tuple[dict[str, tuple[int, tuple[int, ...]]], Any] | None = None
+        self.graph: Any = None  # an executable graph of exactly what is bound
 
 
 class TrtBinding:
@@ -131,15 +151,13 @@ class TrtBinding:
         with backend.lock:
             aligned = {name: self._aligned(name, buffer) for name, buffer in self.buffers.items()}
             wanted = {name: (b.pointer, b.shape) for name, b in aligned.items()}
-            if context.graph is not None and context.graph[0] == wanted:
-                cuda.check(backend.cuda.cudaGraphLaunch(context.graph[1], backend.stream))
+            if context.bound == wanted and context.graph is not None:
+                cuda.check(backend.cuda.cudaGraphLaunch(context.graph, backend.stream))
+            elif context.bound == wanted and context.captures:
+                self._capture(context)
             else:
-                repeats = context.bound == wanted
                 self._set(context, wanted)
-                if repeats and context.captures and self._decodes():
-                    self._capture(context, wanted)
-                else:
-                    self._enqueue(context)
+                self._enqueue(context)
             for name in session.outputs:
                 if aligned[name] is not self.buffers[name]:
                     backend.copy(self.buffers[name], aligned[name])
@@ -158,9 +176,6 @@ class TrtBinding:
             self.backend.copy(copy, buffer)
         return copy
 
-    def _decodes(self) -> bool:
-        return self.session.graph == "language" and self.buffers["input_ids"].shape[1] == 1
-
     def _profile(self) -> int:
         engine = self.session.engine
         sizes: dict[str, int] = {}
@@ -168,13 +183,19 @@ class TrtBinding:
             if name not in self.buffers:
                 raise BackendError(f"the input {name} of the {self.session.graph} engine is not bound")
             sizes |= {axis: n for axis, n in zip(axes, self.buffers[name].shape, strict=True) if axis}
+        decode = self.session.decode
+        if decode is not None and sizes["S"] == 1 and fitting([engine.profiles[decode]], sizes) == 0:
+            return decode  # other profiles take a single token, too, but were not made for it
         found = fitting(list(engine.profiles), sizes)
         if found is None:
-            raise RequestError(f"the {self.session.graph} engine: {outside(list(engine.profiles), sizes)}")
+            raise RequestError(
+                f"the {self.session.graph} engine: {outside(list(engine.profiles), sizes, self.session.graph)}"
+            )
         return found
 
     def _set(self, context: Context, wanted: dict[str, tuple[int, tuple[int, ...]]]) -> None:
         """Addresses and shapes that differ from what the context has."""
+        self.backend.forget_graph(context)
         for name, (pointer, shape) in wanted.items():
             if context.bound.get(name) == (pointer, shape):
                 continue
@@ -195,35 +216,42 @@ class TrtBinding:
                 f"{self.backend.name} could not run the {self.session.graph} engine: {trt_api.quote(self.backend.log)}"
             )
 
-    def _capture(self, context: Context, wanted: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+    def _capture(self, context: Context) -> None:
         """Run as a CUDA graph, to be replayed as long as addresses and shapes stay."""
         api, stream = self.backend.cuda, self.backend.stream
-        if context.graph is not None:
-            cuda.check(api.cudaGraphExecDestroy(context.graph[1]))
-            context.graph = None
         cuda.check(api.cudaStreamBeginCapture(stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
         try:
             self._enqueue(context)
+        except BackendError:
+            api.cudaStreamEndCapture(stream)  # that it has failed is known
+            raise
+        captured = cuda.check(api.cudaStreamEndCapture(stream))
+        try:
+            context.graph = cuda.check(api.cudaGraphInstantiate(captured, 0))
+            self.backend.graphs[int(context.graph)] = context.graph
         finally:
-            captured = cuda.check(api.cudaStreamEndCapture(stream))
-        executable = cuda.check(api.cudaGraphInstantiate(captured, 0))
-        cuda.check(api.cudaGraphDestroy(captured))
-        context.graph = (wanted, executable)
-        cuda.check(api.cudaGraphLaunch(executable, stream))
+            cuda.check(api.cudaGraphDestroy(captured))
+        cuda.check(api.cudaGraphLaunch(context.graph, stream))
 
 
 def check_fits(record: EngineRecord, trt: Any, directory: Path) -> None:
     """Raise BundleError unless the installed module and the GPU run these engines."""
     todo = engines.rebuild(directory, record.target)
-    if record.version != trt.__version__ and "VERSION_COMPATIBLE" not in record.flags:
+    later = VERSION_COMPATIBLE in record.flags and _release(trt.__version__) >= _release(record.version)
+    if record.version != trt.__version__ and not later:
         raise BundleError(
             f"{directory}: the engines were compiled by {record.target} {record.version}, found {trt.__version__} "
             f"here; {todo}"
         )
     here, made_for = cuda.compute_capability(), record.compute_capabilities
     from_ampere_on = "HARDWARE_COMPATIBLE_AMPERE_PLUS" in record.flags and int(here.split(".")[0]) >= 8
-    if here not in made_for and "all" not in made_for and not from_ampere_on:
+    if here not in made_for and not from_ampere_on:
         raise BundleError(
             f"{directory}: the engines were compiled for compute capability {', '.join(made_for)}, found {here} here; "
             f"{todo}"
         )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """ "10.15.1.29" -> (10, 15)."""
+    return tuple(int(part) for part in version.split(".")[:2])

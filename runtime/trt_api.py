@@ -32,7 +32,7 @@ def load(target: str) -> ModuleType:
 
 
 def logger(trt: Any) -> Any:
-    """A logger that prints nothing and keeps the messages of warnings and errors in ``messages``."""
+    """A logger that prints nothing and keeps the latest messages of errors in ``messages``."""
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -41,12 +41,14 @@ def logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.messages.append(message)
+                self.messages = [*self.messages[-9:], message]
 
     return Log()
 
 
 def quote(log: Any) -> str:
-    """What the compiler said, shortened, without its complaint that there is no GPU (compiling needs none)."""
-    told = [m for m in log.messages if "CUDA driver version is insufficient" not in m and "no CUDA-capable" not in m]
+    """What TensorRT said since this was last asked, shortened, without its complaint that there is no GPU (compiling
+    needs none)."""
+    messages, log.messages = log.messages, []
+    told = [m for m in messages if "CUDA driver version is insufficient" not in m and "no CUDA-capable" not in m]
     return " | ".join(told)[:1500] or "no reason given"

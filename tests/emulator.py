@@ -1,8 +1,9 @@
 """The parts of the tensorrt and CUDA APIs that ppexport calls, without a GPU.
 
 An "engine" holds an ONNX graph, which ONNX Runtime executes in float32 on host memory: pointers are real addresses,
-profile ranges are enforced, caches must be aliased, an address that is not set is an error, and memory is counted.
-test_trt.py checks that everything here exists in the real modules, so that the emulator cannot drift from them.
+profile ranges are enforced, caches must be aliased, an address that is not set is an error, memory is counted and
+copies stay inside of it, and a captured graph may not be replayed after anything about its context has changed.
+test_emulator.py checks that everything here exists in the real modules, so that the emulator cannot drift from them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-CAPABILITY = (8, 7)  # of the emulated GPU: a Jetson Orin
+CAPABILITY = {"tensorrt": (8, 7), "tensorrt-rtx": (8, 9)}  # of the emulated GPU: a Jetson Orin, an RTX 4090
 NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
@@ -44,13 +45,14 @@ class Cuda(types.ModuleType):
     class cudaStreamCaptureMode(enum.IntEnum):
         cudaStreamCaptureModeThreadLocal = 1
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__("cuda.bindings.runtime")
+        self.capability = capability
         self.allocated: dict[int, ctypes.Array] = {}
         self.pinned: dict[int, ctypes.Array] = {}
         self.streams: dict[int, list | None] = {}  # what is being captured
         self.graphs: dict[int, list] = {}
-        self.launches = 0
+        self.launches, self.instantiated = 0, 0
 
     def _malloc(self, table: dict[int, ctypes.Array], size: int) -> tuple[int, int]:
         memory = (ctypes.c_uint8 * (size + 512))()
@@ -75,17 +77,29 @@ class Cuda(types.ModuleType):
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: int) -> tuple[int]:
         assert self.streams[stream] is None, "a copy cannot be captured here"
+        for pointer in (to, source):
+            assert self._holds(pointer, size), "a copy outside of all allocated memory"
         ctypes.memmove(to, source, size)
         return (0,)
+
+    def _holds(self, pointer: int, size: int) -> bool:
+        return any(
+            start <= pointer and pointer + size <= start + len(memory) - 512
+            for table in (self.allocated, self.pinned)
+            for start, memory in list(table.items())
+        )
 
     def cudaMemcpy2DAsync(
         self, to: int, pitch: int, source: int, source_pitch: int, width: int, height: int, kind: Any, stream: int
     ) -> tuple[int]:
+        assert self._holds(to, (height - 1) * pitch + width)
+        assert self._holds(source, (height - 1) * source_pitch + width)
         for row in range(height):
             ctypes.memmove(to + row * pitch, source + row * source_pitch, width)
         return (0,)
 
     def cudaMemsetAsync(self, pointer: int, value: int, size: int, stream: int) -> tuple[int]:
+        assert self._holds(pointer, size)
         ctypes.memset(pointer, value, size)
         return (0,)
 
@@ -111,7 +125,8 @@ class Cuda(types.ModuleType):
         return 0, captured  # type: ignore[return-value]
 
     def cudaGraphInstantiate(self, graph: list, flags: int) -> tuple[int, int]:
-        executable = 5000 + len(self.graphs)
+        self.instantiated += 1
+        executable = 5000 + self.instantiated
         self.graphs[executable] = graph
         return 0, executable
 
@@ -119,7 +134,7 @@ class Cuda(types.ModuleType):
         return (0,)
 
     def cudaGraphExecDestroy(self, executable: int) -> tuple[int]:
-        self.graphs[executable] = []
+        del self.graphs[executable]
         return (0,)
 
     def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
@@ -129,10 +144,16 @@ class Cuda(types.ModuleType):
         return (0,)
 
     def cudaDeviceGetAttribute(self, kind: int, device: int) -> tuple[int, int]:
-        return 0, CAPABILITY[kind - self.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor]
+        return 0, self.capability[kind - self.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor]
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:
         return 0, 1
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
+        return 0, types.SimpleNamespace(name=b"Emulated", totalGlobalMem=8 << 30)
+
+    def cudaDriverGetVersion(self) -> tuple[int, int]:
+        return 0, 12060
 
 
 class ILogger:
@@ -165,6 +186,30 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
 class ExecutionContextAllocationStrategy(enum.IntEnum):
     STATIC = 0
     USER_MANAGED = 2
+
+
+class CudaGraphStrategy(enum.IntEnum):
+    DISABLED = 0
+    WHOLE_GRAPH_CAPTURE = 1
+
+
+class ComputeCapability(enum.IntEnum):
+    NONE = 0
+    SM75 = 75
+    SM80 = 80
+    SM86 = 86
+    SM89 = 89
+    SM120 = 120
+
+
+RTX_ONLY = (CudaGraphStrategy, ComputeCapability)
+
+
+class IRuntimeConfig:
+    cuda_graph_strategy = CudaGraphStrategy.DISABLED
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.strategy = strategy
 
 
 class TensorIOMode(enum.IntEnum):
@@ -226,6 +271,10 @@ class ITimingCache:
 class IBuilderConfig:
     hardware_compatibility_level = HardwareCompatibilityLevel.NONE
     progress_monitor: Any = None
+    num_compute_capabilities = 0
+
+    def set_compute_capability(self, capability: ComputeCapability, index: int) -> bool:
+        return index < self.num_compute_capabilities
 
     def __init__(self) -> None:
         self.profiles: list[dict] = []
@@ -242,7 +291,7 @@ class IBuilderConfig:
         return ITimingCache(old)
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
-        return True
+        return cache.old.replace(b"timed", b"") == b""
 
 
 class Builder:
@@ -268,10 +317,11 @@ class Builder:
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine):
-        self.engine, self.profile, self.scratch = engine, 0, 0
+    def __init__(self, engine: ICudaEngine, strategy: CudaGraphStrategy):
+        self.engine, self.profile, self.scratch, self.strategy = engine, 0, 0, strategy
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.runs, self.changes = 0, 0
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
@@ -280,22 +330,27 @@ class IExecutionContext:
     def set_device_memory(self, pointer: int, size: int) -> None:
         assert pointer in self.engine.cuda.allocated
         assert size >= self.engine.device_memory_size_v2
-        self.scratch = pointer
+        self.scratch, self.changes = pointer, self.changes + 1
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         assert pointer % 256 == 0, f"{name} is not aligned"
-        self.addresses[name] = pointer
+        self.addresses[name], self.changes = pointer, self.changes + 1
         return name in self.engine.types
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.profiles[self.profile][name]
-        self.shapes[name] = tuple(shape)
+        self.shapes[name], self.changes = tuple(shape), self.changes + 1
         return all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
     def execute_async_v3(self, stream: int) -> bool:
         assert self.scratch in self.engine.cuda.allocated, "no device memory for the activations"
-        addresses, shapes = dict(self.addresses), dict(self.shapes)
-        run = lambda: self.engine.run(addresses, shapes)  # noqa: E731
+        addresses, shapes, changes = dict(self.addresses), dict(self.shapes), self.changes
+
+        def run() -> bool:
+            assert self.changes == changes, "a graph is replayed whose context has changed since it was captured"
+            self.runs += 1
+            return self.engine.run(addresses, shapes)
+
         capturing = self.engine.cuda.streams[stream]
         if capturing is not None:
             capturing.append(run)
@@ -318,7 +373,7 @@ class ICudaEngine:
         )
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.num_io_tensors = len(self.types)
+        self.num_io_tensors, self.num_optimization_profiles = len(self.types), len(self.profiles)
         self.caches = {n for n in self.types if n.startswith("new_")}
 
     def get_tensor_name(self, index: int) -> str:
@@ -327,9 +382,15 @@ class ICudaEngine:
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
-        assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
-        return IExecutionContext(self)
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig()
+
+    def create_execution_context(self, how: ExecutionContextAllocationStrategy | IRuntimeConfig) -> IExecutionContext:
+        graphs = CudaGraphStrategy.DISABLED
+        if isinstance(how, IRuntimeConfig):
+            graphs, how = how.cuda_graph_strategy, how.strategy
+        assert how == ExecutionContextAllocationStrategy.USER_MANAGED
+        return IExecutionContext(self, graphs)
 
     def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> bool:
         for name in self.types:
@@ -344,6 +405,8 @@ class ICudaEngine:
 
 
 class Runtime:
+    engine_host_code_allowed = False
+
     def __init__(self, log: ILogger):
         self.cuda = sys.modules["cuda.bindings"].runtime
 
@@ -388,19 +451,21 @@ def write(pointer: int, value: np.ndarray, dtype: ir.DataType) -> None:
 
 
 @contextmanager
-def installed() -> Iterator[Cuda]:
-    """The emulated modules in place of ``tensorrt`` and ``cuda.bindings``."""
-    tensorrt, bindings = types.ModuleType("tensorrt"), types.ModuleType("cuda.bindings")
-    for name, value in globals().items():
-        if isinstance(value, type) and value.__module__ == __name__:
-            setattr(tensorrt, name, value)
-    tensorrt.__version__ = "10.15.0"  # type: ignore[attr-defined]
-    runtime = Cuda()
+def installed(target: str = "tensorrt") -> Iterator[Cuda]:
+    """The emulated modules in place of ``tensorrt`` or ``tensorrt_rtx``, and of ``cuda.bindings``."""
+    rtx = target == "tensorrt-rtx"
+    name = "tensorrt_rtx" if rtx else "tensorrt"
+    module, bindings = types.ModuleType(name), types.ModuleType("cuda.bindings")
+    for key, value in globals().items():
+        if isinstance(value, type) and value.__module__ == __name__ and (rtx or value not in RTX_ONLY):
+            setattr(module, key, value)
+    module.__version__ = "1.7.1" if rtx else "10.15.0"  # type: ignore[attr-defined]
+    runtime = Cuda(CAPABILITY[target])
     bindings.runtime = runtime  # type: ignore[attr-defined]
-    emulated = {"tensorrt": tensorrt, "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}
+    emulated = {name: module, "cuda.bindings": bindings, "cuda.bindings.runtime": runtime}
     emulated["cuda"] = types.ModuleType("cuda")
-    for name, module in emulated.items():
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    for key, value in emulated.items():
+        value.__spec__ = importlib.machinery.ModuleSpec(key, None)
     before = {name: sys.modules.get(name) for name in emulated}
     sys.modules.update(emulated)
     try:

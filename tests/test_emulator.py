@@ -6,7 +6,7 @@ import emulator
 import pytest
 
 OWN = {"Cuda", "Tensor"}  # not classes of TensorRT
-INNER = {"cuda", "caches", "engine", "inputs", "outputs", "profiles", "session", "shapes", "types", "run"}
+INNER = {"cuda", "caches", "engine", "inputs", "outputs", "profiles", "session", "shapes", "types", "run", "strategy"}
 
 
 def test_tensorrt() -> None:

@@ -46,7 +46,7 @@ def test_measure_sees_the_loud_layers(loud: Path) -> None:
 
 def test_an_ordinary_model_needs_only_what_is_always_wide(tmp_path: Path) -> None:
     path = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", "fp16", "plain")
-    always = ("norm", "positions", "logits")
+    always = ("norm", "positions")
     assert ppexport.load(path).manifest.wide == {"vision": always, "language": always}
 
 
@@ -54,7 +54,7 @@ def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, m
     """With the check the features and tokens are those of float32; without it they are not even numbers."""
     exact = ppexport.load(build(loud, tmp_path / "exact"), max_pixels=E2E_PIXELS)
     checked = ppexport.load(build(loud, tmp_path / "checked", "fp16", "plain"), max_pixels=E2E_PIXELS)
-    kinds = ("norm", "positions", "logits", "mlp", "residual")
+    kinds = ("norm", "positions", "mlp", "residual")
     assert checked.manifest.wide == {"vision": kinds, "language": kinds}
     image, ids = IMAGES / "web_gnuplot.png", np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
     expected, found = exact.encode(image), checked.encode(image)
@@ -66,12 +66,33 @@ def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, m
     assert not np.isfinite(blind.encode(image).embeds).all()
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("blocks.1.attn.qkv", "vision: attention reaches"),
+        ("language_model.layers.1.self_attn.o_proj", "language: attention reaches"),
+        ("deepstack_merger_list.0.linear_fc2", "vision: features reaches"),
+    ],
+)
+def test_what_has_to_be_in_16_bits_and_does_not_fit_is_refused(weight: str, message: str, tmp_path: Path) -> None:
+    path = shutil.copytree(GOLDEN / "e2e" / "model", tmp_path / "checkpoint")
+    tensors = load_file(path / "model.safetensors")
+    assert any(weight in name for name in tensors)
+    for name in tensors:
+        if weight in name:
+            tensors[name] = tensors[name] * 1e5
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ppexport.CheckpointError, match=rf"{message} \d+ on synthetic.*build with --precision bf16"):
+        build(path, tmp_path / "bundle", "fp16", "plain")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_bfloat16_needs_no_check(loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numeric, "measure", lambda *_: pytest.fail("measured"))
     path = build(loud, tmp_path / "bundle", "bf16", "standard")
     from ppexport.runtime.bundle import open_bundle
 
-    assert open_bundle(path)[1].wide["vision"] == ("norm", "positions", "logits")
+    assert open_bundle(path)[1].wide["vision"] == ("norm", "positions")
     types = {
         o.type.tensor_type.elem_type for o in onnx.load(path / "vision.onnx", load_external_data=False).graph.output
     }

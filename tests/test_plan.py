@@ -27,19 +27,18 @@ def model() -> ModelConfig:
 
 def test_defaults_pass_their_own_check(model: ModelConfig) -> None:
     for pixels in (1024, 65536, 2097152):
-        for capacity in (2, 300, None):
+        for capacity in (2, 300, 4096):
             profiles.check(profiles.defaults(model, 4096, pixels, capacity), model, 4096)
-    sizes = profiles.defaults(model, 32768, 2097152)
+    sizes = profiles.defaults(model, 32768, 2097152, 4096)
     assert (sizes.capacity, sizes.vision[0]["K"], sizes.prefill[0]["S"][2]) == (4096, (1, 682, 2048), 4096)
-    assert profiles.defaults(model, 1000, 65536).capacity == 1000
     with pytest.raises(ppexport.RequestError, match="max_pixels is 1000, expected at least one token of 32 x 32"):
-        profiles.defaults(model, 4096, 1000)
+        profiles.defaults(model, 4096, 1000, 64)
     with pytest.raises(ppexport.RequestError, match="capacity is 5000, expected 2 to 4096"):
         profiles.defaults(model, 4096, 65536, 5000)
 
 
 def test_file_there_and_back(model: ModelConfig, tmp_path: Path) -> None:
-    sizes = profiles.defaults(model, 4096, 65536, batch=3)
+    sizes = profiles.defaults(model, 4096, 65536, 4096, batch=3)
     profiles.write(sizes, tmp_path / "p.json")
     assert profiles.read(tmp_path / "p.json") == sizes
 
@@ -49,8 +48,9 @@ def test_file_there_and_back(model: ModelConfig, tmp_path: Path) -> None:
     [
         ({"schema": 7}, "schema is 7, expected 1"),
         ({"capacity": 1}, "capacity is 1, expected 2 to 4096"),
-        ({"batch": 0}, "batch is 0, expected at least 1"),
-        ({"max_pixels": 5}, "max_pixels is 5, expected at least 1024"),
+        ({"batch": 0}, "batch is 0, expected 1 to 1024"),
+        ({"batch": 1 << 70}, "batch is 1180591620717411303424, expected 1 to 1024"),
+        ({"max_pixels": 5}, "max_pixels is 5, expected 1024 to 100000000"),
         ({"vision": ()}, "vision has no profile, expected at least one"),
         (
             {"vision": ({"H": (32, 32, 32), "K": (1, 1, 1)},)},
@@ -62,13 +62,22 @@ def test_file_there_and_back(model: ModelConfig, tmp_path: Path) -> None:
         ),
         (
             {"prefill": ({"S": (9, 5, 10), "K": (1, 1, 1)},)},
-            r"prefill\[0\].S is \[9, 5, 10\], expected rising: min, opt",
+            r"prefill\[0\].S is \[9, 5, 10\], expected rising up to 131072: min, opt",
         ),
         ({"prefill": ({"S": (1, 5, 4097), "K": (1, 1, 1)},)}, r"prefill\[0\].S goes to 4097, expected at most 4096"),
+        ({"prefill": ({"S": (1, 5, 9), "K": (1, 1, 4097)},)}, r"prefill\[0\].K goes to 4097, expected at most 4096"),
+        (
+            {"vision": ({"H": (32, 32, 64), "W": (32, 32, 96), "K": (1, 5, 7)},)},
+            r"vision\[0\].K goes to 7, expected at most 6, what H and W hold",
+        ),
+        (
+            {"prune": ({"H": (32, 32, 32 * 10**19), "W": (32, 32, 32)},)},
+            r"prune\[0\].H is .*, expected rising multiples of 32 up to 131072",
+        ),
     ],
 )
 def test_profiles_that_do_not_fit(model: ModelConfig, change: dict, message: str) -> None:
-    sizes = dataclasses.replace(profiles.defaults(model, 4096, 65536), **change)
+    sizes = dataclasses.replace(profiles.defaults(model, 4096, 65536, 4096), **change)
     with pytest.raises(ppexport.RequestError, match=message):
         profiles.check(sizes, model, 4096)
 
@@ -126,8 +135,14 @@ def test_outside_names_the_axis() -> None:
     listed = [{"K": (1, 5, 10), "H": (32, 32, 64)}, {"K": (1, 5, 20), "H": (32, 32, 32)}]
     assert profiles.fitting(listed, {"K": 15, "H": 32}) == 1
     assert profiles.fitting(listed, {"K": 15, "H": 64}) is None
-    assert "no profile of the engine takes K 15, H 64 together" in profiles.outside(listed, {"K": 15, "H": 64})
-    assert "K (kept image tokens) is 21, the engine takes 1 to 10, 1 to 20" in profiles.outside(listed, {"K": 21})
+    assert "no profile of the engine takes K 15, H 64 together" in profiles.outside(
+        listed, {"K": 15, "H": 64}, "vision"
+    )
+    wide = [{"S": (1, 5, 9), "K": (1, 5, 10)}]
+    assert profiles.outside(wide, {"K": 21}, "language").endswith("build it again with --capacity or --profiles")
+    assert "K (kept image tokens) is 21, the engine takes 1 to 10, 1 to 20" in profiles.outside(
+        listed, {"K": 21}, "vision"
+    )
 
 
 def test_doctor(tiny_bundle: Path) -> None:

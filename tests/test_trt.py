@@ -3,46 +3,65 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import threading
+import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulator
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import E2E_PIXELS, GOLDEN, IMAGES
 
 import ppexport
 from ppexport.build import build
+from ppexport.cli import main
 from ppexport.compiler import Options
 from ppexport.engines import compile_bundle
 from ppexport.models import profiles
-from ppexport.runtime import cuda
+from ppexport.runtime import cuda, trt_api
 from ppexport.runtime.bundle import open_bundle
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
 CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]
 
 
+KINDS = [("tensorrt", "standard"), ("tensorrt", "plain"), ("tensorrt-rtx", "standard")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Target and dialect."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[emulator.Cuda]:
-    with emulator.installed() as cuda:
+def target(kind: tuple[str, str]) -> str:
+    return kind[0]
+
+
+@pytest.fixture(scope="module")
+def gpu(target: str) -> Iterator[emulator.Cuda]:
+    with emulator.installed(target) as cuda:
         yield cuda
 
 
-@pytest.fixture(scope="module", params=["standard", "plain"])
-def bundle(request: pytest.FixtureRequest, gpu: emulator.Cuda, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def bundle(kind: tuple[str, str], gpu: emulator.Cuda, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden model in fp16, "compiled"."""
-    path = tmp_path_factory.mktemp(request.param) / "bundle"
+    path = tmp_path_factory.mktemp("-".join(kind)) / "bundle"
     options = Options(max_pixels=E2E_PIXELS, capacity=1536)
-    build(GOLDEN / "e2e" / "model", path, "fp16", request.param, targets=["tensorrt"], options=options)
+    build(GOLDEN / "e2e" / "model", path, "fp16", kind[1], targets=[kind[0]], options=options)
     return path
 
 
 @pytest.fixture(scope="module")
-def pipe(bundle: Path) -> ppexport.Pipeline:
-    return ppexport.load(bundle, "tensorrt")
+def pipe(bundle: Path, target: str) -> ppexport.Pipeline:
+    return ppexport.load(bundle, target)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +100,66 @@ def test_buffers_that_are_not_aligned(pipe: ppexport.Pipeline) -> None:
     assert np.isfinite(pipe.backend.download(both)).all()
 
 
-def test_decode_replays_a_graph(pipe: ppexport.Pipeline, gpu: emulator.Cuda) -> None:
+def contexts(pipe: ppexport.Pipeline) -> list[emulator.IExecutionContext]:
+    """Of the language engine: for the prompt, for single tokens."""
+    return [context.context for context in pipe.language.session.contexts]  # type: ignore[attr-defined]
+
+
+def test_decode_replays_a_graph(pipe: ppexport.Pipeline, gpu: emulator.Cuda, target: str) -> None:
     """The first decode runs, the second is captured, the others are replayed (as long as shapes stay)."""
     before = gpu.launches
     tokens(pipe, "one_tau0", 12)
-    assert gpu.launches - before >= 9
+    strategies = [context.strategy.name for context in contexts(pipe)]
+    if target == "tensorrt":
+        assert gpu.launches - before >= 9
+        assert strategies == ["DISABLED", "DISABLED"]
+    else:  # the runtime captures by itself
+        assert gpu.launches == before
+        assert strategies == ["DISABLED", "WHOLE_GRAPH_CAPTURE"]
+
+
+def test_prompt_and_tokens_run_on_their_own_profiles(pipe: ppexport.Pipeline) -> None:
+    before = [context.runs for context in contexts(pipe)]
+    assert len(tokens(pipe, "one_tau0", 5)) == 5
+    assert [context.runs for context in contexts(pipe)] == [before[0] + 1, before[1] + 4]
+
+
+def test_two_requests_in_turns_on_one_pipeline(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
+    """A captured graph is not replayed for another sequence, nor after another one has run."""
+    ids = [np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"], [5, 6, 7, 8]]
+    images = [[IMAGES / "web_gnuplot.png"], []]
+    expected = [
+        [step.token for step in cpu.generate_tokens(i, p, max_new_tokens=8)] for i, p in zip(ids, images, strict=True)
+    ]
+    one, two = (pipe.generate_tokens(i, p, max_new_tokens=8) for i, p in zip(ids, images, strict=True))
+    found: list[list[int]] = [[], []]
+    for turn in (0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1):
+        found[turn].append(next((one, two)[turn]).token)
+    assert found == expected
+
+
+def test_two_threads_on_one_pipeline(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
+    expected = {case: tokens(cpu, case) for case in ("one_full", "one_tau0")}
+    with ThreadPoolExecutor(2) as pool:
+        for case, found in zip([*expected] * 2, pool.map(lambda c: tokens(pipe, c), [*expected] * 2), strict=True):
+            assert found == expected[case]
+
+
+def test_loading_and_closing_leaves_nothing(bundle: Path, target: str, gpu: emulator.Cuda) -> None:
+    def counts() -> tuple[int, int, int, int]:
+        gc.collect()
+        return len(gpu.allocated), len(gpu.pinned), len(gpu.streams), len(gpu.graphs)
+
+    before = counts()
+    for _ in range(2):
+        with ppexport.load(bundle, target) as pipe:
+            list(pipe.generate_tokens([5, 6, 7], max_new_tokens=6))
+        del pipe
+        assert counts() == before
+    pipe = ppexport.load(bundle, target)
+    list(pipe.generate_tokens([5, 6, 7], max_new_tokens=6))
+    del pipe  # nobody closed it
+    assert counts() == before
 
 
 def test_no_memory_leaks(pipe: ppexport.Pipeline, gpu: emulator.Cuda) -> None:
@@ -105,11 +179,11 @@ def test_no_memory_leaks(pipe: ppexport.Pipeline, gpu: emulator.Cuda) -> None:
     assert (len(gpu.allocated), len(gpu.pinned)) == (device, pinned)
 
 
-def test_sizes_outside_every_profile(bundle: Path, pipe: ppexport.Pipeline, tmp_path: Path) -> None:
+def test_sizes_outside_every_profile(bundle: Path, target: str, pipe: ppexport.Pipeline, tmp_path: Path) -> None:
     wide = np.zeros((32, 4000, 3), np.uint8)
     message = r"the prune engine: W \(width in pixels\) is 4000, the engine takes 32 to \d+; build it again with --max"
     with pytest.raises(ppexport.RequestError, match=message):
-        ppexport.load(bundle, "tensorrt", min_pixels=1024).encode(wide)
+        ppexport.load(bundle, target, min_pixels=1024).encode(wide)
     with pytest.raises(
         ppexport.RequestError, match=r"the prompt takes 1600 tokens, expected under 1536 \(the engines'"
     ):
@@ -118,17 +192,17 @@ def test_sizes_outside_every_profile(bundle: Path, pipe: ppexport.Pipeline, tmp_
     _, manifest = open_bundle(small)
     sizes = profiles.defaults(manifest.model, manifest.context, E2E_PIXELS, 1536)
     sizes.prefill[0]["S"] = (1, 8, 16)
-    compile_bundle(small, "tensorrt", sizes)
+    compile_bundle(small, target, sizes)
     with pytest.raises(
         ppexport.RequestError, match=r"the language engine: S \(tokens of the prompt\) is 17, the engine"
     ):
-        list(ppexport.load(small, "tensorrt").generate_tokens([5] * 17))
+        list(ppexport.load(small, target).generate_tokens([5] * 17))
 
 
-def test_generation_ends_where_the_cache_does(bundle: Path, tmp_path: Path) -> None:
+def test_generation_ends_where_the_cache_does(bundle: Path, target: str, tmp_path: Path) -> None:
     small = shutil.copytree(bundle, tmp_path / "small")
-    compile_bundle(small, "tensorrt", None, Options(max_pixels=64 * 64, capacity=24))
-    pipe, stats = ppexport.load(small, "tensorrt"), ppexport.Stats()
+    compile_bundle(small, target, None, Options(max_pixels=65536, capacity=24))
+    pipe, stats = ppexport.load(small, target), ppexport.Stats()
     steps = list(pipe.generate_tokens([5] * 20, max_new_tokens=50, stats=stats))
     assert (len(steps), stats.finish) == (4, "context")
     decoding = pipe.language.start(24, pipe.language.no_features)
@@ -137,8 +211,8 @@ def test_generation_ends_where_the_cache_does(bundle: Path, tmp_path: Path) -> N
         decoding.decode(5, 24)
 
 
-def test_two_pipelines_on_two_threads(bundle: Path, cpu: ppexport.Pipeline) -> None:
-    pipes = [ppexport.load(bundle, "tensorrt") for _ in range(2)]
+def test_two_pipelines_on_two_threads(bundle: Path, target: str, cpu: ppexport.Pipeline) -> None:
+    pipes = [ppexport.load(bundle, target) for _ in range(2)]
     expected = {case: tokens(cpu, case) for case in ("one_full", "one_tau0")}
     found: list[tuple[str, list[int]]] = []
 
@@ -161,7 +235,9 @@ def test_an_unbound_input_is_an_error(pipe: ppexport.Pipeline) -> None:
 
 
 def test_engines_prune_with_one_method(pipe: ppexport.Pipeline) -> None:
-    message = r"prune.raster.max.onnx is not compiled for tensorrt: engines prune with prune.pred_2d.max.onnx only"
+    message = (
+        r"prune.raster.max.onnx is not compiled for tensorrt[-rtx]*: engines prune with prune.pred_2d.max.onnx only"
+    )
     with pytest.raises(ppexport.RequestError, match=message):
         pipe.encode(IMAGES / "web_gnuplot.png", ppexport.Prune("raster"))
 
@@ -172,38 +248,121 @@ def test_anchored_selection_equals_the_cpu(pipe: ppexport.Pipeline, cpu: ppexpor
     np.testing.assert_array_equal(found, expected)
 
 
-def test_engines_of_another_version_or_gpu_are_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tensorrt
-
-    monkeypatch.setattr(tensorrt, "__version__", "10.3.0")
-    message = r"compiled by tensorrt 10.15.0, found 10.3.0 here; run: ppexport build .* --target tensorrt"
+def test_engines_of_another_version_or_gpu_are_refused(
+    bundle: Path, target: str, gpu: emulator.Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = len(gpu.streams)
+    trt = trt_api.load(target)
+    monkeypatch.setattr(trt, "__version__", "10.3.0")
+    message = rf"compiled by {target} [\d.]+, found 10.3.0 here; run: ppexport build .* --target {target}"
     with pytest.raises(ppexport.BundleError, match=message):
-        ppexport.load(bundle, "tensorrt")
+        ppexport.load(bundle, target)
     monkeypatch.undo()
-    monkeypatch.setattr(emulator, "CAPABILITY", (12, 0))
-    with pytest.raises(ppexport.BundleError, match=r"for compute capability 8.7, found 12.0 here; run: ppexport build"):
-        ppexport.load(bundle, "tensorrt")
+    monkeypatch.setattr(gpu, "capability", (7, 5))
+    with pytest.raises(ppexport.BundleError, match=r"for compute capability 8.*, found 7.5 here; run: ppexport build"):
+        ppexport.load(bundle, target)
+    assert len(gpu.streams) == streams
 
 
-def test_auto_says_what_it_chose_and_why(bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ppexport.load(bundle, "auto").chosen == "tensorrt 10.15.0: the bundle has engines for it that run here"
+def test_engines_for_later_versions_and_other_gpus(
+    bundle: Path, target: str, gpu: emulator.Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = shutil.copytree(bundle, tmp_path / "small")
+    options = Options(max_pixels=65536, capacity=24, version_compatible=True, hardware_compatible=True)
+    if target == "tensorrt-rtx":
+        with pytest.raises(ppexport.RequestError, match="version-compatible engines are for tensorrt only"):
+            compile_bundle(small, target, None, options)
+        return
+    compile_bundle(small, target, None, options)
+    trt = trt_api.load(target)
+    monkeypatch.setattr(trt, "__version__", "10.16.1")
+    monkeypatch.setattr(gpu, "capability", (12, 0))
+    pipe = ppexport.load(small, target)
+    assert pipe.backend.runtime.engine_host_code_allowed  # type: ignore[attr-defined]
+    monkeypatch.setattr(trt, "__version__", "10.3.0")
+    with pytest.raises(ppexport.BundleError, match="found 10.3.0 here"):
+        ppexport.load(small, target)
+
+
+def test_engines_that_were_changed(bundle: Path, target: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    file = copy / "engines" / target / "vision.engine"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ppexport.BundleError, match="is not the engine that was compiled"):
+        ppexport.load(copy, target, verify=True)
+    result = CliRunner().invoke(main, ["doctor", str(copy)])
+    assert re.search(rf"on {target} +does not run: .*is not the engine that was compiled", result.output)
+
+
+def test_doctor_sees_the_gpu(bundle: Path, target: str) -> None:
+    result = CliRunner().invoke(main, ["doctor", str(bundle)])
+    assert result.exit_code == 0, result.output
+    assert "Emulated, 8.6 GB, compute capability 8." in result.output
+    assert "its driver takes CUDA up to 12.6" in result.output
+    assert re.search(rf"can run on .*{target}", result.output)
+    assert re.search(rf"on {target} +runs", result.output)
+
+
+def test_auto_says_what_it_chose_and_why(
+    bundle: Path, target: str, tiny_bundle: Path, gpu: emulator.Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rf"{target} [\d.]+: the bundle has engines for it that run here"
+    assert re.fullmatch(expected, ppexport.load(bundle, "auto").chosen)
     assert ppexport.load(tiny_bundle).chosen == "onnxruntime-cpu: the bundle has no engines"
     assert ppexport.load(tiny_bundle, "cpu").chosen == "onnxruntime-cpu, as asked for"
-    monkeypatch.setattr(emulator, "CAPABILITY", (12, 0))
+    monkeypatch.setattr(gpu, "capability", (7, 5))
     if "plain" in str(bundle):
         assert ppexport.load(bundle).chosen.startswith("onnxruntime-cpu: ")
-        assert "found 12.0 here; run: ppexport build" in ppexport.load(bundle).chosen
+        assert "found 7.5 here; run: ppexport build" in ppexport.load(bundle).chosen
     else:
-        with pytest.raises(ppexport.BackendError, match=r"on no device here: .*found 12.0.*dialect standard"):
+        with pytest.raises(ppexport.BackendError, match=r"on no device here: .*found 7.5.*dialect standard"):
             ppexport.load(bundle)
     with pytest.raises(ppexport.BackendError, match="device is 'tpu', expected one of: auto, cpu, cuda, tensorrt"):
         ppexport.load(bundle, "tpu")
 
 
-def test_the_timing_cache_is_kept(bundle: Path, tmp_path: Path) -> None:
+def test_the_timing_cache_is_kept(bundle: Path, target: str, tmp_path: Path) -> None:
+    if target == "tensorrt-rtx":
+        pytest.skip("has no timing cache")
     copy, cache = shutil.copytree(bundle, tmp_path / "copy"), tmp_path / "cache"
-    compile_bundle(copy, "tensorrt", None, Options(capacity=64, max_pixels=4096, timing_cache=cache))
+    compile_bundle(copy, target, None, Options(capacity=64, max_pixels=65536, timing_cache=cache))
     assert cache.read_bytes() == b"timed" * 3
+    cache.write_bytes(b"of another GPU")
+    with pytest.raises(ppexport.RequestError, match="cache: is no timing cache of this TensorRT on this GPU"):
+        compile_bundle(copy, target, None, Options(capacity=64, max_pixels=65536, timing_cache=cache))
+    assert cache.read_bytes() == b"of another GPU"
+    with pytest.raises(ppexport.RequestError, match="expected a file in an existing directory as timing cache"):
+        compile_bundle(copy, target, None, Options(timing_cache=tmp_path))
+    assert ppexport.load(copy, target).chosen
+
+
+def test_without_a_gpu_tensorrt_compiles_nothing(
+    bundle: Path, target: str, gpu: emulator.Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target == "tensorrt-rtx":
+        pytest.skip("needs no GPU")
+    none = types.SimpleNamespace(name="cudaErrorNoDevice", __int__=lambda: 100)
+    failed = type("Error", (int,), {"name": none.name})(100)
+    monkeypatch.setattr(gpu, "cudaDeviceGetAttribute", lambda *_: (failed, None), raising=False)
+    with pytest.raises(
+        ppexport.BackendError, match=r"compiles on the GPU that it compiles for, found none: CUDA failed"
+    ):
+        compile_bundle(bundle, target)
+
+
+def test_the_emulator_notices_mistakes(pipe: ppexport.Pipeline, gpu: emulator.Cuda) -> None:
+    """An output without an address, a cache that is not aliased, a replay after a change, a copy out of bounds."""
+    engine = pipe.language.session.loaded  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="the address of logits is not set"):
+        engine.run({name: 0 for name in engine.types if name != "logits"}, {})
+    caches = {name: i for i, name in enumerate(engine.types)}
+    if engine.caches:
+        with pytest.raises(AssertionError, match="is not aliased with its input"):
+            engine.run(caches, {})
+    with pytest.raises(AssertionError, match="a copy outside of all allocated memory"):
+        gpu.cudaMemcpyAsync(1234, 5678, 4, None, pipe.backend.stream)  # type: ignore[attr-defined]
 
 
 def test_memory_is_kept_and_given_back(gpu: emulator.Cuda) -> None:
@@ -216,5 +375,8 @@ def test_memory_is_kept_and_given_back(gpu: emulator.Cuda) -> None:
     assert memory.take(600).pointer == pointer
     assert memory.take((100 << 20) + 1).size == 101 << 20
     assert memory.total == 1024 + (101 << 20)
+    last = memory.take(5000)
     memory.close()
+    assert (memory.total, len(gpu.allocated)) == (8192, before + 1)
+    del last  # what was still in use is freed when it is not any more
     assert (memory.total, len(gpu.allocated)) == (0, before)
