@@ -78,6 +78,8 @@ class OrtCpu:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors only
+        # each graph has threads of its own, which would go on spinning for work while the next graph runs
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as err:

@@ -18,11 +18,13 @@ import ppexport
 from ppexport import eval as evaluation
 from ppexport.build import build
 from ppexport.cli import main
+from ppexport.exporters import ops
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.models.pocket import lessons, train
 from ppexport.models.pocket.canvas import Sample
+from ppexport.models.pocket.network import LOOKS
 from ppexport.models.pocket.score import edit_distance, score
-from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
+from ppexport.models.pocket.screens import HELD_OUT, OFF, ON, SKILLS, sample
 
 
 @pytest.mark.parametrize("skill", SKILLS)
@@ -150,7 +152,7 @@ def test_trainer_saves_what_the_bundle_computes(tmp_path: Path) -> None:
     for pruned_share, prune in ((1.0, ppexport.Prune()), (0.0, None)):
         item = lessons.Reader(pruned_share).item(made, Random(0))
         with torch.no_grad():
-            loss, _, _ = model([item, item])
+            loss, *_ = model([item, item])
         assert pipe.text is not None
         prompt = pipe.text.encode(made.question, [pipe.encode(made.image, prune).selection.total])
         answer = item.targets[item.targets >= 0]
@@ -169,3 +171,48 @@ def test_characters_lie_in_their_blocks() -> None:
     drawn = [c for _, _, c in made.characters]
     assert 0.8 * len(drawn) < len(found) <= len(drawn)  # two narrow ones may share a half of a patch
     assert set(found) <= set(drawn)
+
+
+def test_where_to_look_is_where_the_answer_is() -> None:
+    """Of a value its text, of a button the button, of an option its mark; as image tokens of the prompt."""
+    for skill in ("read", "locate", "yesno"):
+        for seed in range(30):
+            made = sample(skill, seed)
+            assert made.look is not None
+            left, top, right, bottom = made.look
+            inside = {c for x, y, c in made.characters if left <= x <= right and top <= y <= bottom}
+            if skill == "yesno":
+                assert inside == {ON if made.answer == "yes" else OFF}
+            else:
+                assert set(made.answer if skill == "read" else made.question[6:]) - {" "} <= inside
+    made = with_skill("read", lambda s: s.image.width % 32 == 0 and s.image.height % 32 == 0)
+    reader = lessons.Reader(0.0)
+    item = reader.item(made, Random(0))
+    positions, seen = item.looks[0]
+    first = int(np.flatnonzero(item.ids == lessons.IDS["<|image_pad|>"])[0])
+    row, col = np.divmod(seen - first, made.image.width // 32)
+    left, top, right, bottom = made.look  # type: ignore[misc]
+    assert (row.min(), row.max()) == (top // 32, (bottom - 1) // 32)
+    assert (col.min(), col.max()) == (left // 32, (right - 1) // 32)
+    assert reader.tokenizer.decode(list(item.targets[positions])) == made.answer
+
+
+def test_looking_loss_is_the_attention_that_the_decoder_pays() -> None:
+    torch.manual_seed(2)
+    model = train.Pocket(train.qwen3_vl.parse_config(train.pocket_config())).eval()
+    item = lessons.Reader(0.0).item(sample("read", 3), Random(0))
+    with torch.no_grad():
+        _, _, found, _ = model([item])
+        expected = []
+        for index, head in LOOKS.items():
+            layer, (x, cos, sin, *_) = model.decoder.layers[index], model.inputs[index]
+            h, c = ops.rms_norm(x, layer.norm1, layer.c.norm_eps), layer.c
+            q, k = (
+                ops.rotary(ops.rms_norm(part(h).reshape(1, -1, heads, c.head_dim), norm, c.norm_eps), cos, sin)[0]
+                for part, heads, norm in ((layer.q, c.heads, layer.q_norm), (layer.k, c.kv_heads, layer.k_norm))
+            )
+            scores = q[:, head] @ k[:, head * c.kv_heads // c.heads].t() * c.head_dim**-0.5
+            share = torch.softmax(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf), 1)
+            positions, seen = (torch.from_numpy(v) for v in item.looks[0])
+            expected.append(-share[positions][:, seen].sum(1).log().mean())
+    assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)

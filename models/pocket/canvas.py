@@ -21,6 +21,7 @@ class Element:
     name: str  # what a question calls it
     text: str  # the answer: a value, a label, "yes" or "no"
     box: Box
+    mark: Box | None = None  # of an option: the check box or switch
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Sample:
     question: str
     answer: str
     box: Box | None  # locate: the element; the answer is right if its point lies inside
+    look: Box | None  # where the answer is to be seen, for an auxiliary loss
     elements: tuple[Element, ...]
     characters: tuple[tuple[float, float, str], ...]  # centre x, y in pixels, for an auxiliary loss
 

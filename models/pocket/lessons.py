@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
@@ -41,11 +41,7 @@ class Item:
     targets: np.ndarray  # int64 [S], the token to predict at each position
     cells: np.ndarray  # int64 [4 K, CELLS], characters under each kept patch
     turns: tuple[Sample, ...]  # the questions, in their order
-
-    def runs(self) -> list[np.ndarray]:
-        """The positions of each answer's targets."""
-        at = np.flatnonzero(self.targets != IGNORE)
-        return np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+    looks: tuple[tuple[np.ndarray, np.ndarray], ...]  # positions that predict an answer, image positions that show it
 
 
 class Reader:
@@ -71,6 +67,13 @@ class Reader:
         is_image = ids == IDS["<|image_pad|>"]
         stays = ~is_image
         stays[np.flatnonzero(is_image)[selection.keep]] = True
+        targets = targets[stays]
+        tokens = np.flatnonzero(is_image[stays])
+        looks = tuple(
+            (run, tokens[seen])
+            for run, turn in zip(runs_of(targets), turns, strict=True)
+            if turn.look is not None and (seen := overlap(turn, rows, cols, H, W)).any()
+        )
         return Item(
             pixels,
             y.astype(np.float32),
@@ -78,9 +81,10 @@ class Reader:
             (H // 16, W // 16),
             prompt.ids,
             prompt.positions,
-            targets[stays],
+            targets,
             cells_of(made, H, W)[y, x],
             tuple(turns),
+            looks,
         )
 
     def _tokens(self, turns: list[Sample], selection: Selection) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +104,7 @@ class Reader:
         return [
             (turn.skill, score(turn, self.tokenizer.decode(list(row[run]))))
             for item, row in zip(items, found, strict=True)
-            for turn, run in zip(item.turns, item.runs(), strict=True)
+            for turn, run in zip(item.turns, runs_of(item.targets), strict=True)
         ]
 
 
@@ -113,10 +117,22 @@ def further(made: Sample, rng: Random, most: int) -> list[Sample]:
     for element in rng.sample(made.elements, len(made.elements)):
         if element.kind == "text":
             continue
-        skill, question, answer, box = about(element, *made.image.size, where=rng.random() < 0.4)
-        if question != made.question:
-            turns.append(replace(made, skill=skill, question=question, answer=answer, box=box))
+        turn = about(made, element, where=rng.random() < 0.4)
+        if turn.question != made.question:
+            turns.append(turn)
     return turns[:most]
+
+
+def runs_of(targets: np.ndarray) -> list[np.ndarray]:
+    """The positions of each answer's targets."""
+    at = np.flatnonzero(targets != IGNORE)
+    return np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+
+
+def overlap(made: Sample, rows: np.ndarray, cols: np.ndarray, H: int, W: int) -> np.ndarray:
+    """bool [K]: which merged tokens of the picture resized to H x W show what the answer is to be read from."""
+    left, top, right, bottom = np.array(made.look) * (np.array([W, H, W, H]) / np.tile(made.image.size, 2)) / BLOCK
+    return (cols < right) & (cols + 1 > left) & (rows < bottom) & (rows + 1 > top)
 
 
 def blocks(image: np.ndarray) -> np.ndarray:
@@ -154,7 +170,7 @@ def page(rng: Random) -> Sample:
             c.text(left, top, word)
             left += c.length(word) + rng.randint(4, 10)
         top += c.line + rng.randint(0, 6)
-    return Sample(c.image, "page", "", "", None, (), tuple(c.characters))
+    return Sample(c.image, "page", "", "", None, None, (), tuple(c.characters))
 
 
 def line(rng: Random) -> Sample:
@@ -172,7 +188,7 @@ def line(rng: Random) -> Sample:
             text = longer
         if text:
             c.text(left, rng.randint(2, 60), text)
-            return Sample(c.image, "transcribe", "Transcribe the text.", text, None, (), tuple(c.characters))
+            return Sample(c.image, "transcribe", "Transcribe the text.", text, None, None, (), tuple(c.characters))
 
 
 # progress from which it holds, shares of the skills, largest pictures (one of them for each step)
@@ -181,7 +197,8 @@ CURRICULUM: tuple[tuple[float, dict[str, float], tuple[tuple[int, int], ...]], .
     (0.067, {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, ((384, 256),)),
     (0.333, {"transcribe": 0.17, "read": 0.37, "locate": 0.27, "yesno": 0.19}, ((640, 480),)),
     (0.467, {"transcribe": 0.1, "read": 0.27, "locate": 0.4, "yesno": 0.23}, ((384, 256), (640, 480))),
-    (0.6, {"transcribe": 0.1, "read": 0.27, "locate": 0.33, "yesno": 0.3}, ((288, 192), (384, 256), (640, 480))),
+    (0.56, {"transcribe": 0.12, "read": 0.2, "locate": 0.34, "yesno": 0.34}, ((288, 192), (384, 256), (640, 480))),
+    (0.84, {"transcribe": 0.35, "read": 0.35, "locate": 0.17, "yesno": 0.13}, ((288, 192), (384, 256), (640, 480))),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from random import Random
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...exporters import language, vision
+from ...exporters import language, ops, vision
 from ...exporters.random_checkpoint import qwen3_vl_config
 from .. import qwen3_vl
 from ..config import ModelConfig
-from .lessons import BLOCK, CELLS, CLASSES, IGNORE, PAGE, PLACES, Item, blocks, cells_of, page, places_of
+from .lessons import BLOCK, CELLS, CLASSES, IGNORE, PAGE, PLACES, Item, blocks, cells_of, page, places_of, runs_of
+
+LOOKS = {2: 2, 3: 2}  # layer: one of its attention heads, taught to look at what the answer is read from
+WORTH = {"yesno": 4.0}  # of a token of an answer, 1 where not given: "yes" is one token among many of other answers
 
 
 def pocket_config() -> dict[str, Any]:
@@ -40,6 +44,9 @@ class Pocket(nn.Module):
         )
         self.token_head = nn.Linear(config.text.width, 4 * CELLS * CLASSES)
         self.place_head = nn.Linear(config.text.width, 2 * PLACES)
+        self.inputs: dict[int, tuple[Tensor, ...]] = {}  # of the layers that are taught where to look
+        for i in LOOKS:
+            self.decoder.layers[i].register_forward_pre_hook(functools.partial(self._keep_input, i))
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
@@ -59,6 +66,29 @@ class Pocket(nn.Module):
         place = F.cross_entropy(self.place_head(embeds).reshape(-1, PLACES), places.reshape(-1))
         return patch + token + 0.1 * place
 
+    def _keep_input(self, layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.inputs[layer] = args
+
+    def looking_loss(self, items: list[Item]) -> Tensor:
+        """Mean -log of the attention that the looking heads pay to what an answer is read from, questions alike."""
+        losses = []
+        for index, head in LOOKS.items():
+            layer, (x, cos, sin, *_) = self.decoder.layers[index], self.inputs[index]
+            c, S = layer.c, x.shape[1]
+            kv = head * c.kv_heads // c.heads
+            q_rows, k_rows = (slice(h * c.head_dim, (h + 1) * c.head_dim) for h in (head, kv))
+            h = ops.rms_norm(x, layer.norm1, c.norm_eps)
+            q = ops.rms_norm(F.linear(h, layer.q.weight[:, q_rows].t()).unsqueeze(2), layer.q_norm, c.norm_eps)
+            k = ops.rms_norm(F.linear(h, layer.k.weight[:, k_rows].t()).unsqueeze(2), layer.k_norm, c.norm_eps)
+            q, k = (ops.rotary(v, cos, sin).squeeze(2) for v in (q, k))
+            for b, item in enumerate(items):
+                for at, seen in item.looks:
+                    scores = (q[b, at] @ k[b].t()).float() * c.head_dim**-0.5
+                    scores = scores.masked_fill(torch.arange(S) > torch.from_numpy(at)[:, None], -torch.inf)
+                    on_it = scores[:, torch.from_numpy(seen)].logsumexp(1)
+                    losses.append((scores.logsumexp(1) - on_it).mean())
+        return torch.stack(losses).mean() if losses else torch.zeros(())
+
     def read_pages(self, rng: Random, batch: int) -> tuple[Tensor, float]:
         """(loss, share of characters that the merged tokens give right) on pages of random characters."""
         made = [page(rng) for _ in range(batch)]
@@ -77,20 +107,22 @@ class Pocket(nn.Module):
         places = torch.from_numpy(np.tile(places_of(y, x, (2 * rows, 2 * cols)), (batch, 1)))
         return self.auxiliary_loss(hidden, embeds, cells, places), right
 
-    def forward(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
-        """(answer loss, auxiliary loss, most likely token at every position under teacher forcing [B, S])."""
+    def forward(self, items: list[Item]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(answer loss, auxiliary loss, looking loss, most likely token at every position [B, S]), teacher-forced."""
         B, T, S = len(items), max(len(i.y) for i in items), max(len(i.ids) for i in items)
         pixels, mask = torch.zeros(B, T, 768), torch.zeros(B, T, dtype=torch.bool)
         y, x = torch.zeros(B, T), torch.zeros(B, T)
         ids = torch.zeros(B, S, dtype=torch.int32)
         positions = torch.zeros(3, B, S, dtype=torch.int32)
-        targets = torch.full((B, S), IGNORE)
+        targets, worth = torch.full((B, S), IGNORE), torch.zeros(B, S)
         for b, item in enumerate(items):
             t, s = len(item.y), len(item.ids)
             pixels[b, :t], mask[b, :t] = torch.from_numpy(item.pixels).float(), True
             y[b, :t], x[b, :t] = torch.from_numpy(item.y), torch.from_numpy(item.x)
             ids[b, :s], targets[b, :s] = torch.from_numpy(item.ids), torch.from_numpy(item.targets)
             positions[:, b, :s] = torch.from_numpy(item.positions)
+            for turn, run in zip(item.turns, runs_of(item.targets), strict=True):
+                worth[b, torch.from_numpy(run)] = WORTH.get(turn.skill, 1.0)
         height, width = (torch.tensor([[float(i.grid[a])] for i in items]) for a in (0, 1))
         hidden, levels = self.tower.trunk(pixels.reshape(-1, 768), y, x, height, width, mask)
         real = mask[:, ::4].reshape(-1)
@@ -100,11 +132,14 @@ class Pocket(nn.Module):
         at = torch.arange(S, dtype=torch.int32).expand(B, S)
         start = torch.zeros(B, dtype=torch.int32)
         logits, *_ = self.decoder(ids, embeds, torch.stack(deepstack), positions, start, at, [cache] * (2 * c.layers))
-        loss = F.cross_entropy(logits.reshape(-1, c.vocab), targets.reshape(-1), ignore_index=IGNORE)
+        losses = F.cross_entropy(
+            logits.reshape(-1, c.vocab), targets.reshape(-1), ignore_index=IGNORE, reduction="none"
+        )
+        loss = (losses * worth.reshape(-1)).sum() / worth.sum()
         cells = torch.from_numpy(np.concatenate([i.cells for i in items]))
         places = torch.from_numpy(np.concatenate([places_of(i.y, i.x, i.grid) for i in items]))
         auxiliary = self.auxiliary_loss(hidden[mask.reshape(-1)], embeds, cells, places)
-        return loss, auxiliary, logits.argmax(-1)
+        return loss, auxiliary, self.looking_loss(items), logits.argmax(-1)
 
 
 def _look_at_neighbours(tower: vision.VisionTower, strength: float = 5.0) -> None:

@@ -50,9 +50,13 @@ def table(rows: list[Row], most: int = 16) -> str:
     stride = -(-len(rows) // most)
     rows = rows[::-1][::stride][::-1]
     measures = [m for m in MEASURES if m in rows[-1]]
-    lines = [f"| step | minutes | loss | {' | '.join(measures)} |", "| ---: " * (3 + len(measures)) + "|"]
+    looking = ["looking"] if "looking" in rows[-1] else []  # how little is looked at what an answer is read from
+    lines = [f"| step | minutes | loss | {' | '.join([*looking, *measures])} |"]
+    lines.append("| ---: " * (3 + len(looking) + len(measures)) + "|")
     for row in rows:
-        shares = " | ".join(f"{row[m]:.1%}" for m in measures)
+        shares = " | ".join(
+            [f"{row[m]:.3f}" if m in row else "" for m in looking] + [f"{row[m]:.1%}" for m in measures]
+        )
         lines.append(f"| {row['step']} | {row['seconds'] / 60:.0f} | {row['loss']:.3f} | {shares} |")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from random import Random
 import click
 
 from . import words
-from .canvas import FONT_SIZES, Box, Canvas, Element, Sample, busy_share
+from .canvas import FONT_SIZES, Canvas, Element, Sample, busy_share
 
 SKILLS = ("read", "transcribe", "locate", "yesno")
 HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
@@ -73,8 +73,9 @@ def settings(c: Canvas) -> None:
         if text_left + c.length(option) > c.width:
             continue
         _mark(c, x, top, on, boxes)
+        mark = (x, top + 1, x + mark_width, top + 1 + c.size)
         box = c.text(text_left, top, option)
-        c.elements.append(Element("option", option, "yes" if on else "no", box))
+        c.elements.append(Element("option", option, "yes" if on else "no", box, mark))
         top += c.line + 4
     _rows(c, top + 2, words.SETTINGS, c.rng.randint(0, 3))
 
@@ -184,30 +185,30 @@ def _canvas(rng: Random, largest: tuple[int, int]) -> Canvas:
     return Canvas(rng, width, height, rng.random() < 0.3, size)
 
 
-def about(element: Element, width: int, height: int, where: bool = False) -> tuple[str, str, str, Box | None]:
-    """(skill, question, answer, box) about an element of a picture of that size; ``where``: about its place."""
+def about(c: Canvas | Sample, element: Element, where: bool = False) -> Sample:
+    """A question about an element of a picture; ``where``: about its place."""
+    image, box, look = c.image, None, element.box
     if element.kind == "value" and not where:
-        return "read", f"What is the {element.name}?", element.text, None
-    if element.kind == "option" and not where:
-        return "yesno", f"Is {element.name} on?", element.text, None
-    left, top, right, bottom = element.box
-    x, y = (left + right) / 2 / width, (top + bottom) / 2 / height
-    return "locate", f"Click {element.name}", f"[{x * 1000:.0f}, {y * 1000:.0f}]", element.box
+        skill, question, answer = "read", f"What is the {element.name}?", element.text
+    elif element.kind == "option" and not where:
+        skill, question, answer = "yesno", f"Is {element.name} on?", element.text
+        look = element.mark or look
+    else:
+        box = left, top, right, bottom = element.box
+        x, y = (left + right) / 2 / image.width, (top + bottom) / 2 / image.height
+        skill, question, answer = "locate", f"Click {element.name}", f"[{x * 1000:.0f}, {y * 1000:.0f}]"
+    return Sample(image, skill, question, answer, box, look, tuple(c.elements), tuple(c.characters))
 
 
 def _question(c: Canvas, skill: str) -> Sample | None:
     """A question about what was drawn, or None if there is nothing to ask."""
-    box = None
     if skill == "transcribe":
-        question, answer = "Transcribe the text.", c.transcript()
-        if not answer or len(answer) > 160:
+        text = c.transcript()
+        if not text or len(text) > 160:
             return None
-    else:
-        asked = [e for e in c.elements if e.kind == KIND[skill]]
-        if not asked:
-            return None
-        _, question, answer, box = about(c.rng.choice(asked), c.width, c.height)
-    return Sample(c.image, skill, question, answer, box, tuple(c.elements), tuple(c.characters))
+        return Sample(c.image, skill, "Transcribe the text.", text, None, None, tuple(c.elements), tuple(c.characters))
+    asked = [e for e in c.elements if e.kind == KIND[skill]]
+    return about(c, c.rng.choice(asked)) if asked else None
 
 
 @click.command()

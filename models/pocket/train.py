@@ -7,10 +7,13 @@ pruned (pred_2d, tau = 0) unless --unpruned.
 
 With the language loss alone the pictures are ignored for long, so reading is taught first: the vision tower sees pages
 of random characters, and two heads, dropped afterwards, predict for each half of each patch the character whose centre
-lies in it, from the tower's last hidden state and from the merged token. The attention heads start out looking at the
-four neighbours of a patch (through their biases and the rotary positions), as a convolution would. Both together learn
-in hundreds of steps what otherwise takes thousands. Then the whole model copies single lines of text, and only then it
-sees screens and questions.
+lies in it, from the tower's last hidden state and from the merged token (a third one, where the token lies). The
+attention heads start out looking at the four neighbours of a patch (through their biases and the rotary positions), as
+a convolution would. Both together learn in hundreds of steps what otherwise takes thousands. Then the whole model
+copies single lines of text, and only then it sees screens and questions.
+
+A wrong "yes" says little about what to look at: with the answers alone, marks are not found for thousands of steps. So
+one attention head in two layers of the decoder is also taught to look at what an answer is read from.
 """
 
 from __future__ import annotations
@@ -147,7 +150,7 @@ def teach_copying(run: Run, first: int, steps: int, rate: float, reader: Reader)
         items = sorted((reader.item(line(rng), rng) for _ in range(128)), key=lambda item: len(item.ids))
         for group in (items[:64], items[64:]):
             with torch.autocast("cpu", torch.bfloat16):
-                loss, auxiliary, found = run.model(group)
+                loss, auxiliary, _, found = run.model(group)
             run.update(loss + 0.3 * auxiliary, rate * min(1.0, (run.step - first + 1) / 100))
             rights += [s for _, s in reader.scores(group, found.numpy())]
         if run.step % 50 == 0:
@@ -167,16 +170,17 @@ def teach_answering(run: Run, first: int, steps: int, positions: int, rate: floa
             done = run.step - first
             progress = min(1.0, done / steps)
             with torch.autocast("cpu", torch.bfloat16):
-                loss, auxiliary, found = run.model(group)
+                loss, auxiliary, looking, found = run.model(group)
             cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
-            run.update(loss + (0.5 if progress < 0.3 else 0.2) * auxiliary, rate * min(1.0, (done + 1) / 200) * cosine)
-            losses.append((loss.item(), auxiliary.item()))
+            total = loss + (0.5 if progress < 0.3 else 0.2) * auxiliary + 0.3 * looking
+            run.update(total, rate * min(1.0, (done + 1) / 200) * cosine)
+            losses.append((loss.item(), auxiliary.item(), looking.item()))
             for skill, value in reader.scores(group, found.numpy()):
                 seen[skill].append(value)
         done = run.step - first
         if done // 40 > begin // 40:
-            mean_loss, mean_auxiliary = (sum(v) / len(v) for v in zip(*losses, strict=True))
-            row = {"phase": "answer", "step": done, "loss": round(mean_loss, 4), "auxiliary": round(mean_auxiliary, 4)}
+            means = (round(sum(v) / len(v), 4) for v in zip(*losses, strict=True))
+            row = {"phase": "answer", "step": done, **dict(zip(("loss", "auxiliary", "looking"), means, strict=True))}
             run.report(row | {skill: round(sum(seen[skill]) / max(1, len(seen[skill])), 3) for skill in SKILLS})
             losses, seen = [], defaultdict(list)
         if done // 200 > begin // 200:
