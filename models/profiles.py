@@ -118,17 +118,30 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
     return profiles
 
 
-def engine_profiles(profiles: Profiles, graph: str, dialect: str) -> list[Profile]:
-    """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode."""
+def engine_profiles(profiles: Profiles, graph: str, dialect: str, merged: bool) -> list[Profile]:
+    """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode.
+
+    ``merged``: one that holds all of them.
+    """
     if graph != "language":
-        return [dict(p) for p in getattr(profiles, graph)]
+        found = [dict(p) for p in getattr(profiles, graph)]
+        return [_merge(found)] if merged else found
     batch, capacity = profiles.batch, profiles.capacity
     common = {"B": (1, 1, batch), "P": (1, 1, 1)}
     start, used = common.copy(), common.copy()
     if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
         start["M"], used["M"] = (1, 1, 1), (1, max(1, capacity // 2), capacity)  # a prompt finds nothing in the cache
     decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
-    return [*({**p, **start} for p in profiles.prefill), decode]
+    found = [*({**p, **start} for p in profiles.prefill), decode]
+    return [_merge(found)] if merged else found
+
+
+def _merge(listed: list[Profile]) -> Profile:
+    """One profile for all sizes, fastest where the first is."""
+    return {
+        axis: (min(p[axis][0] for p in listed), best, max(p[axis][2] for p in listed))
+        for axis, (_, best, _) in listed[0].items()
+    }
 
 
 def write(profiles: Profiles, path: Path) -> None:

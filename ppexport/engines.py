@@ -47,7 +47,7 @@ def compile_bundle(
     try:
         compiled = {}
         for graph in GRAPHS:
-            listed = profiles.engine_profiles(sizes, graph, dialect)
+            listed = profiles.engine_profiles(sizes, graph, dialect, options.merges(target))
             model = (directory / manifest.graphs[graph].file).read_bytes()
             if graph == "language" and dialect == "standard":
                 model = set_axis(model, "M", sizes.capacity)  # TensorRT wants a fixed size for caches updated in place

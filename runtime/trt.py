@@ -49,7 +49,7 @@ class TrtBackend(GpuBackend):
             self.wait()
             self._scratch = self.memory.take(max(size, 1))
         for each in self._sessions:
-            for context in each.contexts:
+            for context in each.all_contexts():
                 self.forget_graph(context)  # it holds the address of the memory before
                 context.context.set_device_memory(self._scratch.pointer, self._scratch.size)
 
@@ -92,17 +92,22 @@ class TrtSession:
                 f"{folder / engine.file}: has {self.loaded.num_optimization_profiles} profiles, its record "
                 f"{len(engine.profiles)}; {engines.rebuild(bundle, target)}"
             )
-        self.decode = len(engine.profiles) - 1 if graph == "language" else None  # that profile is for single tokens
-        self.contexts = [self._context(i) for i in range(len(engine.profiles))]
+        last = len(engine.profiles) - 1  # for single tokens, if there is more than one
+        self.contexts = [self._context(i) for i in range(last + 1 if graph != "language" or not last else last)]
+        self.decode = self._context(last, replays=True) if graph == "language" else None
         backend.share_scratch(self)
 
-    def _context(self, profile: int) -> Context:
-        """A context for one profile; that for decode replays CUDA graphs (the runtime of RTX captures them itself)."""
+    def all_contexts(self) -> list[Context]:
+        """Those for prompts and images, and the one for decode."""
+        return [*self.contexts, *([self.decode] if self.decode else [])]
+
+    def _context(self, profile: int, replays: bool = False) -> Context:
+        """A context for one profile; ``replays``: CUDA graphs, which the runtime of RTX captures by itself."""
         backend, trt = self.backend, self.backend.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(trt, "CudaGraphStrategy"):
             config = self.loaded.create_runtime_config()
-            if profile == self.decode:
+            if replays:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             config.set_execution_context_allocation_strategy(strategy)
             made = self.loaded.create_execution_context(config)
@@ -114,7 +119,7 @@ class TrtSession:
                 f"{trt_api.quote(backend.log)}; build it with smaller or fewer profiles"
             )
         backend.wait()
-        return Context(made, captures=profile == self.decode and not hasattr(trt, "CudaGraphStrategy"))
+        return Context(made, captures=replays and not hasattr(trt, "CudaGraphStrategy"))
 
     def binding(self) -> TrtBinding:
         """See session.Session."""
@@ -147,7 +152,7 @@ class TrtBinding:
     def run(self) -> None:
         """See session.Binding. Raises RequestError for sizes outside every profile."""
         session, backend = self.session, self.backend
-        context = session.contexts[self._profile()]
+        context = self._context()
         with backend.lock:
             aligned = {name: self._aligned(name, buffer) for name, buffer in self.buffers.items()}
             wanted = {name: (b.pointer, b.shape) for name, b in aligned.items()}
@@ -176,22 +181,20 @@ class TrtBinding:
             self.backend.copy(copy, buffer)
         return copy
 
-    def _profile(self) -> int:
-        engine = self.session.engine
+    def _context(self) -> Context:
+        session, engine = self.session, self.session.engine
         sizes: dict[str, int] = {}
         for name, axes in engine.axes.items():
             if name not in self.buffers:
-                raise BackendError(f"the input {name} of the {self.session.graph} engine is not bound")
+                raise BackendError(f"the input {name} of the {session.graph} engine is not bound")
             sizes |= {axis: n for axis, n in zip(axes, self.buffers[name].shape, strict=True) if axis}
-        decode = self.session.decode
-        if decode is not None and sizes["S"] == 1 and fitting([engine.profiles[decode]], sizes) == 0:
-            return decode  # other profiles take a single token, too, but were not made for it
-        found = fitting(list(engine.profiles), sizes)
+        listed = list(engine.profiles)
+        if session.decode is not None and sizes["S"] == 1 and fitting(listed[-1:], sizes) == 0:
+            return session.decode  # other profiles take a single token, too, but were not made for it
+        found = fitting(listed[: len(session.contexts)], sizes)
         if found is None:
-            raise RequestError(
-                f"the {self.session.graph} engine: {outside(list(engine.profiles), sizes, self.session.graph)}"
-            )
-        return found
+            raise RequestError(f"the {session.graph} engine: {outside(listed, sizes, session.graph)}")
+        return session.contexts[found]
 
     def _set(self, context: Context, wanted: dict[str, tuple[int, tuple[int, ...]]]) -> None:
         """Addresses and shapes that differ from what the context has."""

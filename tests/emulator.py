@@ -52,7 +52,7 @@ class Cuda(types.ModuleType):
         self.pinned: dict[int, ctypes.Array] = {}
         self.streams: dict[int, list | None] = {}  # what is being captured
         self.graphs: dict[int, list] = {}
-        self.launches, self.instantiated = 0, 0
+        self.launches, self.instantiated, self.created = 0, 0, 0
 
     def _malloc(self, table: dict[int, ctypes.Array], size: int) -> tuple[int, int]:
         memory = (ctypes.c_uint8 * (size + 512))()
@@ -104,7 +104,8 @@ class Cuda(types.ModuleType):
         return (0,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
-        stream = 1000 + len(self.streams)
+        self.created += 1
+        stream = 1000 + self.created
         self.streams[stream] = None
         return 0, stream
 

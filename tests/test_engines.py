@@ -67,13 +67,14 @@ def several(manifest: Manifest) -> profiles.Profiles:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-@pytest.mark.parametrize("buckets", ["one", "several"])
+@pytest.mark.parametrize("buckets", ["one", "several", "merged"])
 def test_every_graph_compiles(bundles: dict[tuple[str, str], Path], kind: tuple[str, str], buckets: str) -> None:
     bundle = bundles[kind]
     _, manifest = open_bundle(bundle)
-    sizes = several(manifest) if buckets == "several" else None
+    sizes = None if buckets == "one" else several(manifest)
+    options = dataclasses.replace(SMALL, separate_profiles=buckets != "merged")
     seen: dict[str, int] = {}
-    compile_bundle(bundle, RTX, sizes, SMALL, lambda stage, done, total: seen.update({stage.split(":")[0]: total}))
+    compile_bundle(bundle, RTX, sizes, options, lambda stage, done, total: seen.update({stage.split(":")[0]: total}))
     record = engines.read(bundle, manifest, RTX)
     for graph in ("prune", "vision", "language"):
         engine = record.engines[graph]
@@ -81,9 +82,10 @@ def test_every_graph_compiles(bundles: dict[tuple[str, str], Path], kind: tuple[
         assert engine.build_seconds > 0
         assert seen[f"compile {graph}"] > 1
     counts = [len(record.engines[graph].profiles) for graph in ("prune", "vision", "language")]
-    assert counts == ([1, 2, 3] if buckets == "several" else [1, 1, 2])  # the last one of language is decode
-    assert record.engines["language"].profiles[-1]["S"] == (1, 1, 1)
-    assert record.engines["language"].profiles[0]["B"] == (1, 1, 2 if buckets == "several" else 1)
+    expected = {"one": [1, 1, 2], "several": [1, 2, 3], "merged": [1, 1, 1]}
+    assert counts == expected[buckets]  # the last one of language is decode
+    assert record.engines["language"].profiles[-1]["S"] == ((1, 24, 256) if buckets == "merged" else (1, 1, 1))
+    assert record.engines["language"].profiles[0]["B"] == (1, 1, 1 if buckets == "one" else 2)
     assert ("M" in record.engines["language"].profiles[0]) == (kind[0] == "plain")
     assert (record.target, record.dialect, record.precision) == (RTX, *kind)
     assert record.version.startswith("1.")
@@ -92,6 +94,17 @@ def test_every_graph_compiles(bundles: dict[tuple[str, str], Path], kind: tuple[
     assert record.peak_memory > 0
     assert record.build_seconds >= sum(engine.build_seconds for engine in record.engines.values())
     assert [p.name for p in (bundle / "engines").iterdir()] == [RTX]
+
+
+def test_profiles_are_merged_because_each_holds_the_weights(bundles: dict[tuple[str, str], Path]) -> None:
+    """What TensorRT-RTX does today; if this fails, separate profiles may have become cheap."""
+    sizes = {}
+    for separate in (False, True):
+        options = dataclasses.replace(SMALL, separate_profiles=separate)
+        record = compile_bundle(bundles["standard", "bf16"], RTX, None, options)
+        sizes[separate] = record.engines["language"].bytes
+    weights = (bundles["standard", "bf16"] / "language.onnx.data").stat().st_size
+    assert sizes[True] > sizes[False] + 0.8 * weights
 
 
 def test_build_from_a_checkpoint_with_options(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_buffers_that_are_not_aligned(pipe: ppexport.Pipeline) -> None:
 
 def contexts(pipe: ppexport.Pipeline) -> list[emulator.IExecutionContext]:
     """Of the language engine: for the prompt, for single tokens."""
-    return [context.context for context in pipe.language.session.contexts]  # type: ignore[attr-defined]
+    return [context.context for context in pipe.language.session.all_contexts()]  # type: ignore[attr-defined]
 
 
 def test_decode_replays_a_graph(pipe: ppexport.Pipeline, gpu: emulator.Cuda, target: str) -> None:
