@@ -41,8 +41,11 @@ def plan(
     """Select on every image and place the sizes of the engines.
 
     Sizes from 1 to those of the largest image are covered even where nothing of it could be pruned; what differs is
-    where the engines are fastest. ``text_tokens``: of the longest question. Raises ImageError, RequestError.
+    where the engines are fastest. ``text_tokens``: of the longest question. Raises ImageError, RequestError (also for
+    a method that engines do not have).
     """
+    if prune is not None and (prune.method, prune.metric) != ("pred_2d", "max"):
+        raise RequestError(f"engines prune with pred_2d and max only, found {prune.method} and {prune.metric}")
     selections = []
     for i, image in enumerate(images):
         selections.append(select(image, prune, patch, merge, min_pixels, max_pixels))

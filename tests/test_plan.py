@@ -122,6 +122,8 @@ def test_plan_command(tmp_path: Path, model: ModelConfig) -> None:
 
 def test_plan_errors(tmp_path: Path) -> None:
     Image.new("RGB", (640, 640)).save(tmp_path / "a.png")
+    with pytest.raises(ppexport.RequestError, match="engines prune with pred_2d and max only, found raster and max"):
+        planner.plan([str(tmp_path / "a.png")], ppexport.Prune("raster"))
     command = ["plan", str(tmp_path / "a.png"), "-o", str(tmp_path / "p.json"), "--capacity", "300"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1
