@@ -69,4 +69,4 @@ def _labels(op: Ops, left: ir.Value, above: ir.Value, rows: ir.Value, cols: ir.V
     still.type, still.shape = go.type, go.shape
     body = ir.Graph([step, go, state], [still, settled], nodes=inner.nodes, name="spread")
     always = op("Cast", op.const(1), to=ir.DataType.BOOL)
-    return op("Loop", op("Size", index), always, index, body=body)
+    return op("Loop", op("Mul", rows, cols), always, index, body=body)
