@@ -23,6 +23,11 @@ class Group(click.Group):
             return super().invoke(ctx)
         except PpexportError as err:
             raise click.ClickException(str(err)) from err
+        except KeyboardInterrupt:
+            # One that has passed through exec(), as torch uses it, makes CPython end the process with SIGINT, whatever
+            # catches it. The next exec() makes it forget that.
+            exec("")
+            raise
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
