@@ -51,6 +51,9 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/noise.py -o build/bench/noise.json
 	$(BIN)/python bench/help.py -o build/bench/help.json
 	$(BIN)/python bench/build.py -o build/bench/build.json
+	$(BIN)/python bench/build.py --target tensorrt-rtx --runs 1 -o build/bench/build_rtx.json
+	$(BIN)/ppexport build models/pocket -o build/bench/pocket -q
+	$(BIN)/python bench/accuracy.py build/bench/pocket -o build/bench/accuracy.json
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

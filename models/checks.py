@@ -23,7 +23,10 @@ def integer(name: str, value: Any, at_least: int = 0, at_most: int | None = None
 
 def number(name: str, value: Any, expected: str, low: float, high: float = math.inf, above_low: bool = False) -> float:
     """``value`` as a finite float in low ... high (more than low with ``above_low``); raises RequestError."""
-    found = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    try:
+        found = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        found = math.inf
     if not (math.isfinite(found) and low <= found <= high) or (above_low and found == low):
         raise RequestError(f"{name} is {value!r:.80}, expected {expected}")
     return found

@@ -76,6 +76,8 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
     """
     path = folder(bundle, target) / FILE
     todo = rebuild(bundle, target)
+    if any(graph.dialect == "ort" for graph in manifest.graphs.values()):
+        todo = f"its graphs are for ONNX Runtime only: build a bundle from the checkpoint with --target {target}"
     if not path.is_file():
         raise BundleError(f"{bundle}: has no engines for {target}; {todo}")
     try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -144,9 +145,29 @@ def _merge(listed: list[Profile]) -> Profile:
     }
 
 
+def writable(path: str | Path) -> Path:
+    """The path if a profile file can be written there; raises RequestError, also for a file of another kind."""
+    target = Path(path)
+    if not str(path) or target.is_dir() or not target.absolute().parent.is_dir():
+        raise RequestError(f"{path}: cannot be written, expected the name of a profile file in an existing directory")
+    if target.exists():
+        try:
+            read(target)
+        except RequestError as err:
+            raise RequestError(f"{path}: exists and is not a profile file, expected another name") from err
+    return target
+
+
 def write(profiles: Profiles, path: Path) -> None:
-    """Write a profile file."""
-    path.write_text(json.dumps(to_json(profiles), indent=1) + "\n", encoding="utf-8")
+    """Write a profile file; an existing one is replaced whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(to_json(profiles), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | Path) -> Profiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import click
 
 from .models.config import MOST_SEED, PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
+from .models.profiles import MOST_BATCH
 from .models.version import __version__
 from .options import device_option, engine_options, engines_of, prune_of, prune_options
 
@@ -23,6 +25,10 @@ class Group(click.Group):
             return super().invoke(ctx)
         except PpexportError as err:
             raise click.ClickException(str(err)) from err
+        except OSError as err:
+            if err.errno == errno.EPIPE:
+                raise
+            raise click.ClickException(f"the output cannot be written: {err}") from err
         except KeyboardInterrupt:
             # One that has passed through exec(), as torch uses it, makes CPython end the process with SIGINT, whatever
             # catches it. The next exec() makes it forget that.
@@ -75,6 +81,8 @@ def build(
     if output is None and (not targets or precision != "auto" or dialect != "auto"):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
     sizes, options = engines_of(**engine)
+    if not targets and (sizes is not None or options != type(options)()):
+        raise click.UsageError("sizes and options of engines go with --target")
     with progress.Bar(quiet) as bar:
         if output is None:
             compile_in_place(source, targets, sizes, options, bar.sizes, bar.update)
@@ -151,14 +159,12 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 @prune_options
 @click.option("--no-prune", is_flag=True, help="Plan for images that are not pruned.")
 @click.option("--capacity", type=click.IntRange(2), default=4096, show_default=True, help="Tokens in a cache.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at a time.")
+@click.option("--batch", type=click.IntRange(1, MOST_BATCH), default=1, show_default=True, help="Sequences at a time.")
 @click.option("--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question.")
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
 @click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
 def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> None:
     """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
-    from pathlib import Path
-
     from . import plan as planner
     from .models import profiles
     from .runtime.prune import Prune
@@ -168,10 +174,11 @@ def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> 
         raise click.UsageError("--no-prune goes with no other option of pruning")
     prune = None if no_prune else asked or Prune()
     given = {name: value for name, value in sizes.items() if value is not None}
+    target = profiles.writable(output)
     with click.progressbar(length=len(images), label="select", file=sys.stderr) as bar:
         made = planner.plan(images, prune, progress=lambda done, total: bar.update(1), **given)
     try:
-        profiles.write(made.profiles, Path(output))
+        profiles.write(made.profiles, target)
     except OSError as err:
         raise SpaceError(f"{output}: cannot be written: {err}") from err
     for line in planner.report(made):
@@ -213,13 +220,19 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
 @main.command()
 @click.argument("bundle", required=False, type=click.Path())
 def doctor(bundle: str | None) -> None:
-    """What is installed, what can be built and run here, what to install for the rest; and whether BUNDLE runs."""
-    from .doctor import examine
+    """What is installed, what can be built and run here, what to install for the rest; and whether BUNDLE runs.
 
+    The exit code is 1 if BUNDLE runs on no device here.
+    """
+    from .doctor import examine, runs_on
+
+    runs = bundle is None
     for finding in examine(bundle):
         click.echo(f"{finding.name:<18}{finding.found}")
+        runs = runs or finding == runs_on(finding.name)
         if finding.todo:
             click.echo(f"{'':<18}-> {finding.todo}")
+    sys.exit(0 if runs else 1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +115,7 @@ def compile_graph(
         raise monitor.raised
     if blob is None or blob.nbytes == 0:
         told = trt_api.quote(log)
-        hint = "; smaller profiles may help" if "memory" in told.lower() or "workspace" in told.lower() else ""
+        hint = "; smaller profiles or more --workspace may help" if re.search("memory|workspace", told, re.I) else ""
         raise BackendError(f"{target} {trt.__version__} could not compile the {graph} graph: {told}{hint}")
     if cache is not None and options.timing_cache is not None:
         _keep_timings(cache, options.timing_cache)

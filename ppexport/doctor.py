@@ -48,6 +48,11 @@ class Finding:
     todo: str = ""
 
 
+def runs_on(name: str) -> Finding:
+    """That a bundle runs on a device."""
+    return Finding(name, "runs")
+
+
 def examine(bundle: str | None = None) -> Iterator[Finding]:
     """Everything about this machine, then about a bundle on it."""
     yield Finding("ppexport", __version__)
@@ -158,6 +163,6 @@ def _bundle(bundle: str) -> Iterator[Finding]:
     for device in ("cpu", "cuda", *TARGETS):
         try:
             with load(bundle, device, verify=True):
-                yield Finding(f"  on {device}", "runs")
+                yield runs_on(f"  on {device}")
         except PpexportError as err:
             yield Finding(f"  on {device}", f"does not run: {err}")

@@ -37,6 +37,8 @@ def compile_bundle(
     directory, manifest = open_bundle(bundle)
     dialect = check_dialect({g.dialect for g in manifest.graphs.values()}, manifest.compute, str(directory))
     sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, dialect, sizes, options)
+    if manifest.compute == "bf16" and (old := [c for c in options.compute_capabilities if float(c) < 8]):
+        raise RequestError(f"compute capability {old[0]} has no bf16; build from the checkpoint with --precision fp16")
     folder = engines.folder(directory, target)
     try:
         folder.parent.mkdir(exist_ok=True)

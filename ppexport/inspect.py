@@ -38,6 +38,7 @@ def main(
     """Print what is kept of each image (``frames``: of one recording), or a sweep; draw the pictures asked for."""
     if sweep is not None:
         target = check_picture(sweep, images, PLOTS)
+        check_matplotlib()
         with click.progressbar(length=len(images), label="sweep", file=sys.stderr) as bar:
             shares = over_tau(images, prune, lambda: bar.update(1), **sizes)
         plot(shares, target, f"{len(images)} image{'s' * (len(images) > 1)}, {prune.metric}, {mode_of(prune)}")
@@ -46,10 +47,11 @@ def main(
     pictures: list[Path | None] = [None] * len(images)
     if overlay is not None:
         pictures[:] = [check_picture(overlay, images)] if len(images) == 1 else overlay_files(overlay, images)
-    found = []
     chosen = select_frames(images, prune, **sizes) if frames else (select(image, prune, **sizes) for image in images)
-    for image, selection, picture in zip(images, chosen, pictures, strict=True):
-        found.append(selection)
+    found = list(chosen)  # of all, before anything is written
+    if overlay is not None and len(images) > 1:
+        _make_folder(Path(overlay))
+    for image, selection, picture in zip(images, found, pictures, strict=True):
         if picture:
             write_overlay(image, selection, picture)
         if not as_json:
@@ -98,6 +100,14 @@ def lines(image: str, selection: Selection) -> list[str]:
     ]
 
 
+def check_matplotlib() -> None:
+    """Raise RequestError if it is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as err:
+        raise RequestError("a plot needs matplotlib; install it with: pip install 'ppexport[plot]'") from err
+
+
 def over_tau(images: Sequence[str], prune: Prune, progress: Callable[[], None] = lambda: None, **sizes: int) -> Shares:
     """The share of all tokens of the images that each method keeps, over tau; metric and mode as in ``prune``.
 
@@ -139,11 +149,9 @@ def table(shares: Shares) -> list[str]:
 
 
 def plot(shares: Shares, path: Path, title: str) -> None:
-    """A sweep as a picture. Raises RequestError without matplotlib, ImageError if it cannot be written."""
-    try:
-        import matplotlib
-    except ImportError as err:
-        raise RequestError("a plot needs matplotlib; install it with: pip install 'ppexport[plot]'") from err
+    """A sweep as a picture. Raises ImageError if it cannot be written."""
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -175,12 +183,15 @@ def overlay_files(folder: str, images: Sequence[str]) -> list[Path]:
         raise ImageError(f"{folder}: is a file, expected a folder for the overlays of {len(images)} images")
     if not target.parent.is_dir():
         raise ImageError(f"{folder}: cannot be made, expected a folder in an existing one")
+    files = [target / f"{i:03d}-{Path(image).stem[:100]}.png" for i, image in enumerate(images, 1)]
+    return [check_picture(file, images) if target.is_dir() else file for file in files]
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        target.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except OSError as err:
         raise ImageError(f"{folder}: cannot be made: {err}") from err
-    files = [target / f"{i:03d}-{Path(image).stem[:100]}.png" for i, image in enumerate(images, 1)]
-    return [check_picture(file, images) for file in files]
 
 
 def check_picture(path: str | Path, images: Sequence[ImageLike] = (), suffixes: Sequence[str] | None = None) -> Path:

@@ -19,13 +19,33 @@ HINTS = {
 }
 
 
-def api() -> ModuleType:
+class Api:
+    """A module of cuda-python whose functions raise BackendError where it could not load its libraries."""
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        if isinstance(value, type) or not callable(value):
+            return value
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return value(*arguments)
+            except RuntimeError as err:  # cuda-python 12 does so; 13 returns an error code
+                raise BackendError(f"CUDA failed: {err}; {HINTS['InsufficientDriver']}") from err
+
+        return call
+
+
+def api() -> Api:
     """``cuda.bindings.runtime``. Raises BackendError that says what to install."""
     try:
         from cuda.bindings import runtime
     except ImportError as err:
         raise BackendError(f"cuda.bindings cannot be imported ({err}), expected for a GPU; {INSTALL}") from err
-    return runtime
+    return Api(runtime)
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -53,7 +73,7 @@ class Memory:
     every time) to whole megabytes.
     """
 
-    def __init__(self, cuda: ModuleType):
+    def __init__(self, cuda: Api):
         self.cuda, self.lock = cuda, threading.RLock()  # a block may be collected while the lock is held
         self.free: dict[tuple[bool, int], list[int]] = defaultdict(list)
         self.total = 0  # bytes taken from CUDA on the device

@@ -10,7 +10,6 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -110,7 +109,7 @@ class GpuBackend:
         cuda.check(self.cuda.cudaMemcpyAsync(to, source, nbytes, value, self.stream))
 
 
-def _close(api: ModuleType, memory: cuda.Memory, stream: int, graphs: dict[int, Any]) -> None:
+def _close(api: cuda.Api, memory: cuda.Memory, stream: int, graphs: dict[int, Any]) -> None:
     api.cudaStreamSynchronize(stream)
     for graph in graphs.values():
         api.cudaGraphExecDestroy(graph)

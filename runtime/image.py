@@ -35,7 +35,10 @@ def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> n
     """
     source = read(image)
     width, height = source.size
-    H, W = smart_resize(height, width, block, min_pixels, max_pixels)
+    try:
+        H, W = smart_resize(height, width, block, min_pixels, max_pixels)
+    except ImageError as err:
+        raise ImageError(f"{image}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)) from err
     if source.size != (W, H):
         source = source.resize((W, H), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(source))

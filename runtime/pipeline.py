@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +269,7 @@ def load(
     for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files and of
     the engines too. Raises BundleError, BackendError.
     """
-    integer("threads", threads, 0, 1024)
+    integer("threads", threads, 0, 4 * (os.cpu_count() or 1))
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None:
             integer(name, value, 1)

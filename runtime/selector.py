@@ -230,7 +230,7 @@ def select_frames(
 
     def prepared() -> Iterator[Buffer]:
         first: tuple[int, ...] | None = None
-        for i, frame in enumerate(frames):
+        for i, frame in enumerate(frames, 1):
             pixels = prepare(frame, selector.block, min_pixels, max_pixels)
             first = first or pixels.shape
             if pixels.shape != first:

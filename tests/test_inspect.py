@@ -145,7 +145,7 @@ def test_frames_of_a_recording(tmp_path: Path) -> None:
     assert [r["kept"] for r in json.loads(out)] == [198, 0]
     code, _, err = invoke("inspect", SCREEN, DESKTOP, "--frames")
     assert code == 1
-    assert "frame 1 has 1920 x 1088 pixels after resizing, expected 1024 x 768" in err
+    assert "frame 2 has 1920 x 1088 pixels after resizing, expected 1024 x 768" in err
 
 
 def test_budget() -> None:

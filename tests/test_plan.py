@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,40 @@ def test_plan_errors(tmp_path: Path) -> None:
     assert not (tmp_path / "p.json").exists()
 
 
+def test_plan_replaces_nothing_but_plans(tmp_path: Path) -> None:
+    """Neither an image, nor a bundle's manifest, nor any other file; checked before the work."""
+    picture, notes = tmp_path / "a.png", tmp_path / "notes.json"
+    Image.new("RGB", (320, 320)).save(picture)
+    notes.write_text("{}")
+    before = picture.read_bytes()
+    for target, message in (
+        (picture, "is not a profile file"),
+        (notes, "is not a profile file"),
+        (tmp_path, "expected"),
+    ):
+        result = CliRunner().invoke(main, ["plan", str(picture), "-o", str(target)])
+        assert result.exit_code == 1
+        assert message in result.output
+    assert (picture.read_bytes(), notes.read_text()) == (before, "{}")
+    for _ in range(2):  # a plan may be made again
+        assert CliRunner().invoke(main, ["plan", str(picture), "-o", str(tmp_path / "p.json")]).exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "notes.json", "p.json"]
+
+
+def test_a_cuda_python_that_finds_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 12 raises RuntimeError where 13 returns an error code."""
+    from ppexport import doctor
+    from ppexport.runtime import cuda
+
+    def missing(*_: object) -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    fake = types.SimpleNamespace(cudaGetDeviceCount=missing, cudaDeviceAttr=int)
+    monkeypatch.setattr(cuda, "api", lambda: cuda.Api(fake))  # type: ignore[arg-type]
+    found = doctor._gpu()
+    assert found.found.startswith("none that can be used: CUDA failed: Failed to dlopen libcuda.so.1; found no NVIDIA")
+
+
 def test_outside_names_the_axis() -> None:
     listed = [{"K": (1, 5, 10), "H": (32, 32, 64)}, {"K": (1, 5, 20), "H": (32, 32, 32)}]
     assert profiles.fitting(listed, {"K": 15, "H": 32}) == 1
@@ -147,7 +183,7 @@ def test_outside_names_the_axis() -> None:
     )
 
 
-def test_doctor(tiny_bundle: Path) -> None:
+def test_doctor(tiny_bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["doctor", str(tiny_bundle)])
     assert result.exit_code == 0, result.output
     lines = {line[:18].strip(): line[18:] for line in result.stdout.splitlines()}
@@ -155,7 +191,11 @@ def test_doctor(tiny_bundle: Path) -> None:
     assert "CPU" in lines["ONNX Runtime"]
     assert "cpu" in lines["can run on"]
     assert lines["on cpu"] == "runs"
-    assert "has no engines for tensorrt-rtx; run: ppexport build" in lines["on tensorrt-rtx"]
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_bundle, broken)
+    (broken / "vision.onnx").write_bytes(b"")
+    assert CliRunner().invoke(main, ["doctor", str(broken)]).exit_code == 1
+    assert "has no engines for tensorrt-rtx; its graphs are for ONNX Runtime only" in lines["on tensorrt-rtx"]
     assert json.dumps(lines)
     result = CliRunner().invoke(main, ["doctor", str(tiny_bundle / "nothing")])
     assert result.exit_code == 1

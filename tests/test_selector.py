@@ -219,7 +219,7 @@ def test_frames_are_taken_one_by_one() -> None:
 
 
 def test_impossible_frames(screen: np.ndarray) -> None:
-    with pytest.raises(ppexport.RequestError, match="frame 1 has 160 x 96 pixels after resizing, expected 160 x 128"):
+    with pytest.raises(ppexport.RequestError, match="frame 2 has 160 x 96 pixels after resizing, expected 160 x 128"):
         list(ppexport.select_frames([screen, screen[:96]], min_pixels=1))
     with pytest.raises(ppexport.RequestError, match="frames is a str, expected a list of images"):
         ppexport.select_frames("film.mp4")
