@@ -232,7 +232,8 @@ def doctor(bundle: str | None) -> None:
         runs = runs or finding == runs_on(finding.name)
         if finding.todo:
             click.echo(f"{'':<18}-> {finding.todo}")
-    sys.exit(0 if runs else 1)
+    if not runs:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
