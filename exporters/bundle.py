@@ -15,13 +15,15 @@ from ..models import manifest
 from ..models.config import ModelConfig, Preprocessing, prune_file
 from ..models.errors import CheckpointError
 from ..models.hfconfig import Reader
-from ..models.manifest import BYTES, sha256
+from ..models.manifest import sha256
+from ..models.precision import BYTES, Precision, Wanted, resolve
 from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
 from .dialects import DIALECTS, Dialect
 from .numeric import wide_kinds
 from .selectors import pruning_graphs
+from .weights import attach, weight_bytes
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -34,7 +36,7 @@ class Plan:
     """What a build will do and what it needs."""
 
     checkpoint: Checkpoint
-    precision: str
+    precision: Precision
     dialect: str
     preprocessing: Preprocessing
     weights: int  # bytes of the stored weights
@@ -45,20 +47,15 @@ class Plan:
     @property
     def compute(self) -> str:
         """What the graphs calculate in."""
-        return graphs.compute_precision(self.precision, DIALECTS[self.dialect])
+        return graphs.compute_precision(self.precision.base, DIALECTS[self.dialect])
 
 
-def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Plan:
-    """Open and check a checkpoint and estimate what its bundle needs. Raises CheckpointError.
-
-    ``precision`` "auto" keeps the dtype of the checkpoint, which loses nothing.
-    """
+def plan(path: str | Path, wanted: Wanted = Wanted(), dialect: str = "ort") -> Plan:  # noqa: B008 (frozen)
+    """Open and check a checkpoint and estimate what its bundle needs. Raises CheckpointError."""
     checkpoint = Checkpoint.open(path)
-    precision = FROM_DTYPE[checkpoint.dtype] if precision == "auto" else precision
-    if precision not in BYTES:
-        raise CheckpointError(f"precision is {precision!r}, expected auto, {', '.join(BYTES)}")
     if dialect not in DIALECTS:
         raise CheckpointError(f"dialect is {dialect!r}, expected one of: {', '.join(DIALECTS)}")
+    precision = resolve(wanted, FROM_DTYPE[checkpoint.dtype], dialect, checkpoint.config.text.tied_head)
     notices: list[str] = []
     pre = _preprocessing(checkpoint, notices)
     if not (checkpoint.path / "tokenizer.json").is_file():
@@ -72,15 +69,12 @@ def plan(path: str | Path, precision: str = "auto", dialect: str = "ort") -> Pla
         notices.append("no end-of-sequence token: answers end at their longest length only")
     if (checkpoint.optional_json("generation_config.json") or {}).get("do_sample"):
         notices.append("generation_config.json asks for sampling: requests are greedy unless they ask for it too")
-    sizes = [
-        math.prod(weight.shape)
-        for table in checkpoint.family.weights(checkpoint.config).values()
-        for weight in table.values()
-    ]
-    weights = sum(sizes) * BYTES[precision]
+    weights = weight_bytes(checkpoint, precision)
     disk = int(weights * 1.01) + (32 << 20)
-    # the largest tensor: as mapped, as read, as converted
-    ram = FIXED_RAM + max(sizes) * (2 * 4 if checkpoint.dtype == "F32" else 2 * 2) + max(sizes) * BYTES[precision]
+    # the largest tensor: as mapped, as read, as converted, as integers
+    tables = checkpoint.family.weights(checkpoint.config).values()
+    largest = max(math.prod(weight.shape) for table in tables for weight in table.values())
+    ram = FIXED_RAM + largest * (2 * 4 if checkpoint.dtype == "F32" else 2 * 2) + largest * BYTES[precision.base]
     return Plan(checkpoint, precision, dialect, pre, weights, disk, ram, tuple(notices))
 
 
@@ -93,12 +87,12 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
     wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress)
     for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
         progress("trace", i + 1, 3)
-        models[name] = build(config, dialect, plan.precision, wide[name])
+        models[name] = build(config, dialect, plan.precision.base, wide[name])
     progress("trace", 3, 3)
     for name, graph in pruning_graphs(config.vision.block, dialect).items():
         ir.save(graph, directory / name)
     for name in ("vision", "language"):
-        graphs.attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)
+        attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)
         _save(models[name], directory, name, progress)
     interface = _copy_text(checkpoint, directory)
     files = _hash(directory, "hash bundle", progress)

@@ -1,13 +1,12 @@
-"""torch module -> onnx_ir model without any weight in memory, in one dialect; then the weights, lazily."""
+"""torch module -> onnx_ir model without any weight in memory, in one dialect."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import (
@@ -19,10 +18,8 @@ from onnx_ir.passes.common import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from ..models.config import ModelConfig, Preprocessing, Weight
-from ..models.errors import CheckpointError
+from ..models.config import ModelConfig
 from . import language, vision
-from .checkpoint import Checkpoint
 from .dialects import Dialect, lower
 
 PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -123,56 +120,3 @@ def clean(model: ir.Model) -> None:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
-
-
-def attach(
-    model: ir.Model, checkpoint: Checkpoint, graph: str, pre: Preprocessing, dialect: Dialect, precision: str
-) -> None:
-    """Give every initializer its value: constants now, weights as lazy tensors read when the graph is saved.
-
-    Raises CheckpointError naming an initializer that neither the weight table nor the constants know.
-    """
-    table: dict[str, Weight] = checkpoint.family.weights(checkpoint.config)[graph]
-    c = checkpoint.config
-    fixed = vision.constants(c.vision, pre) if graph == "vision" else language.constants(c.text)
-    stored, computed = PRECISIONS[precision], PRECISIONS[compute_precision(precision, dialect)]
-    for name, value in list(model.graph.initializers.items()):
-        if name in fixed:
-            value.const_value = ir.tensor(fixed[name], name=name)
-        elif name in table:
-            shape = [int(n) for n in value.shape]  # type: ignore[union-attr, arg-type]
-            # vectors cost nothing; the patch kernel is a sum of two frames, which 16 bits would round
-            dtype = stored if len(shape) > 1 and table[name].layout != "patch" else computed
-            value.const_value = ir.LazyTensor(
-                _reader(checkpoint, table[name], dtype), dtype=dtype, shape=ir.Shape(shape), name=name
-            )
-            if dtype != computed:
-                cast_after_load(model, value, dtype, computed)
-        elif value.const_value is None or value.const_value.size > 64:
-            raise CheckpointError(f"the {graph} graph has an initializer '{name}' that no weight table names")
-
-
-def cast_after_load(model: ir.Model, weight: ir.Value, stored: ir.DataType, computed: ir.DataType) -> None:
-    """Pass: ``weight`` is stored as ``stored``; a Cast gives its readers ``computed``, as before."""
-    users = list(weight.uses())
-    weight.type = ir.TensorType(stored)
-    node = ir.Node("", "Cast", [weight], {"to": ir.AttrInt64("to", int(computed))}, num_outputs=1)
-    cast = node.outputs[0]
-    cast.name, cast.type, cast.shape = f"{weight.name}.{computed.name.lower()}", ir.TensorType(computed), weight.shape
-    model.graph.insert_before(model.graph[0], node)
-    for user, index in users:
-        user.replace_input_with(index, cast)
-
-
-def _reader(checkpoint: Checkpoint, weight: Weight, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
-    torch_dtype = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}.get(dtype, torch.bfloat16)
-
-    def read() -> ir.TensorProtocol:
-        tensor = checkpoint.read(weight).to(torch_dtype)
-        if torch_dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"weight '{weight.source}' does not fit float16; build with --precision bf16")
-        if torch_dtype == torch.bfloat16:
-            return ir.Tensor(tensor.view(torch.uint16).numpy().view(dtype.numpy()), dtype=dtype)
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=dtype)
-
-    return read

@@ -13,19 +13,19 @@ rotary angles. Two kinds have to be in 16 bits: "attention", queries, keys, valu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.config import Preprocessing, Weight
+from ..models.config import Preprocessing
 from ..models.errors import CheckpointError
 from ..models.pocket.screens import sample
 from . import language, ops, vision
 from .checkpoint import Checkpoint
+from .streamed import streamed
 
 LIMIT = 65504 / 8  # room for pictures that excite the model more than the ones tried here
 ALWAYS = ("norm", "positions")
@@ -83,10 +83,10 @@ def measure(
     image = torch.from_numpy(_screens(c.vision.block))
     total = image.shape[0] * image.shape[1] // c.vision.block**2
     with ops.watching(watcher):
-        with _streamed(checkpoint, tower, "vision", "blocks", vision.constants(c.vision, pre), step):
+        with streamed(checkpoint, tower, "vision", "blocks", vision.constants(c.vision, pre), step):
             embeds, *levels = tower(image, torch.arange(total, dtype=torch.int32))
         graph = "language"
-        with _streamed(checkpoint, decoder, "language", "layers", language.constants(c.text), step):
+        with streamed(checkpoint, decoder, "language", "layers", language.constants(c.text), step):
             _prefill(decoder, embeds, levels)
     return {name: dict(kinds) for name, kinds in largest.items()}
 
@@ -114,41 +114,3 @@ def _prefill(decoder: language.Decoder, embeds: Tensor, levels: list[Tensor]) ->
     start, at = torch.zeros(1, dtype=torch.int32), torch.full((1, 1), S - 1, dtype=torch.int32)
     caches = [torch.zeros(1, c.kv_heads, S, c.head_dim) for _ in range(2 * c.layers)]
     decoder(ids, embeds, stack, positions, start, at, caches)
-
-
-@contextmanager
-def _streamed(
-    checkpoint: Checkpoint,
-    module: nn.Module,
-    graph: str,
-    layers: str,
-    constants: dict[str, np.ndarray],
-    step: Callable[[], None],
-) -> Iterator[None]:
-    """Inside, ``module`` (on the meta device) has its weights in float32, each of its ``layers`` only while it runs."""
-    table: dict[str, Weight] = checkpoint.family.weights(checkpoint.config)[graph]
-
-    def fill(prefix: str) -> None:
-        for path, weight in table.items():
-            if path.startswith(prefix) and (prefix or not path.startswith(f"{layers}.")):
-                owner, _, name = path.rpartition(".")
-                value = nn.Parameter(checkpoint.read(weight).float(), requires_grad=False)
-                setattr(module.get_submodule(owner), name, value)
-
-    def leave(layer: nn.Module) -> None:
-        layer.to("meta")
-        step()
-
-    fill("")
-    for name, value in constants.items():
-        module.register_buffer(name, torch.from_numpy(value))
-    hooks = []
-    for i, layer in enumerate(module.get_submodule(layers).children()):
-        hooks.append(layer.register_forward_pre_hook(lambda _, __, prefix=f"{layers}.{i}.": fill(prefix)))
-        hooks.append(layer.register_forward_hook(lambda child, *_: leave(child)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        module.to("meta")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from .config import ModelConfig, Preprocessing
 from .errors import BundleError
+from .precision import BITS, BYTES, PARTS, Precision
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 1
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # per value of each precision
+SCHEMA = 2
 GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
 SMALL_FILE = 16 << 20  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
@@ -59,8 +59,8 @@ class Manifest:
     schema: int
     family: str
     source: Source
-    precision: str  # of the weights: "fp32", "fp16" or "bf16"
-    compute: str  # what the graphs calculate in
+    precision: Precision  # of the weights
+    compute: str  # what the graphs calculate in: "fp32", "fp16" or "bf16"
     wide: dict[str, tuple[str, ...]]  # graph -> what it calculates in float32 all the same (exporters/numeric.py)
     interface: str  # "text" (tokenizer and chat template are there) or "tokens"
     graphs: dict[str, Graph]  # "prune", "vision", "language"
@@ -113,7 +113,7 @@ def read(directory: Path) -> Manifest:
 def _check(manifest: Manifest) -> None:
     """Values that the types cannot hold; raises StrictError."""
     for key, found, allowed in (
-        ("precision", manifest.precision, BYTES),
+        *((part, manifest.precision.of(part), (*BYTES, *BITS)) for part in PARTS),
         ("compute", manifest.compute, BYTES),
         ("interface", manifest.interface, ("text", "tokens")),
     ):

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .compiler import Options, prepare
 from .engines import check_dialect, compile_bundle, plan_sizes
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
 from .models.manifest import Manifest
+from .models.precision import Wanted
 from .models.profiles import Profiles
 from .runtime.bundle import open_bundle
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 def build(
     checkpoint: str | Path,
     output: str | Path,
-    precision: str = "auto",
+    precision: str | Wanted = "auto",
     dialect: str = "auto",
     targets: Sequence[str] = (),
     sizes: Profiles | None = None,
@@ -35,11 +37,12 @@ def build(
     """Make a bundle directory from a Hugging Face checkpoint directory; returns its path.
 
     ``precision``: of the stored weights, "auto" (the checkpoint's; bf16 for a float32 checkpoint and a target), "fp32",
-    "fp16" or "bf16". ``targets``: what to compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes``
-    and ``options`` are theirs). ``dialect`` "auto" is "standard" with a target and "ort" without. ``on_plan`` is told
-    what will be done before anything is written. Raises CheckpointError, SpaceError (disk or memory would not suffice),
-    BundleError (the output exists), BackendError (packages are not installed, or a compiler refuses), RequestError
-    (sizes that do not fit). On any error or interruption nothing is left behind.
+    "fp16", "bf16", "int8" or "int4"; a Wanted says it part by part (models/precision.py). ``targets``: what to compile
+    the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes`` and ``options`` are theirs). ``dialect`` "auto"
+    is "standard" with a target and "ort" without. ``on_plan`` is told what will be done before anything is written.
+    Raises CheckpointError, SpaceError (disk or memory would not suffice), BundleError (the output exists), BackendError
+    (packages are not installed, or a compiler refuses), RequestError (sizes that do not fit). On any error or
+    interruption nothing is left behind.
     """
     output = Path(output)
     try:
@@ -53,9 +56,10 @@ def build(
     exporter = _exporter()
     if dialect == "auto":
         dialect = "standard" if targets else "ort"
-    plan = exporter.plan(checkpoint, precision, dialect)
-    if targets and precision == "auto" and plan.precision == "fp32":
-        plan = exporter.plan(checkpoint, "bf16", dialect)
+    wanted = precision if isinstance(precision, Wanted) else Wanted(precision)
+    plan = exporter.plan(checkpoint, wanted, dialect)
+    if targets and wanted.precision == "auto" and plan.precision.base == "fp32":
+        plan = exporter.plan(checkpoint, replace(wanted, precision="bf16"), dialect)
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
         config, preprocessing = plan.checkpoint.config, plan.preprocessing

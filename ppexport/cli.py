@@ -11,9 +11,10 @@ import click
 
 from .models.config import MOST_SEED, PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
+from .models.precision import BITS, BYTES, Wanted
 from .models.profiles import MOST_BATCH
 from .models.version import __version__
-from .options import device_option, engine_options, engines_of, prune_of, prune_options
+from .options import device_option, engine_options, engines_of, prune_of, prune_options, weight_options, weights_of
 
 
 class Group(click.Group):
@@ -47,12 +48,13 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(), help="The bundle directory to make from a checkpoint.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    type=click.Choice(["auto", *BYTES, *BITS]),
     default="auto",
     show_default=True,
     help="How weights are stored; auto keeps the checkpoint's dtype. Engines calculate in it, ONNX Runtime on CPU in "
-    "float32.",
+    "float32; int8 and int4 are weights in blocks with a scale each.",
 )
+@weight_options
 @click.option(
     "--dialect",
     type=click.Choice(["auto", "ort", "standard", "plain"]),
@@ -70,24 +72,23 @@ def main() -> None:
 )
 @engine_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no notices.")
-def build(
-    source: str, output: str | None, precision: str, dialect: str, targets: tuple[str, ...], quiet: bool, **engine: Any
-) -> None:
+def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...], quiet: bool, **options: Any) -> None:
     """Make a bundle from a Hugging Face CHECKPOINT directory, or compile engines for a BUNDLE in place."""
     from . import progress
     from .build import build as build_bundle
     from .build import compile_in_place
 
-    if output is None and (not targets or precision != "auto" or dialect != "auto"):
+    wanted = weights_of(options)
+    if output is None and (not targets or wanted != Wanted() or dialect != "auto"):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
-    sizes, options = engines_of(**engine)
-    if not targets and (sizes is not None or options != type(options)()):
+    sizes, engine = engines_of(**options)
+    if not targets and (sizes is not None or engine != type(engine)()):
         raise click.UsageError("sizes and options of engines go with --target")
     with progress.Bar(quiet) as bar:
         if output is None:
-            compile_in_place(source, targets, sizes, options, bar.sizes, bar.update)
+            compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:
-            build_bundle(source, output, precision, dialect, targets, sizes, options, bar.plan, bar.update)
+            build_bundle(source, output, wanted, dialect, targets, sizes, engine, bar.plan, bar.update)
     if not quiet:
         click.echo(f"built {output or source}")
 
@@ -215,6 +216,33 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
         raise click.UsageError("--prune-seed is for --method random or conncomp")
     prune = replace(prune_of(options) or Prune(), seed=prune_seed or 0)
     view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
+
+
+@main.command()
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path())
+@click.option("--against", "checkpoint", required=True, type=click.Path(), help="The checkpoint they were built from.")
+@click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
+@click.option("--question", default="Describe this image in detail.", show_default=True, help="Asked about the images.")
+@prune_options
+@click.option("--no-prune", is_flag=True, help="Keep every token.")
+@device_option
+@click.option("-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="To generate and compare.")
+@click.option("--cosine", type=float, default=0.99, show_default=True, help="Least, of every token of every stage.")
+@click.option("--kl", type=float, default=0.05, show_default=True, help="Most, mean over the tokens, in nats.")
+@click.option("--agreement", type=float, default=0.9, show_default=True, help="Least share of equal greedy tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+def verify(bundles: tuple[str, ...], checkpoint: str, images: tuple[str, ...], **options: Any) -> None:
+    """Hold what bundles compute against CHECKPOINT in float32, stage by stage; exit code 1 if one is too far off."""
+    from .verify import main as run_verify
+
+    asked, no_prune = prune_of(options), options.pop("no_prune")
+    if no_prune and asked:
+        raise click.UsageError("--no-prune goes with no other option of pruning")
+    for name in ("min_pixels", "max_pixels"):
+        if options.pop(name) is not None:
+            raise click.UsageError("images are resized as the bundle says")
+    prune: Any = None if no_prune else asked or "default"
+    sys.exit(run_verify(bundles, checkpoint, images, prune=prune, **options))
 
 
 @main.command()

@@ -12,7 +12,8 @@ from .models import engines, profiles
 from .models.config import ModelConfig, Preprocessing
 from .models.engines import Engine, EngineRecord
 from .models.errors import BundleError, RequestError, SpaceError
-from .models.manifest import BYTES, GRAPHS, sha256
+from .models.manifest import GRAPHS, sha256
+from .models.precision import BYTES
 from .models.profiles import Profiles
 from .onnx_dims import set_axis
 from .runtime.bundle import open_bundle

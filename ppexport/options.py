@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .models.config import PRUNE_METHODS, PRUNE_METRICS
+from .models.precision import BITS, BLOCKS, BYTES, Wanted
 from .models.profiles import MOST_BATCH
 
 
@@ -65,6 +66,30 @@ device_option = click.option(
     show_default=True,
     help="Where to run; auto takes engines of the bundle that run here, else the CPU, and says why.",
 )
+
+
+def weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how parts of a model are stored."""
+    for option in reversed(
+        [
+            click.option("--vision-precision", type=click.Choice([*BYTES, *BITS]), help="Of the vision tower."),
+            click.option("--head-precision", type=click.Choice([*BYTES, *BITS]), help="Of the output head."),
+            click.option("--embedding-precision", type=click.Choice([*BYTES, "int8"]), help="Of the token table."),
+            click.option(
+                "--block", type=click.Choice([str(n) for n in BLOCKS]), help="Weights per scale. [default: 32]"
+            ),
+            click.option("--asymmetric", is_flag=True, help="Blocks with zero points (ONNX Runtime only)."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def weights_of(options: dict[str, Any]) -> Wanted:
+    """Take the options of the weights out of ``options``."""
+    parts = {part: options.pop(f"{part}_precision") for part in ("vision", "head", "embedding")}
+    block, asymmetric = options.pop("block"), options.pop("asymmetric")
+    return Wanted(options.pop("precision"), **parts, block=int(block or 32), symmetric=not asymmetric)
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:

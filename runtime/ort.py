@@ -80,6 +80,8 @@ class OrtCpu:
         options.log_severity_level = 3  # errors only
         # each graph has threads of its own, which would go on spinning for work while the next graph runs
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # products with weights in blocks: inputs are rounded to int8, too, for integer arithmetic
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
             session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as err:

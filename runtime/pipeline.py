@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -159,11 +159,12 @@ class Pipeline:
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stats: Stats | None = None,
+        stop: Collection[int] | None = None,
     ) -> Iterator[Step]:
         """Generate from token ids [S] in which every image stands as N placeholders (its full grid).
 
-        Yields one Step per token, the first from the prompt; the last may be a stop token. ``stats`` is filled if
-        given. Raises ImageError, RequestError before the first step.
+        Yields one Step per token, the first from the prompt; the last may be a stop token (``stop``; None: those of the
+        bundle). ``stats`` is filled if given. Raises ImageError, RequestError before the first step.
         """
         try:
             ids = np.asarray(input_ids)
@@ -178,7 +179,7 @@ class Pipeline:
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
         prepared = self._prepare(images, prune, stats)
-        return self._steps(ids.astype(np.int32), prepared, sampling, max_new_tokens, stats)
+        return self._steps(ids.astype(np.int32), prepared, sampling, max_new_tokens, stats, stop)
 
     def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
         """One image through prune and vision: keep indices, embeds [K, D] and deepstack [L, K, D]."""
@@ -214,7 +215,13 @@ class Pipeline:
         return self.vision.encode(list(zip(prepared.images, prepared.keeps, strict=True)))
 
     def _steps(
-        self, ids: np.ndarray, prepared: Prepared, sampling: Sampling, max_new_tokens: int, stats: Stats
+        self,
+        ids: np.ndarray,
+        prepared: Prepared,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stats: Stats,
+        stop: Collection[int] | None = None,
     ) -> Iterator[Step]:
         """Check that the request fits, then (lazily) run vision, prefill and decode."""
         integer("max_new_tokens", max_new_tokens, at_least=1)
@@ -239,14 +246,14 @@ class Pipeline:
                 limit = min(max_new_tokens, room)
                 decoding = self.language.start(len(prompt.ids) + limit - 1, features)
                 logits = decoding.prefill(prompt)
-            rng, stop = sampling.rng(), set(self.manifest.stop_tokens)
+            rng, ends = sampling.rng(), set(self.manifest.stop_tokens if stop is None else stop)
             for i in range(limit):
                 token = sampling.choose(logits, rng)
                 stats.generated_tokens = i + 1
                 finish = "" if i + 1 < limit else "length" if limit == max_new_tokens else "context"
-                stats.finish = "stop" if token in stop else finish
+                stats.finish = "stop" if token in ends else finish
                 yield Step(token, logits.copy())
-                if token in stop or i + 1 == limit:
+                if token in ends or i + 1 == limit:
                     return
                 with stats.stage("decode"):
                     logits = decoding.decode(token, prompt.next_position + i)

@@ -1,0 +1,159 @@
+"""Weight-only quantization in blocks, as standard ONNX: DequantizeLinear on int4 or int8 in front of a MatMul.
+
+ONNX Runtime fuses the two into MatMulNBits, TensorRT compiles them. A block is ``size`` inputs of one output; it has
+one scale, and (asymmetric) a zero point. A scale is not just the largest magnitude over the largest integer: from
+several such starts, rounding and the scale that fits the rounded values best (least squares) take turns, and the start
+with the smallest squared error wins. No calibration data is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ..models.precision import BITS
+
+STARTS = (1.0, 0.92, 0.84, 0.76)  # of the range that is used, relative to the largest magnitude
+ROUNDS = 2
+CHUNK = 1 << 24  # values that are worked on at a time
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix [in, out] in blocks along its inputs."""
+
+    values: np.ndarray  # int8 [in, out] (asymmetric: uint8), in the range of the integer type
+    scales: np.ndarray  # float32 [in / size, out]
+    zeros: np.ndarray | None  # uint8 [in / size, out], where asymmetric
+
+
+def quantize(
+    matrix: Tensor, bits: int, size: int, symmetric: bool, scale_dtype: torch.dtype = torch.float32
+) -> Quantized:
+    """matrix [in, out], in a multiple of ``size``. ``scale_dtype``: what scales will be stored in, so that rounding
+    them is part of the fit."""
+    inner, outer = matrix.shape
+    values = np.empty((inner, outer), np.int8 if symmetric else np.uint8)
+    scales = np.empty((inner // size, outer), np.float32)
+    zeros = None if symmetric else np.empty((inner // size, outer), np.uint8)
+    step = max(1, CHUNK // inner)
+    for at in range(0, outer, step):
+        part = slice(at, min(at + step, outer))
+        blocks = matrix[:, part].float().reshape(inner // size, size, -1)
+        if symmetric:
+            found, scale = _symmetric(blocks, bits, scale_dtype)
+        else:
+            found, scale, zero = _asymmetric(blocks, bits, scale_dtype)
+            assert zeros is not None
+            zeros[:, part] = zero.numpy().astype(np.uint8)
+        values[:, part] = found.reshape(inner, -1).numpy().astype(values.dtype)
+        scales[:, part] = scale.float().numpy()
+    return Quantized(values, scales, zeros)
+
+
+def dequantize(q: Quantized) -> np.ndarray:
+    """What the graph computes: float32 [in, out]."""
+    blocks, outer = q.scales.shape
+    values = q.values.reshape(blocks, -1, outer).astype(np.float32)
+    if q.zeros is not None:
+        values = values - q.zeros[:, None]
+    return (values * q.scales[:, None]).reshape(-1, outer)
+
+
+def _symmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """blocks [blocks, size, n] -> integers of that shape, scales [blocks, n].
+
+    There is one more negative integer than positive ones: a scale's sign puts the value of largest magnitude there.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # with its sign
+    start = torch.where(largest == 0, torch.ones_like(largest), largest / low)
+
+    def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
+        scale = _stored(scale, scale_dtype)
+        return (blocks / scale).round_().clamp_(low, high), scale
+
+    best: tuple[Tensor, Tensor] | None = None
+    smallest = torch.full_like(start, torch.inf)
+    for factor in STARTS if bits < 8 else STARTS[:1]:
+        q, scale = fit(start * factor)
+        for _ in range(ROUNDS if bits < 8 else 0):
+            power = (q * q).sum(1, keepdim=True)
+            q, scale = fit(torch.where(power == 0, scale, (q * blocks).sum(1, keepdim=True) / power.clamp(min=1)))
+        error = (q * scale - blocks).square_().sum(1, keepdim=True)
+        if best is None:
+            best, smallest = (q, scale), error
+        else:
+            better = error < smallest
+            best = torch.where(better, q, best[0]), torch.where(better, scale, best[1])
+            smallest = torch.minimum(error, smallest)
+    assert best is not None
+    return best[0], best[1].squeeze(1)
+
+
+def _asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """As _symmetric, over 0 ... 2**bits - 1, and zero points [blocks, n]."""
+    high = 2**bits - 1
+    least = blocks.amin(1, keepdim=True).clamp(max=0)
+    most = blocks.amax(1, keepdim=True).clamp(min=0)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    smallest = torch.full_like(least, torch.inf)
+    for factor in STARTS if bits < 8 else STARTS[:1]:
+        scale = _stored(((most - least) * factor / high).clamp(min=torch.finfo(torch.float16).tiny), scale_dtype)
+        zero = (-least * factor / scale).round_().clamp_(0, high)
+        q = ((blocks / scale).round_() + zero).clamp_(0, high)
+        error = ((q - zero) * scale - blocks).square_().sum(1, keepdim=True)
+        if best is None:
+            best, smallest = (q, scale, zero), error
+        else:
+            better = error < smallest
+            best = (
+                torch.where(better, q, best[0]),
+                torch.where(better, scale, best[1]),
+                torch.where(better, zero, best[2]),
+            )
+            smallest = torch.minimum(error, smallest)
+    assert best is not None
+    return best[0], best[1].squeeze(1), best[2].squeeze(1)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they will be read, none of them 0."""
+    rounded = scale.to(dtype).float()
+    return torch.where(rounded == 0, torch.full_like(rounded, torch.finfo(torch.float16).tiny), rounded)
+
+
+class Lazy:
+    """The initializers of one quantized matrix: computed when the first one is written, forgotten after the last."""
+
+    def __init__(self, name: str, stored: str, read: Callable[[], Quantized]):
+        self.name, self.stored, self._read = name, stored, read
+        self._found: Quantized | None = None
+        self._open: set[str] = set()
+
+    def value(self, kind: str, dtype: ir.DataType, rows: int, columns: int) -> ir.Value:
+        """An initializer [rows, columns] with the part ``kind`` of the matrix: "values", "scales" or "zeros"."""
+        name = f"{self.name}.{self.stored if kind == 'values' else kind}"
+        shape = ir.Shape([rows, columns])
+
+        def read() -> ir.TensorProtocol:
+            if self._found is None:
+                self._found = self._read()
+                self._open = {"values", "scales"} | ({"zeros"} if self._found.zeros is not None else set())
+            array = np.ascontiguousarray(getattr(self._found, kind))
+            self._open.discard(kind)
+            self._found = self._found if self._open else None
+            return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+
+        tensor = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=tensor)
+
+
+def integer_type(stored: str, symmetric: bool) -> ir.DataType:
+    """The ONNX type of "int8" or "int4" values."""
+    return ir.DataType[("" if symmetric else "U") + f"INT{BITS[stored]}"]

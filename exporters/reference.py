@@ -1,0 +1,72 @@
+"""What a checkpoint computes in float32, to hold bundles against: the towers that are exported, run in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..models.config import Preprocessing
+from . import language, vision
+from .checkpoint import Checkpoint
+from .streamed import streamed
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Reference:
+    """The towers of a checkpoint, one layer in memory at a time. ``pre``: how a bundle prepares images."""
+
+    def __init__(self, path: str | Path, pre: Preprocessing, progress: Progress = lambda stage, done, total: None):
+        self.checkpoint, self.pre, self.progress = Checkpoint.open(path), pre, progress
+
+    @torch.no_grad()
+    def features(self, images: Sequence[np.ndarray], keeps: Sequence[np.ndarray]) -> np.ndarray:
+        """Images uint8 [H, W, 3], resized, and their kept indices -> embeds and deepstack, float32 [1 + L, K, D]."""
+        c = self.checkpoint.config.vision
+        with torch.device("meta"):
+            tower = vision.VisionTower(c)
+        found = []
+        for i, (image, keep) in enumerate(zip(images, keeps, strict=True)):
+            constants = vision.constants(c, self.pre)
+            with streamed(
+                self.checkpoint, tower, "vision", "blocks", constants, self._steps(f"image {i + 1}", c.depth)
+            ):
+                levels = tower(torch.from_numpy(np.array(image)), torch.from_numpy(np.array(keep)))
+            found.append(torch.stack(levels).numpy())
+        return np.concatenate(found, axis=1)
+
+    @torch.no_grad()
+    def logits(self, ids: np.ndarray, positions: np.ndarray, features: np.ndarray, last: int) -> np.ndarray:
+        """ids int32 [S] without dropped placeholders, positions int32 [3, S], features as above; [last, V]."""
+        c, S = self.checkpoint.config.text, len(ids)
+        with torch.device("meta"):
+            decoder = language.Decoder(c, self.checkpoint.config.image_token)
+        stack = torch.from_numpy(features)
+        start, at = torch.zeros(1, dtype=torch.int32), torch.arange(S - last, S, dtype=torch.int32)[None]
+        with streamed(
+            self.checkpoint, decoder, "language", "layers", language.constants(c), self._steps("language", c.layers)
+        ):
+            caches = [torch.zeros(1, c.kv_heads, S, c.head_dim) for _ in range(2 * c.layers)]
+            found, *_ = decoder(
+                torch.from_numpy(ids)[None],
+                stack[0],
+                stack[1:],
+                torch.from_numpy(positions)[:, None],
+                start,
+                at,
+                caches,
+            )
+        return found[0].numpy()
+
+    def _steps(self, stage: str, total: int) -> Callable[[], None]:
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            self.progress(f"reference: {stage}", done, total)
+
+        return step

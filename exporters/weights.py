@@ -1,0 +1,206 @@
+"""Gives the initializers of a graph their values: constants now, weights lazily, read when the graph is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ..models.config import Preprocessing, Weight
+from ..models.errors import CheckpointError
+from ..models.precision import BITS, PARTS, Precision
+from . import language, vision
+from .checkpoint import Checkpoint
+from .dialects import Dialect
+from .graphs import PRECISIONS, TORCH, compute_precision
+from .quantize import Lazy, Quantized, integer_type, quantize
+
+Users = list[tuple[ir.Node, int]]  # of a value: a node and which of its inputs
+
+
+def attach(
+    model: ir.Model, checkpoint: Checkpoint, graph: str, pre: Preprocessing, dialect: Dialect, precision: Precision
+) -> None:
+    """Give every initializer its value, stored as ``precision`` says.
+
+    Raises CheckpointError naming an initializer that neither the weight table nor the constants know.
+    """
+    table: dict[str, Weight] = checkpoint.family.weights(checkpoint.config)[graph]
+    c = checkpoint.config
+    fixed = vision.constants(c.vision, pre) if graph == "vision" else language.constants(c.text)
+    computed = compute_precision(precision.base, dialect)
+    for name, value in list(model.graph.initializers.items()):
+        if name in fixed:
+            value.const_value = ir.tensor(fixed[name], name=name)
+        elif name in table:
+            for part, users in _users(value, graph, name).items():
+                if precision.of(part) in BITS and _fits(table[name], part, users, precision.block):
+                    _store_blocks(model, checkpoint, name, table[name], part, users, precision, computed)
+            if value.uses():
+                parts = list(_users(value, graph, name))
+                stored = precision.of(parts[0]) if precision.of(parts[0]) not in BITS else precision.base
+                _store(model, checkpoint, value, table[name], stored, computed)
+            else:
+                del model.graph.initializers[name]
+        elif value.const_value is None or value.const_value.size > 64:
+            raise CheckpointError(f"the {graph} graph has an initializer '{name}' that no weight table names")
+
+
+def part_of(graph: str, name: str, user: str = "") -> str:
+    """Which of PARTS an initializer belongs to; ``user``: the op type that reads it (a table may serve two)."""
+    if graph == "vision":
+        return "vision"
+    if name == "head" or (name == "token_table" and user == "Gemm"):
+        return "head"
+    return "embedding" if name == "token_table" else "language"
+
+
+def weight_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
+    """Bytes of all stored weights, about."""
+    total = 0
+    for graph, table in checkpoint.family.weights(checkpoint.config).items():
+        for name, weight in table.items():
+            count = math.prod(weight.shape)
+            matrix = len(weight.shape) == 2 and weight.layout != "patch" and name != "positions"
+            part = part_of(graph, name)
+            total += precision.bytes_of(part, count) if matrix else count * 4
+            if name == "token_table" and checkpoint.config.text.tied_head and precision.head in BITS:
+                total += precision.bytes_of("head", count)
+    return total
+
+
+def _users(value: ir.Value, graph: str, name: str) -> dict[str, Users]:
+    """The readers of an initializer, by the part they belong to."""
+    found: dict[str, Users] = {}
+    for node, index in value.uses():
+        found.setdefault(part_of(graph, name, node.op_type), []).append((node, index))
+    return {part: found[part] for part in PARTS if part in found}
+
+
+def _fits(weight: Weight, part: str, users: Users, block: int) -> bool:
+    """Can a weight be stored in blocks? A matrix that is multiplied with, or the table of tokens."""
+    if len(weight.shape) != 2 or weight.layout == "patch":
+        return False
+    allowed = {"head": {("Gemm", 1)}, "embedding": {("Gather", 0)}}.get(part, {("MatMul", 1), ("Cast", 0)})
+    return weight.shape[1] % block == 0 and {(node.op_type, index) for node, index in users} <= allowed
+
+
+def _store_blocks(
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    name: str,
+    weight: Weight,
+    part: str,
+    users: Users,
+    precision: Precision,
+    computed: str,
+) -> None:
+    """DequantizeLinear in front of every reader, on new initializers."""
+    outer, inner = weight.shape
+    bits, size, symmetric = BITS[precision.of(part)], precision.block, precision.symmetric
+    looked_up = users[0][0].op_type == "Gather"
+    symmetric = symmetric or looked_up  # a row of a table is read for its token alone: zero points would not pay
+
+    def read() -> Quantized:
+        matrix = checkpoint.read(weight)
+        found = quantize(matrix if weight.layout == "transpose" else matrix.t(), bits, size, symmetric, TORCH[computed])
+        if not looked_up:
+            return found
+        return Quantized(found.values.T, found.scales.T, None)
+
+    stored = precision.of(part)
+    lazy = Lazy(f"{name}.{part}" if weight.layout == "same" else name, stored, read)
+    integers, floats = integer_type(stored, symmetric), PRECISIONS[computed]
+    if looked_up:
+        values, scales = (
+            lazy.value("values", integers, outer, inner),
+            lazy.value("scales", floats, outer, inner // size),
+        )
+        parts = [values, scales]
+    else:
+        rows = inner // size
+        parts = [lazy.value("values", integers, inner, outer), lazy.value("scales", floats, rows, outer)]
+        parts += [] if symmetric else [lazy.value("zeros", integers, rows, outer)]
+    for initializer in parts:
+        model.graph.register_initializer(initializer)
+    for node, index in users:
+        if looked_up:
+            _look_up(model, node, parts, size, floats)
+            continue
+        weights = _dequantized(model, node, parts, 0, size, floats, lazy.name)
+        if node.op_type == "Gemm":  # x @ table.t()
+            product = ir.Node("", "MatMul", [node.inputs[0], weights], num_outputs=1)
+            after = product.outputs[0]
+            before = node.outputs[0]
+            after.name, after.type, after.shape = before.name, before.type, before.shape
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [product], [before], [after])
+        else:
+            node.replace_input_with(index, weights)
+
+
+def _dequantized(
+    model: ir.Model, before: ir.Node, parts: list[ir.Value], axis: int, size: int, dtype: ir.DataType, name: str
+) -> ir.Value:
+    attributes = {"axis": ir.AttrInt64("axis", axis), "block_size": ir.AttrInt64("block_size", size)}
+    node = ir.Node("", "DequantizeLinear", parts, attributes, num_outputs=1)
+    node.outputs[0].name, node.outputs[0].type = f"{name}.{before.name or 'use'}", ir.TensorType(dtype)
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _look_up(model: ir.Model, gather: ir.Node, parts: list[ir.Value], size: int, dtype: ir.DataType) -> None:
+    """The rows of the integers and of the scales, then what they stand for."""
+    rows = []
+    for part in parts:
+        node = ir.Node("", "Gather", [part, gather.inputs[1]], {"axis": ir.AttrInt64("axis", 0)}, num_outputs=1)
+        node.outputs[0].name, node.outputs[0].type = f"{part.name}.rows", part.type
+        model.graph.insert_before(gather, node)
+        rows.append(node.outputs[0])
+    found = _dequantized(model, gather, rows, -1, size, dtype, "embedding")
+    before = gather.outputs[0]
+    found.name, found.type, found.shape = before.name, before.type, before.shape
+    ir.convenience.replace_all_uses_with(before, found)
+    model.graph.remove(gather, safe=True)
+
+
+def _store(
+    model: ir.Model, checkpoint: Checkpoint, value: ir.Value, weight: Weight, stored: str, computed: str
+) -> None:
+    """One value after the other, in ``stored``, cast to what the graph computes in after it is read."""
+    shape = [int(n) for n in value.shape]  # type: ignore[union-attr, arg-type]
+    # vectors cost nothing; the patch kernel is a sum of two frames, which 16 bits would round
+    dtype = PRECISIONS[stored if len(shape) > 1 and weight.layout != "patch" else computed]
+    name = value.name
+    value.const_value = ir.LazyTensor(_reader(checkpoint, weight, dtype), dtype=dtype, shape=ir.Shape(shape), name=name)
+    if dtype != PRECISIONS[computed]:
+        cast_after_load(model, value, dtype, PRECISIONS[computed])
+
+
+def cast_after_load(model: ir.Model, weight: ir.Value, stored: ir.DataType, computed: ir.DataType) -> None:
+    """Pass: ``weight`` is stored as ``stored``; a Cast gives its readers ``computed``, as before."""
+    users = list(weight.uses())
+    weight.type = ir.TensorType(stored)
+    node = ir.Node("", "Cast", [weight], {"to": ir.AttrInt64("to", int(computed))}, num_outputs=1)
+    cast = node.outputs[0]
+    cast.name, cast.type, cast.shape = f"{weight.name}.{computed.name.lower()}", ir.TensorType(computed), weight.shape
+    model.graph.insert_before(model.graph[0], node)
+    for user, index in users:
+        user.replace_input_with(index, cast)
+
+
+def _reader(checkpoint: Checkpoint, weight: Weight, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
+    torch_dtype = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}.get(dtype, torch.bfloat16)
+
+    def read() -> ir.TensorProtocol:
+        tensor: Tensor = checkpoint.read(weight).to(torch_dtype)
+        if torch_dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"weight '{weight.source}' does not fit float16; build with --precision bf16")
+        if torch_dtype == torch.bfloat16:
+            return ir.Tensor(tensor.view(torch.uint16).numpy().view(dtype.numpy()), dtype=dtype)
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=dtype)
+
+    return read

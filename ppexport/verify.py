@@ -1,0 +1,199 @@
+"""``ppexport verify``: what bundles compute, against their checkpoint in float32, stage by stage on the same images."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+
+from .models.errors import BackendError, RequestError
+from .runtime.image import prepare
+from .runtime.language import build_prompt
+from .runtime.pipeline import Pipeline, PruneLike, Stats, load
+
+TOKENS = 64
+QUESTION = "Describe this image in detail."
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one stage: values that should be equal."""
+
+    cosine: float  # the least over all tokens (rows)
+    error: float  # largest difference over the largest magnitude
+    bad: int  # NaN and infinite values
+
+
+@dataclass(frozen=True)
+class Report:
+    """One bundle against the checkpoint."""
+
+    bundle: str
+    precision: str
+    megabytes: float
+    embeds: Difference
+    deepstack: Difference
+    logits: Difference
+    kl: float  # mean over positions, nats: of the bundle's next-token distribution from the reference's
+    agreement: float  # share of greedy tokens that the reference would have chosen after the same tokens
+    tokens: int  # of them
+    first_token_ms: float
+    tokens_per_second: float
+
+    def problems(self, cosine: float, kl: float, agreement: float) -> list[str]:
+        """What lies outside of the limits, in words."""
+        found = []
+        for stage in ("embeds", "deepstack", "logits"):
+            difference: Difference = getattr(self, stage)
+            if difference.bad:
+                found.append(f"{stage}: {difference.bad} values are NaN or infinite")
+            elif not difference.cosine >= cosine:
+                found.append(f"{stage}: cosine {difference.cosine:.4f}, expected at least {cosine}")
+        if not self.kl <= kl:
+            found.append(f"next-token distribution: KL {self.kl:.4f}, expected at most {kl}")
+        if not self.agreement >= agreement:
+            found.append(f"greedy tokens: {self.agreement:.1%} agree, expected at least {agreement:.1%}")
+        return found
+
+
+def compare(found: np.ndarray, expected: np.ndarray) -> Difference:
+    """Two arrays [..., D] of one shape."""
+    a, b = (x.astype(np.float64).reshape(-1, x.shape[-1]) for x in (found, expected))
+    bad = int((~np.isfinite(a)).sum())
+    if bad or not a.size:
+        return Difference(1.0 if not a.size else float("nan"), 0.0 if not a.size else float("inf"), bad)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), (a == b).all(1))
+    return Difference(float(cosine.min()), float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)), 0)
+
+
+def divergence(found: np.ndarray, expected: np.ndarray) -> float:
+    """Mean KL divergence of softmax(found) from softmax(expected), logits [n, V], in nats."""
+    p, q = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (expected, found))
+    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def verify(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    images: Sequence[str],
+    question: str = QUESTION,
+    prune: PruneLike = "default",
+    device: str = "auto",
+    tokens: int = TOKENS,
+) -> Report:
+    """Run one bundle greedily, then the checkpoint over what it was given and what it said.
+
+    So both see the same tokens at every position, and a difference early in an answer does not hide the later ones.
+    Raises BackendError if torch is not installed, BundleError, CheckpointError, ImageError, RequestError.
+    """
+    try:
+        from .exporters.reference import Reference
+    except ImportError as err:
+        raise BackendError(f"{err.name} is not installed; verify needs: pip install 'ppexport[export]'") from err
+    with load(bundle, device) as pipe:
+        stats, steps, ids, seconds = _run(pipe, images, question, prune, tokens)
+        reference = Reference(checkpoint, pipe.manifest.preprocessing)
+        model = pipe.manifest.model
+        if reference.checkpoint.config != model:
+            raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")
+        resized = [prepare(image, pipe.selector.block, pipe.min_pixels, pipe.max_pixels) for image in images]
+        encoded = [pipe.encode(image, prune) for image in images]
+    keeps = [selection.keep for selection in stats.images]
+    D, L = model.text.width, len(model.vision.deepstack)
+    features = reference.features(resized, keeps) if images else np.zeros((1 + L, 1, D), np.float32)
+    mine = np.concatenate([np.concatenate([e.embeds[None], e.deepstack]) for e in encoded], 1) if images else features
+    said = np.array([step.token for step in steps], np.int32)
+    prompt = build_prompt(ids, model.image_token, stats.images)
+    after = prompt.next_position + np.arange(len(said) - 1, dtype=np.int32)
+    whole = np.concatenate([prompt.ids, said[:-1]])
+    positions = np.concatenate([prompt.positions, np.broadcast_to(after, (3, len(after)))], axis=1)
+    expected = reference.logits(whole, np.ascontiguousarray(positions), features, len(said))
+    logits = np.stack([step.logits for step in steps])
+    size = sum(file.bytes for file in pipe.manifest.files.values()) / 1e6
+    return Report(
+        bundle=str(bundle),
+        precision=str(pipe.manifest.precision),
+        megabytes=round(size, 1),
+        embeds=compare(mine[0], features[0]),
+        deepstack=compare(mine[1:], features[1:]),
+        logits=compare(logits, expected),
+        kl=divergence(logits, expected) if np.isfinite(logits).all() else float("nan"),
+        agreement=float((expected.argmax(1) == said).mean()),
+        tokens=len(said),
+        first_token_ms=round(stats.ttft, 1),
+        tokens_per_second=round((len(said) - 1) / seconds, 1) if len(said) > 1 else 0.0,
+    )
+
+
+def _run(pipe: Pipeline, images: Sequence[str], question: str, prune: PruneLike, tokens: int):  # type: ignore[no-untyped-def]
+    """Statistics, steps, prompt ids, seconds of decoding; stop tokens do not stop."""
+    stats = Stats()
+    totals = [pipe.encode(image, prune).selection.total for image in images]
+    if pipe.text is not None:
+        ids = pipe.text.encode(question, totals)
+    else:  # any tokens do
+        rng = np.random.default_rng(0)
+        vocab = pipe.manifest.model.text.vocab
+        words = rng.choice(np.delete(np.arange(vocab), pipe.manifest.model.image_token), 16)
+        runs = [np.full(n, pipe.manifest.model.image_token) for n in totals]
+        ids = np.concatenate([*(np.concatenate([run, words[:1]]) for run in runs), words]).astype(np.int32)
+    steps, begin = [], 0.0
+    for step in pipe.generate_tokens(ids, images, prune, max_new_tokens=tokens, stats=stats, stop=()):
+        begin = begin or time.perf_counter()
+        steps.append(step)
+    return stats, steps, ids, max(time.perf_counter() - begin, 1e-9)
+
+
+COLUMNS = (
+    ("precision", lambda r: r.precision),
+    ("MB", lambda r: f"{r.megabytes:.1f}"),
+    ("embeds", lambda r: f"{r.embeds.cosine:.5f}"),
+    ("deepstack", lambda r: f"{r.deepstack.cosine:.5f}"),
+    ("logits", lambda r: f"{r.logits.cosine:.5f}"),
+    ("max error", lambda r: f"{max(r.embeds.error, r.deepstack.error, r.logits.error):.4f}"),
+    ("KL", lambda r: f"{r.kl:.5f}"),
+    ("agree", lambda r: f"{r.agreement:.1%} of {r.tokens}"),
+    ("first ms", lambda r: f"{r.first_token_ms:.0f}"),
+    ("tokens/s", lambda r: f"{r.tokens_per_second:.1f}"),
+)
+
+
+def table(reports: Sequence[Report]) -> list[str]:
+    """Side by side, one bundle a line; cosines are the least of any token."""
+    rows = [["bundle", *(name for name, _ in COLUMNS)]]
+    rows += [[Path(r.bundle).name, *(cell(r) for _, cell in COLUMNS)] for r in reports]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def main(
+    bundles: Sequence[str],
+    checkpoint: str,
+    images: Sequence[str],
+    question: str,
+    prune: PruneLike,
+    device: str,
+    tokens: int,
+    as_json: bool,
+    cosine: float,
+    kl: float,
+    agreement: float,
+) -> int:
+    """Print a table or JSON; 0 if every bundle is within the limits, else 1."""
+    reports = [verify(bundle, checkpoint, images, question, prune, device, tokens) for bundle in bundles]
+    problems = {report.bundle: report.problems(cosine, kl, agreement) for report in reports}
+    if as_json:
+        click.echo(json.dumps([{**asdict(r), "problems": problems[r.bundle]} for r in reports]))
+    else:
+        click.echo("\n".join(table(reports)))
+        for bundle, found in problems.items():
+            for problem in found:
+                click.echo(f"{bundle}: {problem}", err=True)
+    return int(any(problems.values()))

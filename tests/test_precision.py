@@ -1,0 +1,175 @@
+"""Weights in blocks of int8 and int4: the arithmetic, the graphs, the engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import E2E_PIXELS, GOLDEN, IMAGES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from invariants import relative_error
+
+import ppexport
+from ppexport.build import build
+from ppexport.cli import main
+from ppexport.compiler import Options
+from ppexport.exporters.quantize import dequantize, integer_type, quantize
+from ppexport.exporters.tape import Ops
+from ppexport.models import engines
+from ppexport.models.precision import Precision, Wanted, resolve
+from ppexport.runtime.bundle import open_bundle
+
+MODEL = GOLDEN / "e2e" / "model"
+POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
+
+
+def matrix(seed: int, inner: int = 256, outer: int = 48, scale: float = 0.02) -> torch.Tensor:
+    return torch.randn(inner, outer, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.sampled_from([4, 8]),
+    size=st.sampled_from([32, 64, 128]),
+    symmetric=st.booleans(),
+    scale=st.sampled_from([1e-6, 0.02, 300.0]),
+)
+def test_no_value_is_further_off_than_its_block_allows(
+    seed: int, bits: int, size: int, symmetric: bool, scale: float
+) -> None:
+    weights = matrix(seed, scale=scale)
+    q = quantize(weights, bits, size, symmetric)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    assert low <= q.values.min() <= q.values.max() <= high
+    error = np.abs(dequantize(q) - weights.numpy()).reshape(-1, size, weights.shape[1])
+    largest = np.abs(weights.numpy()).reshape(error.shape).max(1, keepdims=True)
+    assert (error <= largest * (0.3 if bits == 4 else 0.02)).all()
+
+
+def test_zeros_and_single_values_are_exact() -> None:
+    weights = torch.zeros(64, 4)
+    weights[:32, 1] = 3.5
+    weights[5, 2] = -7.0
+    for bits in (4, 8):
+        np.testing.assert_array_equal(dequantize(quantize(weights, bits, 32, True)), weights.numpy())
+
+
+def test_the_fit_beats_rounding_by_the_largest_magnitude() -> None:
+    """Mean squared error of int4 on weights as models have them: normal, and with a few outliers."""
+    for tail in (0, 8):
+        weights = matrix(1, 2048, 64)
+        weights[torch.rand(weights.shape, generator=torch.Generator().manual_seed(2)) < 0.002] *= tail or 1
+        blocks = weights.reshape(-1, 32, 64)
+        scale = blocks.abs().amax(1, keepdim=True) / 7
+        nearest = ((blocks / scale).round().clamp(-8, 7) * scale - blocks).square().mean()
+        fitted = (torch.from_numpy(dequantize(quantize(weights, 4, 32, True))) - weights).square().mean()
+        assert fitted < 0.85 * nearest
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_graph_computes_what_was_fitted(stored: str, symmetric: bool) -> None:
+    weights = matrix(3)
+    q = quantize(weights, 8 if stored == "int8" else 4, 64, symmetric)
+    kind, op = integer_type(stored, symmetric), Ops()
+    arrays = [q.values.astype(kind.numpy()), q.scales]
+    arrays += [] if q.zeros is None else [q.zeros.astype(kind.numpy())]
+    values = [ir.val(f"v{i}", const_value=ir.Tensor(a, name=f"v{i}")) for i, a in enumerate(arrays)]
+    out = op("DequantizeLinear", *values, axis=0, block_size=64)
+    out.name, out.type, out.shape = "out", ir.TensorType(ir.DataType.FLOAT), ir.Shape(weights.shape)
+    graph = ir.Graph([], [out], nodes=op.nodes, initializers=values, opset_imports={"": 21}, name="g")
+    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    (found,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {})
+    np.testing.assert_allclose(found, dequantize(q), rtol=1e-6)
+
+
+LIMITS = {"int8": (0.03, 0.03), "int4": (0.03, 0.35)}  # features (int8 in both), logits of random weights
+
+
+@pytest.mark.parametrize(
+    ("stored", "block", "symmetric"), [("int8", 32, True), ("int4", 32, True), ("int4", 32, False)]
+)
+def test_bundles_stay_close_to_float32(stored: str, block: int, symmetric: bool, tmp_path: Path) -> None:
+    wide = ppexport.load(build(MODEL, tmp_path / "wide", "fp32"), max_pixels=E2E_PIXELS)
+    path = build(MODEL, tmp_path / "narrow", Wanted(stored, block=block, symmetric=symmetric))
+    narrow = ppexport.load(path, max_pixels=E2E_PIXELS)
+    image, ids = IMAGES / "web_gnuplot.png", np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
+    features, logits = LIMITS[stored]
+    assert relative_error(narrow.encode(image).embeds, wide.encode(image).embeds) < features
+    first, second = (next(pipe.generate_tokens(ids, [image])).logits for pipe in (wide, narrow))
+    assert 0 < relative_error(second, first) < logits
+    weights = sum(f.bytes for name, f in narrow.manifest.files.items() if name.endswith(".data"))
+    assert weights < 0.6 * sum(f.bytes for name, f in wide.manifest.files.items() if name.endswith(".data"))
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_onnx_runtime_fuses_every_product(stored: str, tmp_path: Path) -> None:
+    """MatMulNBits for all matrices, nothing dequantized but the rows of the token table."""
+    path = build(POCKET, tmp_path / "bundle", stored)
+    for name, layers in (("vision", 4 * 4 + 2 * 3), ("language", 6 * 7 + 1)):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / f"{name}.optimized.onnx")
+        options.log_severity_level = 3
+        ort.InferenceSession(str(path / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(tmp_path / f"{name}.optimized.onnx", load_external_data=False).graph.node
+        kinds = [node.op_type for node in nodes]
+        assert kinds.count("MatMulNBits") == layers
+        assert kinds.count("DequantizeLinear") == (1 if name == "language" else 0)
+
+
+@pytest.mark.parametrize("dialect", ["standard", "plain"])
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
+    options = Options(capacity=256, max_pixels=65536)
+    path = build(POCKET, tmp_path / "bundle", stored, dialect, ["tensorrt-rtx"], None, options)
+    _, manifest = open_bundle(path)
+    record = engines.read(path, manifest, "tensorrt-rtx")
+    assert str(manifest.precision) == f"{stored}, vision bf16, embedding bf16, blocks of 32"
+    assert record.engines["language"].bytes > 100_000
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dialect", "tied", "message"),
+    [
+        (Wanted("int3"), "ort", False, "precision is 'int3', expected auto, fp32, fp16, bf16, int8, int4"),
+        (Wanted(vision="int2"), "ort", False, "vision precision is 'int2'"),
+        (Wanted("int4", block=48), "ort", False, "block is 48, expected one of: 32, 64, 128"),
+        (Wanted("int4", embedding="int4"), "ort", False, "embedding cannot be stored in int4, expected int8 or bf16"),
+        (Wanted("int4", embedding="int8"), "standard", False, "embedding cannot be stored in int8, expected bf16"),
+        (Wanted("bf16", embedding="int8"), "ort", True, "they are one table in this checkpoint"),
+        (Wanted("int4", vision="fp16"), "standard", False, "found bf16 and fp16, expected bf16 only"),
+        (Wanted("int4", symmetric=False), "plain", False, "TensorRT takes no zero points"),
+    ],
+)
+def test_what_cannot_be_stored(wanted: Wanted, dialect: str, tied: bool, message: str) -> None:
+    with pytest.raises(ppexport.CheckpointError, match=message):
+        resolve(wanted, "bf16", dialect, tied)
+
+
+def test_what_goes_with_what() -> None:
+    assert resolve(Wanted(), "bf16", "ort", True) == Precision("bf16", "bf16", "bf16", "bf16", "bf16")
+    assert str(resolve(Wanted("int4"), "bf16", "ort", True)) == (
+        "int4, vision int8, head int8, embedding int8, blocks of 32"
+    )
+    assert str(resolve(Wanted("int4"), "fp32", "standard", False)) == "int4, vision bf16, embedding bf16, blocks of 32"
+    assert str(resolve(Wanted("int8", symmetric=False, block=64), "bf16", "ort", False)) == (
+        "int8, blocks of 64 with zero points"
+    )
+
+
+def test_options_of_the_command(tmp_path: Path) -> None:
+    options = ["--precision", "int4", "--vision-precision", "bf16", "--head-precision", "int4", "--block", "64"]
+    result = CliRunner().invoke(main, ["build", str(POCKET), "-o", str(tmp_path / "b"), *options])
+    assert result.exit_code == 0, result.output
+    assert "int4, vision bf16, embedding int8, blocks of 64" in " ".join(result.stderr.split())
+    answer = CliRunner().invoke(main, ["run", str(tmp_path / "b"), "What is the Region?", "-i", "docs/settings.png"])
+    assert answer.stdout == "Porto\n"

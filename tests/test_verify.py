@@ -1,0 +1,110 @@
+"""``ppexport verify``: bundles against their checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import GOLDEN, IMAGES
+from safetensors.torch import load_file, save_file
+
+import ppexport
+from ppexport.build import build
+from ppexport.cli import main
+from ppexport.verify import compare, divergence, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+POCKET, SCREEN = ROOT / "models" / "pocket", ROOT / "docs" / "settings.png"
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("verify")
+    return {name: build(POCKET, folder / name, name) for name in ("bf16", "int8", "int4")}
+
+
+def test_a_bundle_in_the_checkpoint_s_precision_is_the_checkpoint(bundles: dict[str, Path]) -> None:
+    """To rounding of float32; the reference shares no exported graph with it."""
+    report = verify(bundles["bf16"], POCKET, [str(SCREEN)])
+    assert min(report.embeds.cosine, report.deepstack.cosine, report.logits.cosine) > 0.999999
+    assert max(report.embeds.error, report.deepstack.error, report.logits.error) < 1e-4
+    assert report.kl < 1e-6
+    assert (report.agreement, report.tokens) == (1.0, 64)
+
+
+def test_precisions_side_by_side(bundles: dict[str, Path]) -> None:
+    arguments = ["verify", *(str(path) for path in bundles.values()), "--against", str(POCKET), "-i", str(SCREEN)]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = {Path(r["bundle"]).name: r for r in json.loads(result.stdout)}
+    assert found["bf16"]["megabytes"] > found["int8"]["megabytes"] > found["int4"]["megabytes"]
+    assert found["bf16"]["kl"] < found["int8"]["kl"] < found["int4"]["kl"] < 0.05
+    assert all(r["problems"] == [] and r["agreement"] > 0.9 for r in found.values())
+    result = CliRunner().invoke(main, [*arguments, "--no-prune"])
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["bundle", "bf16", "int8", "int4"]
+    assert lines[0].split()[1:] == [
+        "precision",
+        "MB",
+        "embeds",
+        "deepstack",
+        "logits",
+        "max",
+        "error",
+        "KL",
+        "agree",
+        "first",
+        "ms",
+        "tokens/s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weight", "stage"),
+    [("visual.merger.linear_fc2.weight", "embeds"), ("language_model.layers.3.mlp.down_proj.weight", "logits")],
+)
+def test_a_broken_weight_is_caught(weight: str, stage: str, tmp_path: Path) -> None:
+    """One matrix of one layer, shuffled."""
+    checkpoint = shutil.copytree(POCKET, tmp_path / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    (name,) = [n for n in tensors if n.endswith(weight)]
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    path = build(checkpoint, tmp_path / "bundle")
+    result = CliRunner().invoke(main, ["verify", str(path), "--against", str(POCKET), "-i", str(SCREEN)])
+    assert result.exit_code == 1
+    assert f"{path}: {stage}: cosine" in result.stderr
+    if stage == "logits":
+        assert "embeds: cosine" not in result.stderr
+
+
+def test_without_images_and_with_several(bundles: dict[str, Path]) -> None:
+    assert verify(bundles["bf16"], POCKET, [], "Hello?", tokens=8).logits.cosine > 0.999999
+    several = verify(bundles["bf16"], POCKET, [str(SCREEN), str(IMAGES / "web_gnuplot.png")], tokens=4)
+    assert several.logits.cosine > 0.99999
+
+
+def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
+    path = build(GOLDEN / "e2e" / "model", tmp_path / "bundle")
+    assert verify(path, GOLDEN / "e2e" / "model", [str(IMAGES / "web_gnuplot.png")], tokens=4).logits.cosine > 0.99999
+
+
+def test_another_checkpoint_is_refused(bundles: dict[str, Path]) -> None:
+    with pytest.raises(ppexport.RequestError, match="is not of the model in .*: their configurations differ"):
+        verify(bundles["bf16"], GOLDEN / "e2e" / "model", [])
+
+
+def test_measures() -> None:
+    a = np.array([[1.0, 0.0], [0.0, 2.0]])
+    assert compare(a, a).cosine == 1
+    assert compare(a, a[::-1]).cosine == 0
+    assert compare(a * 1.1, a).error == pytest.approx(0.1)
+    assert compare(np.array([[np.nan, np.inf]]), a[:1]).bad == 2
+    assert compare(np.zeros((0, 2)), np.zeros((0, 2))).cosine == 1
+    assert divergence(a, a) == pytest.approx(0)
+    p, q = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
+    assert divergence(q, p) == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1))
