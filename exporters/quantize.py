@@ -20,7 +20,7 @@ from ..models.precision import BITS
 
 STARTS = (1.0, 0.92, 0.84, 0.76)  # of the range that is used, relative to the largest magnitude
 ROUNDS = 2
-CHUNK = 1 << 24  # values that are worked on at a time
+CHUNK = 1 << 22  # values that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,18 @@ class Quantized:
 
 
 def quantize(
-    matrix: Tensor, bits: int, size: int, symmetric: bool, scale_dtype: torch.dtype = torch.float32
+    matrix: Tensor,
+    bits: int,
+    size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.float32,
+    signed: bool = False,
 ) -> Quantized:
-    """matrix [in, out], in a multiple of ``size``. ``scale_dtype``: what scales will be stored in, so that rounding
-    them is part of the fit."""
+    """matrix [in, out], in a multiple of ``size``.
+
+    ``scale_dtype``: what scales will be stored in, so that rounding them is part of the fit. ``signed``: scales may be
+    negative, which makes better use of four bits, and which TensorRT does not take.
+    """
     inner, outer = matrix.shape
     values = np.empty((inner, outer), np.int8 if symmetric else np.uint8)
     scales = np.empty((inner // size, outer), np.float32)
@@ -46,7 +54,7 @@ def quantize(
         part = slice(at, min(at + step, outer))
         blocks = matrix[:, part].float().reshape(inner // size, size, -1)
         if symmetric:
-            found, scale = _symmetric(blocks, bits, scale_dtype)
+            found, scale = _symmetric(blocks, bits, scale_dtype, signed and bits < 8)
         else:
             found, scale, zero = _asymmetric(blocks, bits, scale_dtype)
             assert zeros is not None
@@ -65,14 +73,17 @@ def dequantize(q: Quantized) -> np.ndarray:
     return (values * q.scales[:, None]).reshape(-1, outer)
 
 
-def _symmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _symmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype, signed: bool) -> tuple[Tensor, Tensor]:
     """blocks [blocks, size, n] -> integers of that shape, scales [blocks, n].
 
     There is one more negative integer than positive ones: a scale's sign puts the value of largest magnitude there.
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # with its sign
-    start = torch.where(largest == 0, torch.ones_like(largest), largest / low)
+    if signed:
+        largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / low  # with its sign
+    else:
+        largest = blocks.abs().amax(1, keepdim=True) / high
+    start = torch.where(largest == 0, torch.ones_like(largest), largest)
 
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
         scale = _stored(scale, scale_dtype)
@@ -104,7 +115,7 @@ def _asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Te
     best: tuple[Tensor, Tensor, Tensor] | None = None
     smallest = torch.full_like(least, torch.inf)
     for factor in STARTS if bits < 8 else STARTS[:1]:
-        scale = _stored(((most - least) * factor / high).clamp(min=torch.finfo(torch.float16).tiny), scale_dtype)
+        scale = _stored(((most - least) * factor / high).clamp(min=torch.finfo(scale_dtype).tiny), scale_dtype)
         zero = (-least * factor / scale).round_().clamp_(0, high)
         q = ((blocks / scale).round_() + zero).clamp_(0, high)
         error = ((q - zero) * scale - blocks).square_().sum(1, keepdim=True)
@@ -125,7 +136,7 @@ def _asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Te
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as they will be read, none of them 0."""
     rounded = scale.to(dtype).float()
-    return torch.where(rounded == 0, torch.full_like(rounded, torch.finfo(torch.float16).tiny), rounded)
+    return torch.where(rounded == 0, torch.full_like(rounded, torch.finfo(dtype).tiny), rounded)
 
 
 class Lazy:
@@ -136,16 +147,16 @@ class Lazy:
         self._found: Quantized | None = None
         self._open: set[str] = set()
 
-    def value(self, kind: str, dtype: ir.DataType, rows: int, columns: int) -> ir.Value:
-        """An initializer [rows, columns] with the part ``kind`` of the matrix: "values", "scales" or "zeros"."""
+    def value(self, kind: str, dtype: ir.DataType, *sizes: int) -> ir.Value:
+        """An initializer of that shape with the part ``kind`` of the matrix: "values", "scales" or "zeros"."""
         name = f"{self.name}.{self.stored if kind == 'values' else kind}"
-        shape = ir.Shape([rows, columns])
+        shape = ir.Shape(sizes)
 
         def read() -> ir.TensorProtocol:
             if self._found is None:
                 self._found = self._read()
                 self._open = {"values", "scales"} | ({"zeros"} if self._found.zeros is not None else set())
-            array = np.ascontiguousarray(getattr(self._found, kind))
+            array = np.ascontiguousarray(getattr(self._found, kind)).reshape(sizes)
             self._open.discard(kind)
             self._found = self._found if self._open else None
             return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)

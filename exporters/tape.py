@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 
@@ -36,6 +37,10 @@ class Ops:
         if isinstance(value, float):
             return self("Constant", value_float=value)
         return self("Constant", value_int=value)
+
+    def uint8(self, value: int) -> ir.Value:
+        """A scalar of that type."""
+        return self("Constant", value=ir.tensor(np.array(value, np.uint8)))
 
     def ints(self, values: Sequence[int]) -> ir.Value:
         """An int64 vector."""

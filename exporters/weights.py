@@ -16,10 +16,8 @@ from ..models.precision import BITS, PARTS, Precision
 from . import language, vision
 from .checkpoint import Checkpoint
 from .dialects import Dialect
-from .graphs import PRECISIONS, TORCH, compute_precision
-from .quantize import Lazy, Quantized, integer_type, quantize
-
-Users = list[tuple[ir.Node, int]]  # of a value: a node and which of its inputs
+from .graphs import PRECISIONS, compute_precision
+from .integers import Stored, Users, store_blocks, store_rows
 
 
 def attach(
@@ -33,13 +31,21 @@ def attach(
     c = checkpoint.config
     fixed = vision.constants(c.vision, pre) if graph == "vision" else language.constants(c.text)
     computed = compute_precision(precision.base, dialect)
+    if precision.quantized:
+        model.graph.opset_imports[""] = max(model.graph.opset_imports[""], 21)  # the first with blocks
+    rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for name, value in list(model.graph.initializers.items()):
         if name in fixed:
             value.const_value = ir.tensor(fixed[name], name=name)
         elif name in table:
             for part, users in _users(value, graph, name).items():
-                if precision.of(part) in BITS and _fits(table[name], part, users, precision.block):
-                    _store_blocks(model, checkpoint, name, table[name], part, users, precision, computed)
+                if precision.of(part) in BITS and _fits(table[name], part, users, precision):
+                    stored = Stored(table[name], precision.of(part), precision, computed, dialect.name == "ort")
+                    own = f"{name}.{part}" if table[name].layout == "same" else name  # a table may be stored twice
+                    if stored.kind == "w8a8":
+                        store_rows(model, checkpoint, own, stored, users, rounded)
+                    else:
+                        store_blocks(model, checkpoint, own, stored, users)
             if value.uses():
                 parts = list(_users(value, graph, name))
                 stored = precision.of(parts[0]) if precision.of(parts[0]) not in BITS else precision.base
@@ -81,90 +87,13 @@ def _users(value: ir.Value, graph: str, name: str) -> dict[str, Users]:
     return {part: found[part] for part in PARTS if part in found}
 
 
-def _fits(weight: Weight, part: str, users: Users, block: int) -> bool:
-    """Can a weight be stored in blocks? A matrix that is multiplied with, or the table of tokens."""
+def _fits(weight: Weight, part: str, users: Users, precision: Precision) -> bool:
+    """Can a weight be stored in integers? A matrix that is multiplied with, or the table of tokens."""
     if len(weight.shape) != 2 or weight.layout == "patch":
         return False
     allowed = {"head": {("Gemm", 1)}, "embedding": {("Gather", 0)}}.get(part, {("MatMul", 1), ("Cast", 0)})
-    return weight.shape[1] % block == 0 and {(node.op_type, index) for node, index in users} <= allowed
-
-
-def _store_blocks(
-    model: ir.Model,
-    checkpoint: Checkpoint,
-    name: str,
-    weight: Weight,
-    part: str,
-    users: Users,
-    precision: Precision,
-    computed: str,
-) -> None:
-    """DequantizeLinear in front of every reader, on new initializers."""
-    outer, inner = weight.shape
-    bits, size, symmetric = BITS[precision.of(part)], precision.block, precision.symmetric
-    looked_up = users[0][0].op_type == "Gather"
-    symmetric = symmetric or looked_up  # a row of a table is read for its token alone: zero points would not pay
-
-    def read() -> Quantized:
-        matrix = checkpoint.read(weight)
-        found = quantize(matrix if weight.layout == "transpose" else matrix.t(), bits, size, symmetric, TORCH[computed])
-        if not looked_up:
-            return found
-        return Quantized(found.values.T, found.scales.T, None)
-
-    stored = precision.of(part)
-    lazy = Lazy(f"{name}.{part}" if weight.layout == "same" else name, stored, read)
-    integers, floats = integer_type(stored, symmetric), PRECISIONS[computed]
-    if looked_up:
-        values, scales = (
-            lazy.value("values", integers, outer, inner),
-            lazy.value("scales", floats, outer, inner // size),
-        )
-        parts = [values, scales]
-    else:
-        rows = inner // size
-        parts = [lazy.value("values", integers, inner, outer), lazy.value("scales", floats, rows, outer)]
-        parts += [] if symmetric else [lazy.value("zeros", integers, rows, outer)]
-    for initializer in parts:
-        model.graph.register_initializer(initializer)
-    for node, index in users:
-        if looked_up:
-            _look_up(model, node, parts, size, floats)
-            continue
-        weights = _dequantized(model, node, parts, 0, size, floats, lazy.name)
-        if node.op_type == "Gemm":  # x @ table.t()
-            product = ir.Node("", "MatMul", [node.inputs[0], weights], num_outputs=1)
-            after = product.outputs[0]
-            before = node.outputs[0]
-            after.name, after.type, after.shape = before.name, before.type, before.shape
-            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [product], [before], [after])
-        else:
-            node.replace_input_with(index, weights)
-
-
-def _dequantized(
-    model: ir.Model, before: ir.Node, parts: list[ir.Value], axis: int, size: int, dtype: ir.DataType, name: str
-) -> ir.Value:
-    attributes = {"axis": ir.AttrInt64("axis", axis), "block_size": ir.AttrInt64("block_size", size)}
-    node = ir.Node("", "DequantizeLinear", parts, attributes, num_outputs=1)
-    node.outputs[0].name, node.outputs[0].type = f"{name}.{before.name or 'use'}", ir.TensorType(dtype)
-    model.graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _look_up(model: ir.Model, gather: ir.Node, parts: list[ir.Value], size: int, dtype: ir.DataType) -> None:
-    """The rows of the integers and of the scales, then what they stand for."""
-    rows = []
-    for part in parts:
-        node = ir.Node("", "Gather", [part, gather.inputs[1]], {"axis": ir.AttrInt64("axis", 0)}, num_outputs=1)
-        node.outputs[0].name, node.outputs[0].type = f"{part.name}.rows", part.type
-        model.graph.insert_before(gather, node)
-        rows.append(node.outputs[0])
-    found = _dequantized(model, gather, rows, -1, size, dtype, "embedding")
-    before = gather.outputs[0]
-    found.name, found.type, found.shape = before.name, before.type, before.shape
-    ir.convenience.replace_all_uses_with(before, found)
-    model.graph.remove(gather, safe=True)
+    blocks = precision.of(part) == "w8a8" or weight.shape[1] % precision.block == 0
+    return blocks and {(node.op_type, index) for node, index in users} <= allowed
 
 
 def _store(

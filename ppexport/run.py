@@ -13,7 +13,7 @@ from .inspect import check_picture, write_overlay
 from .runtime.pipeline import PruneLike, load
 from .runtime.stats import Stats
 
-STAGES = ("image", "prune", "text", "vision", "prefill", "decode")
+STAGES = ("image", "prune", "reuse", "text", "vision", "prefill", "decode")
 
 
 def run(

@@ -11,6 +11,11 @@ from .session import Backend, Binding, Buffer
 class Cache(Protocol):
     """Memory for the keys and values of up to ``capacity`` tokens of a sequence, bound to a decoder's binding."""
 
+    nbytes: int  # of that memory
+
+    def grow(self, capacity: int) -> None:
+        """Move to memory for more tokens."""
+
     def before(self, length: int, count: int) -> None:
         """Bind for a run that adds ``count`` tokens to the ``length`` that are there."""
 
@@ -22,11 +27,25 @@ class InPlace:
     """Caches [1, kv_heads, capacity, Dh], input and output of the graph at once (``ort``, ``standard``)."""
 
     def __init__(self, backend: Backend, binding: Binding, c: TextConfig, dtype: str, capacity: int):
-        for i in range(c.layers):
-            for kind in ("key", "value"):
-                cache = backend.zeros((1, c.kv_heads, capacity, c.head_dim), dtype)
-                binding.input(f"{kind}_{i}", cache)
-                binding.output(f"new_{kind}_{i}", cache)
+        self.backend, self.binding, self.dtype = backend, binding, dtype
+        self.heads, self.width = c.kv_heads, c.head_dim
+        self.memory: dict[str, Buffer | None] = {
+            f"{kind}_{i}": None for i in range(c.layers) for kind in ("key", "value")
+        }
+        self.grow(capacity)
+
+    def grow(self, capacity: int) -> None:
+        """See Cache; one cache after the other."""
+        self.nbytes = 0
+        for name, old in self.memory.items():
+            new = self.backend.zeros((1, self.heads, capacity, self.width), self.dtype)
+            if old is not None:
+                there = old.reshape(self.heads, old.shape[2], self.width)
+                self.backend.copy_into(new.reshape(self.heads, capacity, self.width), 0, there)
+            self.memory[name] = new
+            self.binding.input(name, new)
+            self.binding.output(f"new_{name}", new)
+            self.nbytes += new.nbytes
 
     def before(self, length: int, count: int) -> None:
         """See Cache."""
@@ -45,7 +64,14 @@ class Rows:
         self.backend, self.binding, self.dtype, self.layers = backend, binding, dtype, c.layers
         self.row = (1, c.kv_heads, c.head_dim)
         self.memory = backend.zeros((2 * c.layers, capacity, *self.row), dtype)
+        self.nbytes = self.memory.nbytes
         self.new: Buffer | None = None
+
+    def grow(self, capacity: int) -> None:
+        """See Cache."""
+        memory = self.backend.zeros((2 * self.layers, capacity, *self.row), self.dtype)
+        self.backend.copy_into(memory, 0, self.memory)
+        self.memory, self.nbytes = memory, memory.nbytes
 
     def before(self, length: int, count: int) -> None:
         """See Cache."""

@@ -9,6 +9,7 @@ from ..models.errors import BackendError, BundleError, PpexportError
 from ..models.manifest import Manifest
 from .session import Backend
 
+CPUINFO = Path("/proc/cpuinfo")
 DEVICES = ("auto", "cpu", "cuda", *TARGETS)
 
 
@@ -61,6 +62,21 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify
         raise BundleError(
             f"{found}, expected 'ort' for ONNX Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
         )
+    if manifest.precision.uses("w8a8") and _saturates():
+        raise BackendError(
+            f"{directory}: has w8a8 weights, which need products of 8 bits that add up exactly, found a CPU without "
+            "VNNI; build it with --precision int8"
+        )
     from .ort import OrtCpu
 
     return OrtCpu(threads)
+
+
+def _saturates() -> bool:
+    """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
+    try:
+        lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), None)
+    return flags is not None and not {"avx_vnni", "avx512_vnni"} & set(flags)

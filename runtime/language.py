@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from .prune import Selection
 from .session import Backend, Binding, Buffer, Session
 from .vision import Features, features_of
 
+STEP = 256  # tokens that a cache has room for at least, beyond what is known to be needed
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -23,8 +25,18 @@ class Prompt:
 
     ids: np.ndarray  # int32 [S]
     positions: np.ndarray  # int32 [3, S]: temporal, height, width
+    image_of: np.ndarray  # int32 [S]: the image that a placeholder stands for, counted from 0; -1 for text
     next_position: int  # of the first generated token, as if nothing had been pruned
     full_length: int  # tokens before pruning
+
+    @property
+    def columns(self) -> np.ndarray:
+        """All that a token's cache entry depends on but the pixels of its image: int32 [5, S]."""
+        return np.vstack([self.ids, self.image_of, self.positions])
+
+    def after(self, count: int) -> Prompt:
+        """Without its first ``count`` tokens."""
+        return replace(self, ids=self.ids[count:], positions=self.positions[:, count:], image_of=self.image_of[count:])
 
 
 def build_prompt(input_ids: np.ndarray, image_token: int, selections: Sequence[Selection]) -> Prompt:
@@ -36,22 +48,22 @@ def build_prompt(input_ids: np.ndarray, image_token: int, selections: Sequence[S
     starts = _image_starts(input_ids == image_token, [selection.total for selection in selections])
     S = len(input_ids)
     positions = np.empty((3, S), np.int32)
-    keep = np.ones(S, bool)
+    keep, image_of = np.ones(S, bool), np.full(S, -1, np.int32)
     done, position = 0, 0
-    for start, selection in zip(starts, selections, strict=True):
+    for image, (start, selection) in enumerate(zip(starts, selections, strict=True)):
         length = selection.total
         positions[:, done:start] = position + np.arange(start - done)
         position += start - done
         row, col = np.divmod(np.arange(length), selection.cols)
         positions[:, start : start + length] = position + np.stack([np.zeros(length, int), row, col])
         position += max(selection.rows, selection.cols)
+        image_of[start : start + length] = image
         keep[start : start + length] = False
         keep[start + selection.keep] = True
         done = start + length
     positions[:, done:] = position + np.arange(S - done)
     next_position = position + S - done
-    ids = np.ascontiguousarray(input_ids[keep], np.int32)
-    return Prompt(ids, np.ascontiguousarray(positions[:, keep]), next_position, S)
+    return Prompt(input_ids[keep].astype(np.int32), positions[:, keep], image_of[keep], next_position, S)
 
 
 def _image_starts(is_image: np.ndarray, totals: Sequence[int]) -> list[int]:
@@ -121,35 +133,50 @@ class Language:
         zeros = backend.zeros((1 + levels, 1, config.width), dtype)
         self.no_features = features_of(zeros)  # of a run without images, which takes none of them
 
-    def start(self, capacity: int, features: Features) -> Decoding:
-        """A new sequence with room for ``capacity`` tokens."""
-        return Decoding(self, capacity, features)
+    def start(self, tokens: int) -> Decoding:
+        """A new sequence with room for ``tokens`` tokens, and more as it gets longer."""
+        return Decoding(self, tokens)
 
 
 class Decoding:
-    """One sequence in progress: its caches and its binding."""
+    """One sequence in progress: its caches, which tokens they hold, and its binding."""
 
-    def __init__(self, language: Language, capacity: int, features: Features):
+    def __init__(self, language: Language, tokens: int):
         self.language, self.backend, self.length = language, language.backend, 0
-        self.capacity = language.backend.capacity or capacity
+        self.capacity = language.backend.capacity or tokens
         c = language.config
         self.binding: Binding = language.session.binding()
         self.cache: Cache = language.cache_form(self.backend, self.binding, c, language.dtype, self.capacity)
-        self._features(features)
         self.logits = self.backend.zeros((1, 1, c.vocab), "float32")
         self.binding.output("logits", self.logits)
         self.inputs: dict[str, Buffer] = {}  # of a run, kept for the next one of the same length
+        self._held: list[np.ndarray] = []
+
+    @property
+    def held(self) -> np.ndarray:
+        """What the cache entries were computed from: int32 [5, length], as Prompt.columns."""
+        self._held = [np.concatenate([np.empty((5, 0), np.int32), *self._held], axis=1)[:, : self.length]]
+        return self._held[0]
+
+    def rewind(self, length: int) -> None:
+        """Go on after the first ``length`` tokens; the entries behind them are written anew."""
+        self._held, self.length = [self.held[:, :length]], length
 
     def _features(self, features: Features) -> None:
         self.binding.input("embeds", features.embeds)
         if features.deepstack is not None:
             self.binding.input("deepstack", features.deepstack)
 
-    def prefill(self, prompt: Prompt) -> np.ndarray:
-        """Run the prompt; returns the logits float32 [V] after its last token (valid until the next call)."""
-        logits = self._run(prompt.ids, prompt.positions)
-        self._features(self.language.no_features)
-        return logits
+    def prefill(self, prompt: Prompt, features: Features) -> np.ndarray:
+        """Run the prompt, or what is left of it; ``features`` of the images in there.
+
+        Returns the logits float32 [V] after its last token (valid until the next call).
+        """
+        self._features(features)
+        try:
+            return self._run(prompt.columns)
+        finally:
+            self._features(self.language.no_features)
 
     def decode(self, token: int, position: int) -> np.ndarray:
         """Run one more token at ``position`` (all three axes); returns logits as ``prefill`` does.
@@ -159,15 +186,15 @@ class Decoding:
         """
         if token == self.language.image_token:
             token -= self.language.config.vocab
-        return self._run(np.array([token], np.int32), np.full((3, 1), position, np.int32))
+        return self._run(np.array([[token], [-1], *[[position]] * 3], np.int32))
 
-    def _run(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        S = len(ids)
+    def _run(self, columns: np.ndarray) -> np.ndarray:
+        S = columns.shape[1]
         if self.length + S > self.capacity:
-            raise RequestError(f"{self.length + S} tokens, expected at most {self.capacity} (the cache's capacity)")
+            self._grow(self.length + S)
         values = {
-            "input_ids": ids.reshape(1, S),
-            "position_ids": positions.reshape(3, 1, S),
+            "input_ids": columns[:1],
+            "position_ids": columns[2:].reshape(3, 1, S),
             "start": np.array([self.length], np.int32),
             "logits_at": np.array([[S - 1]], np.int32),
         }
@@ -181,5 +208,13 @@ class Decoding:
         self.cache.before(self.length, S)
         self.binding.run()
         self.cache.after(self.length, S)
+        self._held.append(columns.copy())  # the inputs are written anew
         self.length += S
         return self.backend.download(self.logits).reshape(-1)
+
+    def _grow(self, tokens: int) -> None:
+        """Room for ``tokens`` tokens and some more, so that entries are seldom moved."""
+        if self.backend.capacity:
+            raise RequestError(f"{tokens} tokens, expected at most {self.capacity} (the cache's capacity)")
+        self.capacity = max(tokens, min(tokens + max(STEP, tokens // 4), self.language.config.context))
+        self.cache.grow(self.capacity)

@@ -16,15 +16,17 @@ from ..models.manifest import Manifest
 from .bundle import open_bundle
 from .devices import open_device
 from .image import ImageLike, prepare
-from .language import Language, Sampling, build_prompt
+from .language import STEP, Language, Sampling, build_prompt
 from .prune import Prune, Selection, check_prune
+from .reuse import Digests, Reuse, digest
 from .selector import Selector
 from .session import Backend, Buffer
 from .stats import Stats
 from .text import PromptLike, Text
-from .vision import Vision, features_of
+from .vision import Features, Vision, features_of
 
 WORTH = 0.02  # pruning that would drop less than this share of an image's tokens is left out
+REUSE = 1 << 30  # bytes for what past requests computed
 PruneLike = Prune | Literal["default"] | None
 
 
@@ -53,6 +55,7 @@ class Prepared:
     images: tuple[Buffer, ...]  # uint8 [H, W, 3] each
     keeps: tuple[Buffer, ...]  # int32 [K] each
     selections: tuple[Selection, ...]
+    digests: Digests  # of each image and its kept tokens; empty where nothing is reused
 
 
 class Answer(Iterator[str]):
@@ -95,6 +98,7 @@ class Pipeline:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         chosen: str = "",
+        reuse: int = REUSE,
     ):
         model, dtype = manifest.model, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
         graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
@@ -108,6 +112,8 @@ class Pipeline:
         self.language = Language(
             backend, graphs["language"], model.text, model.image_token, len(model.vision.deepstack), dtype, dialect
         )
+        fixed = backend.capacity is not None
+        self.reuse = Reuse(reuse, fixed, not fixed or dialect != "plain") if reuse else None
         self.context = min(manifest.context, backend.capacity or manifest.context)
         self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
 
@@ -119,6 +125,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back the memory on the device; the pipeline cannot be used afterwards. ``with load(...)`` does so."""
+        if self.reuse:
+            self.reuse.clear()
         self.backend.close()
 
     def generate(
@@ -184,7 +192,7 @@ class Pipeline:
     def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
         """One image through prune and vision: keep indices, embeds [K, D] and deepstack [L, K, D]."""
         prepared = self._prepare([image], prune, Stats())
-        features = self.backend.download(self._encode(prepared))
+        features = self.backend.download(self.vision.encode(prepared.images[0], prepared.keeps[0]))
         selection = prepared.selections[0]
         return Encoded(selection.keep, features[0], features[1:], selection)
 
@@ -192,7 +200,7 @@ class Pipeline:
         """Stages image and prune: read, resize, upload, select."""
         sequence("images", images, "images")
         setting = self._prune(prune)
-        buffers, keeps, selections = [], [], []
+        buffers, keeps, selections, digests = [], [], [], []
         for image in images:
             with stats.stage("image"):
                 pixels = prepare(image, self.selector.block, self.min_pixels, self.max_pixels)
@@ -201,8 +209,11 @@ class Pipeline:
                 keep, selection = self.selector.select(buffers[-1], setting, WORTH)
             keeps.append(keep)
             selections.append(selection)
+            if self.reuse:
+                with stats.stage("reuse"):
+                    digests.append(digest(pixels, selection.keep))
         stats.images = tuple(selections)
-        return Prepared(tuple(buffers), tuple(keeps), stats.images)
+        return Prepared(tuple(buffers), tuple(keeps), stats.images, tuple(digests))
 
     def _prune(self, prune: PruneLike) -> Prune | None:
         if isinstance(prune, str) and prune == "default":
@@ -210,9 +221,18 @@ class Pipeline:
             return Prune(p.method, p.metric, p.tau, p.anchored)
         return check_prune(prune, " or 'default'")
 
-    def _encode(self, prepared: Prepared) -> Buffer:
-        """Stage vision: features [1 + L, K, D] of all images, on the backend."""
-        return self.vision.encode(list(zip(prepared.images, prepared.keeps, strict=True)))
+    def _encode(self, prepared: Prepared, first: int) -> Features:
+        """Stage vision: features of the images from ``first`` on, on the backend; computed where they are not kept."""
+        found = []
+        for i in range(first, len(prepared.images)):
+            features = self.reuse.features(prepared.digests[i]) if self.reuse else None
+            if features is None:
+                features = self.vision.encode(prepared.images[i], prepared.keeps[i])
+                if self.reuse:
+                    self.reuse.keep_features(prepared.digests[i], features)
+            found.append(features)
+        self.backend.wait()
+        return features_of(self.vision.join(found)) if found else self.language.no_features
 
     def _steps(
         self,
@@ -239,24 +259,31 @@ class Pipeline:
             )
 
         def steps() -> Iterator[Step]:
+            limit = min(max_new_tokens, room)
+            decoding, known = self.reuse.take(prompt, prepared.digests) if self.reuse else (None, 0)
+            stats.reused_tokens = known
             with stats.stage("vision"):
-                features = features_of(self._encode(prepared))
-                self.backend.wait()
+                features = self._encode(prepared, int(prompt.image_of[:known].max(initial=-1)) + 1)
             with stats.stage("prefill"):
-                limit = min(max_new_tokens, room)
-                decoding = self.language.start(len(prompt.ids) + limit - 1, features)
-                logits = decoding.prefill(prompt)
+                if decoding is None:
+                    decoding = self.language.start(len(prompt.ids) + min(limit - 1, STEP))
+                decoding.rewind(known)
+                logits = decoding.prefill(prompt.after(known), features)
             rng, ends = sampling.rng(), set(self.manifest.stop_tokens if stop is None else stop)
-            for i in range(limit):
-                token = sampling.choose(logits, rng)
-                stats.generated_tokens = i + 1
-                finish = "" if i + 1 < limit else "length" if limit == max_new_tokens else "context"
-                stats.finish = "stop" if token in ends else finish
-                yield Step(token, logits.copy())
-                if token in ends or i + 1 == limit:
-                    return
-                with stats.stage("decode"):
-                    logits = decoding.decode(token, prompt.next_position + i)
+            try:
+                for i in range(limit):
+                    token = sampling.choose(logits, rng)
+                    stats.generated_tokens = i + 1
+                    finish = "" if i + 1 < limit else "length" if limit == max_new_tokens else "context"
+                    stats.finish = "stop" if token in ends else finish
+                    yield Step(token, logits.copy())
+                    if token in ends or i + 1 == limit:
+                        return
+                    with stats.stage("decode"):
+                        logits = decoding.decode(token, prompt.next_position + i)
+            finally:  # a run that fails leaves the tokens before it as they were
+                if self.reuse:
+                    self.reuse.keep(decoding, prepared.digests)
 
         return steps()
 
@@ -268,14 +295,17 @@ def load(
     max_pixels: int | None = None,
     threads: int = 0,
     verify: bool = False,
+    reuse: int = REUSE,
 ) -> Pipeline:
     """Open a bundle on a device: "cpu" or "cuda" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto": one whose
     engines it has, if they run here, else the CPU. ``chosen`` of the result says which and why.
 
     ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own, or what its engines were compiled
     for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files and of
-    the engines too. Raises BundleError, BackendError.
+    the engines too. ``reuse``: bytes for what past requests computed, 0 for none: a question about the same images, or
+    the next turn of a conversation, then runs only what is new (runtime/reuse.py). Raises BundleError, BackendError.
     """
+    integer("reuse", reuse)
     integer("threads", threads, 0, 4 * (os.cpu_count() or 1))
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None:
@@ -284,4 +314,4 @@ def load(
     backend, chosen = open_device(device, directory, manifest, threads, verify)
     limit = backend.max_pixels or manifest.preprocessing.max_pixels
     max_pixels = min(limit, manifest.preprocessing.max_pixels) if max_pixels is None else max_pixels
-    return Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen)
+    return Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse)

@@ -17,9 +17,10 @@ class Stats:
     images: tuple[Selection, ...] = ()
     milliseconds: dict[str, float] = field(
         default_factory=dict
-    )  # per stage: image, prune, text, vision, prefill, decode
+    )  # per stage: image, prune, reuse, text, vision, prefill, decode
     prompt_tokens: int = 0  # after pruning
     prompt_tokens_full: int = 0  # before pruning
+    reused_tokens: int = 0  # of the prompt, whose cache entries an earlier request had computed
     generated_tokens: int = 0
     finish: str = ""  # "stop" (a stop token), "length" (max_new_tokens) or "context" (the model's limit)
 

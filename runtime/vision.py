@@ -34,17 +34,22 @@ class Vision:
         """Memory for the features of ``tokens`` kept tokens: [1 + L, K, D], at least one (zero) token."""
         return self.backend.zeros((1 + self.levels, max(tokens, 1), self.width), self.dtype)
 
-    def encode(self, images: Sequence[tuple[Buffer, Buffer]]) -> Buffer:
-        """(image uint8 [H, W, 3], keep int32 [K_i]) per image -> features [1 + L, sum of K_i, D], in that order."""
-        features = self.features(sum(keep.shape[0] for _, keep in images))
-        K, D = features.shape[1:]
-        first = 0
-        for image, keep in images:
-            last = first + keep.shape[0]
-            outputs = {}
-            for level in range(1 + self.levels):
-                name = f"deepstack_{level - 1}" if level else "embeds"
-                outputs[name] = features.rows(level, level + 1).reshape(K, D).rows(first, last)
-            run(self.session, {"image": image, "keep": keep}, outputs)
-            first = last
+    def encode(self, image: Buffer, keep: Buffer) -> Buffer:
+        """image uint8 [H, W, 3], keep int32 [K] -> features [1 + L, K, D]."""
+        features = self.features(keep.shape[0])
+        _, K, D = features.shape
+        names = ["embeds", *(f"deepstack_{level}" for level in range(self.levels))]
+        outputs = {name: features.rows(i, i + 1).reshape(K, D) for i, name in enumerate(names)}
+        run(self.session, {"image": image, "keep": keep}, outputs)
         return features
+
+    def join(self, features: Sequence[Buffer]) -> Buffer:
+        """Features of several images side by side: [1 + L, sum of K, D]; a single one as it is."""
+        if len(features) == 1:
+            return features[0]
+        joined = self.features(sum(each.shape[1] for each in features))
+        at = 0
+        for each in features:
+            self.backend.copy_into(joined, at, each)
+            at += each.shape[1]
+        return joined

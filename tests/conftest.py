@@ -24,7 +24,8 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_pipe(golden_bundle: Path) -> ppexport.Pipeline:
-    return ppexport.load(golden_bundle, max_pixels=E2E_PIXELS)
+    """It computes every request anew, so that tests do not depend on those before them."""
+    return ppexport.load(golden_bundle, max_pixels=E2E_PIXELS, reuse=0)
 
 
 @pytest.fixture(scope="session")

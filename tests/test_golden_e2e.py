@@ -25,7 +25,7 @@ def golden_pipe(
     if request.param != "ort":
         directory = tmp_path_factory.mktemp(request.param)
         bundle = build(GOLDEN / "e2e" / "model", directory / "bundle", dialect=request.param)
-    return ppexport.load(bundle, max_pixels=E2E_PIXELS)
+    return ppexport.load(bundle, max_pixels=E2E_PIXELS, reuse=0)
 
 
 @pytest.mark.parametrize("case", CASES)

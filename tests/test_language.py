@@ -20,9 +20,10 @@ import ppexport
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS
+from ppexport.exporters.weights import attach
+from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.cache import FORMS, InPlace
 from ppexport.runtime.language import Sampling, build_prompt
-from ppexport.runtime.vision import features_of
 
 IMAGE = 500
 LAYERS, KV, DH, M = 4, 2, 32, 64
@@ -57,7 +58,8 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]:
     found = {}
     for name, dialect in DIALECTS.items():
         model = graphs.language_graph(checkpoint.config, dialect)
-        graphs.attach(model, checkpoint, "language", checkpoint.family.PREPROCESSING, dialect, "fp32")
+        precision = resolve(Wanted(), "fp32", name, False)
+        attach(model, checkpoint, "language", checkpoint.family.PREPROCESSING, dialect, precision)
         path = directory / f"{name}.onnx"
         ir.save(model, path, external_data=f"{name}.data")
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -149,6 +151,7 @@ def test_positions_follow_the_full_grid() -> None:
         [0, 1, 2, 3, 3, 5, 7, 8, 9],
         [0, 1, 2, 3, 4, 5, 6, 8, 9],
     ]
+    assert prompt.image_of.tolist() == [-1, -1, 0, 0, 0, -1, 1, -1, -1]
     assert prompt.next_position == 10
     assert prompt.full_length == len(ids)
 
@@ -207,13 +210,12 @@ def test_same_seed_same_tokens(tiny_pipe: ppexport.Pipeline, screen: np.ndarray)
 
 def test_caches_are_updated_in_place(golden_pipe: ppexport.Pipeline) -> None:
     """No step allocates or copies a cache: the bound pointers stay and hold the new entries."""
-    features = features_of(golden_pipe.vision.features(0))
-    decoding = golden_pipe.language.start(8, features)
+    decoding = golden_pipe.language.start(8)
     bound = decoding.binding._bound  # type: ignore[attr-defined]
     keys = golden_pipe.backend.download(bound["key_0"])
     assert bound["key_0"] is bound["new_key_0"]
     prompt = build_prompt(np.array([3, 4, 5]), IMAGE, [])
-    decoding.prefill(prompt)
+    decoding.prefill(prompt, golden_pipe.language.no_features)
     assert np.abs(keys[0, :, :3]).min(axis=(0, 2)).min() > 0
     assert not keys[0, :, 3:].any()
     before = keys[0, :, :3].copy()

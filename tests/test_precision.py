@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,14 @@ def matrix(seed: int, inner: int = 256, outer: int = 48, scale: float = 0.02) ->
     bits=st.sampled_from([4, 8]),
     size=st.sampled_from([32, 64, 128]),
     symmetric=st.booleans(),
+    signed=st.booleans(),
     scale=st.sampled_from([1e-6, 0.02, 300.0]),
 )
 def test_no_value_is_further_off_than_its_block_allows(
-    seed: int, bits: int, size: int, symmetric: bool, scale: float
+    seed: int, bits: int, size: int, symmetric: bool, signed: bool, scale: float
 ) -> None:
     weights = matrix(seed, scale=scale)
-    q = quantize(weights, bits, size, symmetric)
+    q = quantize(weights, bits, size, symmetric, signed=signed)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     assert low <= q.values.min() <= q.values.max() <= high
     error = np.abs(dequantize(q) - weights.numpy()).reshape(-1, size, weights.shape[1])
@@ -70,8 +72,10 @@ def test_the_fit_beats_rounding_by_the_largest_magnitude() -> None:
         blocks = weights.reshape(-1, 32, 64)
         scale = blocks.abs().amax(1, keepdim=True) / 7
         nearest = ((blocks / scale).round().clamp(-8, 7) * scale - blocks).square().mean()
-        fitted = (torch.from_numpy(dequantize(quantize(weights, 4, 32, True))) - weights).square().mean()
-        assert fitted < 0.85 * nearest
+        for signed, share in ((False, 0.9), (True, 0.85)):
+            found = dequantize(quantize(weights, 4, 32, True, signed=signed))
+            assert (torch.from_numpy(found) - weights).square().mean() < share * nearest
+            assert signed or quantize(weights, 4, 32, True).scales.min() > 0  # as TensorRT wants them
 
 
 @pytest.mark.parametrize("stored", ["int8", "int4"])
@@ -91,11 +95,12 @@ def test_the_graph_computes_what_was_fitted(stored: str, symmetric: bool) -> Non
     np.testing.assert_allclose(found, dequantize(q), rtol=1e-6)
 
 
-LIMITS = {"int8": (0.03, 0.03), "int4": (0.03, 0.35)}  # features (int8 in both), logits of random weights
+# features (w8a8 in all), logits of random weights
+LIMITS = {"int8": (0.03, 0.03), "int4": (0.03, 0.35), "w8a8": (0.03, 0.04)}
 
 
 @pytest.mark.parametrize(
-    ("stored", "block", "symmetric"), [("int8", 32, True), ("int4", 32, True), ("int4", 32, False)]
+    ("stored", "block", "symmetric"), [("int8", 32, True), ("int4", 32, True), ("int4", 32, False), ("w8a8", 32, True)]
 )
 def test_bundles_stay_close_to_float32(stored: str, block: int, symmetric: bool, tmp_path: Path) -> None:
     wide = ppexport.load(build(MODEL, tmp_path / "wide", "fp32"), max_pixels=E2E_PIXELS)
@@ -110,19 +115,53 @@ def test_bundles_stay_close_to_float32(stored: str, block: int, symmetric: bool,
     assert weights < 0.6 * sum(f.bytes for name, f in wide.manifest.files.items() if name.endswith(".data"))
 
 
+PRODUCTS = {"vision": 4 * 4 + 2 * 3, "language": 6 * 7 + 1}  # of the pocket model, the head included
+
+
+def optimized(graph: Path, tmp_path: Path) -> Counter[str]:
+    """The operators that ONNX Runtime runs."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node)
+
+
 @pytest.mark.parametrize("stored", ["int8", "int4"])
 def test_onnx_runtime_fuses_every_product(stored: str, tmp_path: Path) -> None:
     """MatMulNBits for all matrices, nothing dequantized but the rows of the token table."""
-    path = build(POCKET, tmp_path / "bundle", stored)
-    for name, layers in (("vision", 4 * 4 + 2 * 3), ("language", 6 * 7 + 1)):
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / f"{name}.optimized.onnx")
-        options.log_severity_level = 3
-        ort.InferenceSession(str(path / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(tmp_path / f"{name}.optimized.onnx", load_external_data=False).graph.node
-        kinds = [node.op_type for node in nodes]
-        assert kinds.count("MatMulNBits") == layers
-        assert kinds.count("DequantizeLinear") == (1 if name == "language" else 0)
+    path = build(POCKET, tmp_path / "bundle", Wanted(stored, vision=stored))
+    for name, products in PRODUCTS.items():
+        kinds = optimized(path / f"{name}.onnx", tmp_path)
+        assert kinds["MatMulNBits"] == products
+        assert kinds["DequantizeLinear"] == (1 if name == "language" else 0)
+
+
+def test_products_of_integers(tmp_path: Path) -> None:
+    """w8a8: every matrix but the head is multiplied in integers; what several products read is rounded once."""
+    path = build(POCKET, tmp_path / "bundle", "w8a8")
+    vision, language = (optimized(path / f"{name}.onnx", tmp_path) for name in PRODUCTS)
+    assert vision["MatMulIntegerToFloat"] == vision["QuantizeLinear"] == PRODUCTS["vision"]
+    assert (language["MatMulIntegerToFloat"], language["MatMulNBits"]) == (PRODUCTS["language"] - 1, 1)
+    assert language["QuantizeLinear"] == 6 * 4  # read by q k v, o, gate up, down
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("fpu avx2 avx512f", "found a CPU without VNNI"), ("fpu avx2 avx_vnni", ""), ("fpu avx512_vnni", ""), (None, "")],
+)
+def test_a_cpu_that_saturates_is_refused(
+    flags: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older x86 CPUs add two products in 16 bits. None: a machine that does not say (ARM adds in 32)."""
+    path, listed = build(POCKET, tmp_path / "bundle", "w8a8"), tmp_path / "cpuinfo"
+    listed.write_text("" if flags is None else f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("ppexport.runtime.devices.CPUINFO", listed)
+    if message:
+        with pytest.raises(ppexport.BackendError, match=f"w8a8.*{message}.*--precision int8"):
+            ppexport.load(path)
+    else:
+        ppexport.load(path)
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plain"])
@@ -158,11 +197,11 @@ def test_what_cannot_be_stored(wanted: Wanted, dialect: str, tied: bool, message
 def test_what_goes_with_what() -> None:
     assert resolve(Wanted(), "bf16", "ort", True) == Precision("bf16", "bf16", "bf16", "bf16", "bf16")
     assert str(resolve(Wanted("int4"), "bf16", "ort", True)) == (
-        "int4, vision int8, head int8, embedding int8, blocks of 32"
+        "int4, vision w8a8, head int8, embedding int8, blocks of 32"
     )
     assert str(resolve(Wanted("int4"), "fp32", "standard", False)) == "int4, vision bf16, embedding bf16, blocks of 32"
     assert str(resolve(Wanted("int8", symmetric=False, block=64), "bf16", "ort", False)) == (
-        "int8, blocks of 64 with zero points"
+        "int8, vision w8a8, blocks of 64 with zero points"
     )
 
 

@@ -1,0 +1,112 @@
+"""What past requests computed, for the next ones: caches of sequences that begin alike, and features of images."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from .language import Decoding, Prompt
+from .session import Buffer
+
+FEATURES = 8  # one part in this many of the memory is for features, which are small
+Digests = tuple[bytes, ...]  # of the images of a request
+
+
+def digest(image: np.ndarray, keep: np.ndarray) -> bytes:
+    """Stands for an image uint8 [H, W, 3] and which of its tokens are kept, int32 [K]."""
+    found = hashlib.sha256(repr(image.shape).encode())
+    found.update(np.ascontiguousarray(image))
+    found.update(np.ascontiguousarray(keep))
+    return found.digest()
+
+
+class Reuse:
+    """Keeps finished sequences and image features within ``limit`` bytes, the least recently used ones go first.
+
+    A sequence belongs to one request at a time, so requests on several threads never share a cache. Where caches have
+    a fixed size (``fixed``: engines), one that fits nothing is used again rather than a further one made. Where a prompt
+    can only be run from its beginning (not ``goes_on``: profiles of ``plain`` engines), only features are used again.
+    """
+
+    def __init__(self, limit: int, fixed: bool, goes_on: bool):
+        self.limit, self.fixed, self.goes_on = limit, fixed, goes_on
+        self._lock = threading.Lock()
+        self._sequences: list[tuple[Decoding, Digests]] = []  # the oldest first
+        self._features: OrderedDict[bytes, Buffer] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept."""
+        with self._lock:
+            return self._sequence_bytes() + sum(buffer.nbytes for buffer in self._features.values())
+
+    def take(self, prompt: Prompt, digests: Digests) -> tuple[Decoding | None, int]:
+        """The sequence that begins like ``prompt`` the longest, and how many tokens they share.
+
+        At least one token of the prompt is left to run, and no image is shared in part. A sequence is taken if an image
+        is shared or half of it; otherwise it is left for a request that it fits better.
+        """
+        with self._lock:
+            best, most = -1, 0
+            for i, (sequence, images) in enumerate(self._sequences):
+                count = shared(sequence.held, images, prompt.columns, digests) if self.goes_on else 0
+                worth = bool((prompt.image_of[:count] >= 0).any()) or 2 * count >= sequence.length
+                if worth and count > most:
+                    best, most = i, count
+            if best < 0 and self.fixed and self._sequences:
+                one_more = self._sequence_bytes() + self._sequences[0][0].cache.nbytes
+                best = 0 if one_more > self._room() or not self.goes_on else -1
+            return (self._sequences.pop(best)[0], most) if best >= 0 else (None, 0)
+
+    def keep(self, sequence: Decoding, digests: Digests) -> None:
+        """Give a sequence back."""
+        with self._lock:
+            self._sequences.append((sequence, digests))
+            while self._sequence_bytes() > self._room():
+                self._sequences.pop(0)
+
+    def features(self, key: bytes) -> Buffer | None:
+        """The features of an image, if they are kept."""
+        with self._lock:
+            if key in self._features:
+                self._features.move_to_end(key)
+            return self._features.get(key)
+
+    def keep_features(self, key: bytes, features: Buffer) -> None:
+        """Keep the features of an image."""
+        with self._lock:
+            self._features[key] = features
+            while sum(buffer.nbytes for buffer in self._features.values()) > self.limit // FEATURES:
+                self._features.popitem(last=False)
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        with self._lock:
+            self._sequences.clear()
+            self._features.clear()
+
+    def _room(self) -> int:
+        return self.limit - self.limit // FEATURES
+
+    def _sequence_bytes(self) -> int:
+        return sum(sequence.cache.nbytes for sequence, _ in self._sequences)
+
+
+def shared(held: np.ndarray, images: Digests, columns: np.ndarray, digests: Digests) -> int:
+    """How many tokens a sequence and a prompt (Prompt.columns, int32 [5, S] both) begin with alike.
+
+    Less than all of the prompt, and only whole images.
+    """
+    most = min(held.shape[1], columns.shape[1] - 1)
+    same = (held[:, :most] == columns[:, :most]).all(axis=0)
+    count = most if same.all() else int(same.argmin())
+    image_of = columns[1]
+    other = next((i for i, (a, b) in enumerate(zip(images, digests, strict=False)) if a != b), None)
+    if other is not None and other in image_of[:count]:
+        count = int((image_of == other).argmax())
+    if image_of[count] >= 0:  # the next token may lie within an image
+        count = int((image_of == image_of[count]).argmax())
+    return count
