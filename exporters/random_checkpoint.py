@@ -55,6 +55,7 @@ def qwen3_vl_config(shape: str, dtype: str = "bfloat16") -> dict[str, Any]:
             "rope_theta": 5000000,
             "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": mrope},
             "max_position_embeddings": 32768,
+            "tie_word_embeddings": tied,  # here, too, as in the published checkpoints
             "eos_token_id": IDS["<|im_end|>"],
         },
         "vision_config": {

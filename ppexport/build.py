@@ -39,7 +39,7 @@ def build(
     ``precision``: of the stored weights, "auto" (the checkpoint's; bf16 for a float32 checkpoint and a target), "fp32",
     "fp16", "bf16", "int8", "int4" or "w8a8"; a Wanted says it part by part (models/precision.py). ``targets``: what to
     compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes`` and ``options`` are theirs). ``dialect``
-    "auto" is "standard" with a target and "ort" without. ``on_plan`` is told what will be done before anything is written.
+    "auto" is "standard" with a target and "ort" without. ``on_plan`` is told what will be done before that is written.
     Raises CheckpointError, SpaceError (disk or memory would not suffice), BundleError (the output exists), BackendError
     (packages are not installed, or a compiler refuses), RequestError (sizes that do not fit). On any error or
     interruption nothing is left behind.

@@ -107,11 +107,11 @@ class Pipeline:
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
         self.selector = Selector(backend, directory, model.vision.block)
-        self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
         dialect = manifest.graphs["language"].dialect
-        self.language = Language(
+        self.language = Language(  # first: loading the largest graph takes the most memory
             backend, graphs["language"], model.text, model.image_token, len(model.vision.deepstack), dtype, dialect
         )
+        self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
         fixed = backend.capacity is not None
         self.reuse = Reuse(reuse, fixed, not fixed or dialect != "plain") if reuse else None
         self.context = min(manifest.context, backend.capacity or manifest.context)

@@ -27,8 +27,8 @@ class Reuse:
     """Keeps finished sequences and image features within ``limit`` bytes, the least recently used ones go first.
 
     A sequence belongs to one request at a time, so requests on several threads never share a cache. Where caches have
-    a fixed size (``fixed``: engines), one that fits nothing is used again rather than a further one made. Where a prompt
-    can only be run from its beginning (not ``goes_on``: profiles of ``plain`` engines), only features are used again.
+    a fixed size (``fixed``: engines), one that fits nothing is used again rather than a further one made. Where prompts
+    can only be run from their beginning (not ``goes_on``: profiles of ``plain`` engines), only features are kept.
     """
 
     def __init__(self, limit: int, fixed: bool, goes_on: bool):

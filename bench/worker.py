@@ -1,0 +1,66 @@
+"""A bundle on the CPU as a worker of end_to_end.py and language.py: the protocol of worker_reference.py.
+
+    worker.py BUNDLE THREADS
+
+A request may ask to reuse what earlier ones computed ({"reuse": true}); the answer has "stages", ms each, too, and
+"outside", the part of each decode that is not spent in ONNX Runtime.
+"""
+
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import ppexport
+from ppexport.runtime.ort import OrtBinding
+
+inside: list[float] = []  # seconds of each run of a graph
+
+
+def timed(binding: OrtBinding, run=OrtBinding.run) -> None:  # type: ignore[no-untyped-def]
+    begin = time.perf_counter()
+    run(binding)
+    inside.append(time.perf_counter() - begin)
+
+
+def peak() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    OrtBinding.run = timed  # type: ignore[method-assign]
+    pipe = ppexport.load(sys.argv[1], "cpu", threads=int(sys.argv[2]))
+    assert pipe.reuse is not None
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if not request.get("reuse"):
+            pipe.reuse.clear()
+        stats, times, tokens = ppexport.Stats(), [], []
+        images = [request["image"]] if request["image"] else []
+        prune = ppexport.Prune() if request["prune"] else None
+        steps = pipe.generate_tokens(request["ids"], images, prune, request["tokens"], stats=stats, stop=())
+        for step in steps:
+            times.append(time.perf_counter())
+            tokens.append(step.token)
+        decode = [(b - a) * 1e3 for a, b in pairwise(times)]
+        runs = inside[len(inside) - len(decode) :]
+        answer = {
+            "preprocess": stats.milliseconds.get("image", 0.0),
+            "first": stats.ttft - stats.milliseconds.get("image", 0.0),
+            "decode": decode,
+            "outside": [ms - run * 1e3 for ms, run in zip(decode, runs, strict=True)],
+            "tokens": tokens,
+            "rss": peak(),
+            "stages": stats.milliseconds,
+            "kept": stats.kept,
+            "total": stats.total,
+            "prompt": stats.prompt_tokens,
+        }
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

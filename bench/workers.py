@@ -1,0 +1,55 @@
+"""Models in processes of their own, which take turns in one run: memory is told apart, and noise hits all alike."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+class Worker:
+    """A process that answers requests; see worker.py and worker_reference.py."""
+
+    def __init__(self, name: str, command: list[str]):
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer to one request."""
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout
+        assert self.process.stderr
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended: {self.process.stderr.read()[-2000:]}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def ours(bundle: Path, threads: int) -> Worker:
+    """A bundle on ONNX Runtime, CPU."""
+    return Worker(f"ppexport {bundle.name}", [sys.executable, str(HERE / "worker.py"), str(bundle), str(threads)])
+
+
+def reference(python: str, path: str, checkpoint: Path, dtype: str, threads: int) -> Worker:
+    """The authors' patched model in PyTorch."""
+    command = [python, str(HERE / "worker_reference.py"), path, str(checkpoint), dtype, str(threads)]
+    return Worker(f"reference {dtype}", command)
