@@ -29,8 +29,8 @@ $(VENV)/tests: $(VENV)/exports setup.cfg
 demo: $(VENV)/exports
 	rm -rf $(OUT) && mkdir -p $(OUT)
 	$(BIN)/ppexport build models/pocket -o $(OUT)/pocket.bundle
-	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "What is the Region?" --overlay $(OUT)/overlay.png
-	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png "What is the Brightness?"
+	$(BIN)/ppexport run $(OUT)/pocket.bundle -i docs/settings.png --overlay $(OUT)/overlay.png \
+		"What is the Region?" "What is the Brightness?"
 	@echo "the screen: docs/settings.png; what was pruned of it: $(OUT)/overlay.png"
 
 test: lint
@@ -51,7 +51,11 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/noise.py -o build/bench/noise.json
 	$(BIN)/python bench/help.py -o build/bench/help.json
 	$(BIN)/python bench/build.py -o build/bench/build.json
+	$(BIN)/python bench/build.py --precision int4 --runs 1 -o build/bench/build_int4.json
 	$(BIN)/python bench/build.py --target tensorrt-rtx --runs 1 -o build/bench/build_rtx.json
+	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m.json \
+		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
+	$(BIN)/python bench/language.py -o build/bench/language_2b.json
 	$(BIN)/ppexport build models/pocket -o build/bench/pocket -q
 	$(BIN)/python bench/accuracy.py build/bench/pocket -o build/bench/accuracy.json
 

@@ -78,7 +78,8 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     """What the figures come to."""
     best = min((n for n in found if n.startswith("ppexport")), key=lambda name: found[name]["pruned"]["first"])
     mine, result = found[best], {"best": best}
-    result["full_over_pruned"] = round(mine["full"]["first"] / mine["pruned"]["first"], 2)
+    if "full" in mine:
+        result["full_over_pruned"] = round(mine["full"]["first"] / mine["pruned"]["first"], 2)
     result["first_over_second_question"] = round(mine["pruned"]["first"] / mine["again"]["first"], 2)
     for name, theirs in found.items():
         if name.startswith("reference"):
@@ -103,7 +104,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 @click.option("--reference-dtypes", default="float32,bfloat16", show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--runs", default=5, show_default=True)
-@click.option("--full-runs", default=1, show_default=True, help="Of the whole image, which takes long.")
+@click.option("--full-runs", default=1, show_default=True, help="Of the whole image, which takes long; 0: not at all.")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(
     shape: str,

@@ -96,7 +96,7 @@ def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...
 
 @main.command()
 @click.argument("bundle", type=click.Path())
-@click.argument("prompt")
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
 @prune_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
@@ -117,10 +117,11 @@ def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...
 )
 @click.option("--verify", is_flag=True, help="Check the hashes of the large files too.")
 @click.option("--overlay", type=click.Path(), help="Write a picture of what was pruned of the first image.")
-@click.option("--json", "as_json", is_flag=True, help="Answer and statistics as one JSON object.")
-@click.option("-q", "--quiet", is_flag=True, help="The answer only.")
-def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> None:
-    """Ask BUNDLE a question (PROMPT) about images. The answer goes to stdout, the statistics to stderr."""
+@click.option("--no-reuse", is_flag=True, help="Compute further questions from the beginning, too.")
+@click.option("--json", "as_json", is_flag=True, help="Answer and statistics as a JSON object, one per question.")
+@click.option("-q", "--quiet", is_flag=True, help="The answers only.")
+def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **options: Any) -> None:
+    """Ask BUNDLE one question or more (PROMPT) about images. Answers go to stdout, the statistics to stderr."""
     from .run import run as run_bundle
 
     asked, no_prune = prune_of(options), options.pop("no_prune")
@@ -129,7 +130,7 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], **options: Any) -> No
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
     prune: Any = None if no_prune else asked or "default"
-    run_bundle(bundle, prompt, images, prune, **options)
+    run_bundle(bundle, prompts, images, prune, **options)
 
 
 @main.command("eval")

@@ -1,4 +1,4 @@
-"""``ppexport run``: one question to a bundle, the answer as it comes, then what it took."""
+"""``ppexport run``: questions to a bundle, each answer as it comes, then what it took."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .inspect import check_picture, write_overlay
-from .runtime.pipeline import PruneLike, load
+from .runtime.pipeline import REUSE, PruneLike, load
 from .runtime.stats import Stats
 
 STAGES = ("image", "prune", "reuse", "text", "vision", "prefill", "decode")
@@ -18,7 +18,7 @@ STAGES = ("image", "prune", "reuse", "text", "vision", "prefill", "decode")
 
 def run(
     bundle: str,
-    prompt: str,
+    prompts: Sequence[str],
     images: Sequence[str],
     prune: PruneLike = "default",
     device: str = "auto",
@@ -26,31 +26,33 @@ def run(
     max_pixels: int | None = None,
     threads: int = 0,
     verify: bool = False,
+    no_reuse: bool = False,
     overlay: str | None = None,
     as_json: bool = False,
     quiet: bool = False,
     **generation: Any,
 ) -> None:
-    """Load the bundle, stream the answer to stdout, print the statistics to stderr (or all of it as JSON)."""
+    """Load the bundle, stream answers to stdout, print the statistics to stderr (or all of it as JSON)."""
     if overlay:
         check_picture(overlay, images)
-    pipe = load(bundle, device, min_pixels, max_pixels, threads, verify)
-    answer = pipe.generate(prompt, images, prune, **generation)
-    for piece in answer:
-        if not as_json:
-            click.echo(piece, nl=False)
-    if overlay:
-        write_overlay(images[0], answer.stats.images[0], overlay)
-    if as_json:
-        click.echo(
-            json.dumps({"answer": answer.text(), "device": pipe.chosen, **as_dict(answer.stats)}, ensure_ascii=False)
-        )
-        return
-    click.echo()
-    if not quiet:
-        click.echo(f"device  {pipe.chosen}", err=True)
-        for line in summary(answer.stats):
-            click.echo(line, err=True)
+    pipe = load(bundle, device, min_pixels, max_pixels, threads, verify, 0 if no_reuse else REUSE)
+    for i, prompt in enumerate(prompts):
+        answer = pipe.generate(prompt, images, prune, **generation)
+        for piece in answer:
+            if not as_json:
+                click.echo(piece, nl=False)
+        if overlay:
+            write_overlay(images[0], answer.stats.images[0], overlay)
+            overlay = None
+        if as_json:
+            found = {"answer": answer.text(), "device": pipe.chosen, **as_dict(answer.stats)}
+            click.echo(json.dumps(found, ensure_ascii=False))
+            continue
+        click.echo()
+        if not quiet:
+            lines = [] if i else [f"device  {pipe.chosen}"]
+            for line in [*lines, *summary(answer.stats)]:
+                click.echo(line, err=True)
 
 
 def as_dict(stats: Stats) -> dict[str, Any]:
@@ -70,9 +72,8 @@ def summary(stats: Stats) -> list[str]:
         why = f" ({s.reason})" if s.reason else ""
         lines.append(f"image   {s.width} x {s.height}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}")
     pruned = stats.prompt_tokens_full - stats.prompt_tokens
-    lines.append(
-        f"prompt  {stats.prompt_tokens} tokens ({pruned} pruned), answer {stats.generated_tokens}, {stats.finish}"
-    )
+    but = f"{pruned} pruned" + (f", {stats.reused_tokens} reused" if stats.reused_tokens else "")
+    lines.append(f"prompt  {stats.prompt_tokens} tokens ({but}), answer {stats.generated_tokens}, {stats.finish}")
     times = "  ".join(f"{name} {stats.milliseconds[name]:.1f}" for name in STAGES if name in stats.milliseconds)
     lines.append(f"ms      {times}  (first token after {stats.ttft:.1f})")
     return lines

@@ -281,8 +281,8 @@ def test_missing_and_short_files(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=2), "found schema version 2, expected 1; upgrade ppexport"),
-        (lambda m: m.update(schema=0), "found schema version 0, expected 1; build the bundle again"),
+        (lambda m: m.update(schema=3), "found schema version 3, expected 2; upgrade ppexport"),
+        (lambda m: m.update(schema=0), "found schema version 0, expected 2; build the bundle again"),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m.pop("precision"), "precision: is missing"),
         (lambda m: m.update(compute="fp8"), "compute: found 'fp8', expected one of: fp32, fp16, bf16"),

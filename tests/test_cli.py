@@ -44,7 +44,7 @@ def test_run_json_and_no_prune(tiny_bundle: Path) -> None:
     found = json.loads(out)
     assert found["images"] == [{"width": 1024, "height": 768, "tokens": 768, "kept": 768, "reason": "pruning is off"}]
     assert found["generated_tokens"] == 3
-    assert set(found["milliseconds"]) == {"image", "prune", "text", "vision", "prefill", "decode"}
+    assert set(found["milliseconds"]) == {"image", "prune", "reuse", "text", "vision", "prefill", "decode"}
 
 
 def test_run_takes_the_bundle_s_pruning_and_its_own_seed(tiny_bundle: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import E2E_PIXELS, GOLDEN, IMAGES
 from PIL import Image
 
 import ppexport
 from ppexport.build import build
+from ppexport.cli import main
 from ppexport.runtime import language
 from ppexport.runtime.reuse import digest, shared
 
@@ -217,3 +220,18 @@ def test_digests_tell_images_and_selections_apart() -> None:
     assert digest(image, keep) == digest(image.copy(), keep.copy())
     others = {digest(image + 1, keep), digest(image.reshape(64, 32, 3), keep), digest(image, keep + 1)}
     assert len(others | {digest(image, keep)}) == 4
+
+
+def test_further_questions_on_the_command_line(tiny_bundle: Path) -> None:
+    """The second one runs only what is new; --no-reuse runs all of it, and answers alike."""
+    picture = str(IMAGES / "web_gnuplot.png")
+    command = ["run", str(tiny_bundle), "-i", picture, "-n", "4", "--json", "What is this?", "What is that, then?"]
+    found, anew = (
+        [json.loads(line) for line in CliRunner().invoke(main, [*command, *more]).stdout.splitlines()]
+        for more in ([], ["--no-reuse"])
+    )
+    assert [row["answer"] for row in found] == [row["answer"] for row in anew]
+    assert found[0]["reused_tokens"] == 0 < found[0]["kept"] < found[1]["reused_tokens"] < found[1]["prompt_tokens"]
+    assert [row["reused_tokens"] for row in anew] == [0, 0]
+    result = CliRunner().invoke(main, [part for part in command if part != "--json"])
+    assert f"{found[1]['reused_tokens']} reused)" in result.stderr

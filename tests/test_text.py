@@ -114,5 +114,5 @@ def test_answer_streams_and_ends_with_statistics(tiny_pipe: ppexport.Pipeline, s
     assert stats.finish == "length"
     assert [image.total for image in stats.images] == [20, 20]
     assert 0 < stats.kept < stats.total == 40
-    assert set(stats.milliseconds) == {"image", "prune", "text", "vision", "prefill", "decode"}
+    assert set(stats.milliseconds) == {"image", "prune", "reuse", "text", "vision", "prefill", "decode"}
     assert stats.ttft == pytest.approx(sum(stats.milliseconds.values()) - stats.milliseconds["decode"])
