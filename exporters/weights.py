@@ -40,12 +40,12 @@ def attach(
         elif name in table:
             for part, users in _users(value, graph, name).items():
                 if precision.of(part) in BITS and _fits(table[name], part, users, precision):
-                    stored = Stored(table[name], precision.of(part), precision, computed, dialect.name == "ort")
+                    what = Stored(table[name], precision.of(part), precision, computed, dialect.name == "ort")
                     own = f"{name}.{part}" if table[name].layout == "same" else name  # a table may be stored twice
-                    if stored.kind == "w8a8":
-                        store_rows(model, checkpoint, own, stored, users, rounded)
+                    if what.kind == "w8a8":
+                        store_rows(model, checkpoint, own, what, users, rounded)
                     else:
-                        store_blocks(model, checkpoint, own, stored, users)
+                        store_blocks(model, checkpoint, own, what, users)
             if value.uses():
                 parts = list(_users(value, graph, name))
                 stored = precision.of(parts[0]) if precision.of(parts[0]) not in BITS else precision.base

@@ -18,8 +18,8 @@ Digests = tuple[bytes, ...]  # of the images of a request
 def digest(image: np.ndarray, keep: np.ndarray) -> bytes:
     """Stands for an image uint8 [H, W, 3] and which of its tokens are kept, int32 [K]."""
     found = hashlib.sha256(repr(image.shape).encode())
-    found.update(np.ascontiguousarray(image))
-    found.update(np.ascontiguousarray(keep))
+    found.update(np.ascontiguousarray(image).data)
+    found.update(np.ascontiguousarray(keep).data)
     return found.digest()
 
 
