@@ -22,6 +22,7 @@ from statistics import median
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import random_checkpoint
 from machine import describe
 
 
@@ -59,9 +60,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if checkpoint is None:
-            checkpoint = work / "checkpoint"
-            random = [sys.executable, "-m", "ppexport.exporters.random_checkpoint", str(checkpoint), "--shape", shape]
-            subprocess.run(random, check=True)
+            checkpoint = random_checkpoint(shape, work)
         else:
             shape = checkpoint.name
         rows = [build_once(checkpoint, work, precision, target) for _ in range(runs)]

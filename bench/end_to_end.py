@@ -12,7 +12,6 @@ one, and for a second question about the pruned one. Of several runs: medians.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import click
 
 sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import build, random_checkpoint
 from machine import describe
 from workers import Worker, ours, reference
 
@@ -64,14 +64,6 @@ def measure(workers: list[Worker], image: Path, ids: list[int], runs: int, full:
             found = answers[worker.name]
             found.setdefault("full", []).append(worker.ask(image=str(image), prune=False, ids=ids, tokens=17))
     return {name: {what: summary(rows) for what, rows in found.items()} for name, found in answers.items()}
-
-
-def build(checkpoint: Path, directory: Path, precision: str) -> Path:
-    """A bundle, named by its precision."""
-    output = directory / precision
-    command = [sys.executable, "-m", "ppexport.cli", "build", str(checkpoint), "-o", str(output), "-q"]
-    subprocess.run([*command, "--precision", precision], check=True)
-    return output
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
@@ -122,9 +114,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if checkpoint is None:
-            checkpoint = work / "checkpoint"
-            random = [sys.executable, "-m", "ppexport.exporters.random_checkpoint", str(checkpoint), "--shape", shape]
-            subprocess.run(random, check=True)
+            checkpoint = random_checkpoint(shape, work)
         bundles = [build(checkpoint, work, precision) for precision in precisions.split(",")]
         sizes = {b.name: sum(f.stat().st_size for f in b.iterdir()) for b in bundles}
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ process of its own, one after the other, since they are large.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import onnx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from end_to_end import build
+from checkpoints import build, random_checkpoint
 from machine import describe
 from workers import ours
 
@@ -92,9 +91,7 @@ def main(shape: str, checkpoint: Path | None, precisions: str, threads: int, run
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if checkpoint is None:
-            checkpoint = work / "checkpoint"
-            random = [sys.executable, "-m", "ppexport.exporters.random_checkpoint", str(checkpoint), "--shape", shape]
-            subprocess.run(random, check=True)
+            checkpoint = random_checkpoint(shape, work)
         for precision in precisions.split(","):
             results[precision] = measure(build(checkpoint, work, precision), threads, runs)
     speed = max(speed, memory_speed(threads))
