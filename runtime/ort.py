@@ -81,6 +81,7 @@ class OrtCpu:
     capacity: int | None = None
     max_pixels: int | None = None
     cache_step = 1
+    appends = True
 
     def __init__(self, threads: int = 0):
         self._ort, self._threads = import_onnxruntime("cpu"), threads

@@ -112,8 +112,7 @@ class Pipeline:
             backend, graphs["language"], model.text, model.image_token, len(model.vision.deepstack), dtype, dialect
         )
         self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
-        fixed = backend.capacity is not None
-        self.reuse = Reuse(reuse, fixed, not fixed or dialect != "plain") if reuse else None
+        self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
         self.context = min(manifest.context, backend.capacity or manifest.context)
         self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
 

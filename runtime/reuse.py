@@ -28,11 +28,11 @@ class Reuse:
 
     A sequence belongs to one request at a time, so requests on several threads never share a cache. Where caches have
     a fixed size (``fixed``: engines), one that fits nothing is used again rather than a further one made. Where prompts
-    can only be run from their beginning (not ``goes_on``: profiles of ``plain`` engines), only features are kept.
+    can only be run from their beginning (not ``appends``: session.Backend), only features are kept.
     """
 
-    def __init__(self, limit: int, fixed: bool, goes_on: bool):
-        self.limit, self.fixed, self.goes_on = limit, fixed, goes_on
+    def __init__(self, limit: int, fixed: bool, appends: bool):
+        self.limit, self.fixed, self.appends = limit, fixed, appends
         self._lock = threading.Lock()
         self._sequences: list[tuple[Decoding, Digests]] = []  # the oldest first
         self._features: OrderedDict[bytes, Buffer] = OrderedDict()
@@ -52,13 +52,13 @@ class Reuse:
         with self._lock:
             best, most = -1, 0
             for i, (sequence, images) in enumerate(self._sequences):
-                count = shared(sequence.held, images, prompt.columns, digests) if self.goes_on else 0
+                count = shared(sequence.held, images, prompt.columns, digests) if self.appends else 0
                 worth = bool((prompt.image_of[:count] >= 0).any()) or 2 * count >= sequence.length
                 if worth and count > most:
                     best, most = i, count
             if best < 0 and self.fixed and self._sequences:
                 one_more = self._sequence_bytes() + self._sequences[0][0].cache.nbytes
-                best = 0 if one_more > self._room() or not self.goes_on else -1
+                best = 0 if one_more > self._room() or not self.appends else -1
             return (self._sequences.pop(best)[0], most) if best >= 0 else (None, 0)
 
     def keep(self, sequence: Decoding, digests: Digests) -> None:

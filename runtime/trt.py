@@ -29,6 +29,9 @@ class TrtBackend(GpuBackend):
         super().__init__()
         self.name = f"{target} {self.trt.__version__}"
         self.capacity, self.max_pixels = self.record.profiles.capacity, self.record.profiles.max_pixels
+        # profiles of plain engines take a prompt with an empty cache only; others may be edited to begin higher
+        plain = manifest.graphs["language"].dialect == "plain"
+        self.appends = not plain and all(p["S"][0] == p["K"][0] == 1 for p in self.record.profiles.prefill)
         self.log = trt_api.logger(self.trt)
         try:
             self.runtime = self.trt.Runtime(self.log)

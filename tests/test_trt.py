@@ -384,3 +384,33 @@ def test_memory_is_kept_and_given_back(gpu: emulator.Cuda) -> None:
     assert (memory.total, len(gpu.allocated)) == (8192, before + 1)
     del last  # what was still in use is freed when it is not any more
     assert (memory.total, len(gpu.allocated)) == (0, before)
+
+
+def test_a_second_question_runs_what_is_new(
+    pipe: ppexport.Pipeline, cpu: ppexport.Pipeline, gpu: emulator.Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the cache of the first one, and where engines cannot do that, with the features of the first one."""
+    ids = np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
+    picture, other = [IMAGES / NAMES["one"][0]], np.append(ids, [7, 9])
+    expected = [s.token for s in cpu.generate_tokens(other, picture, ppexport.Prune(), max_new_tokens=6)]
+    list(pipe.generate_tokens(ids, picture, ppexport.Prune(), max_new_tokens=2))
+    monkeypatch.setattr(pipe.vision, "encode", None)  # its features are kept
+    gc.collect()
+    allocated, stats = len(gpu.allocated), ppexport.Stats()
+    steps = pipe.generate_tokens(other, picture, ppexport.Prune(), max_new_tokens=6, stats=stats)
+    assert [s.token for s in steps] == expected
+    assert (stats.reused_tokens >= stats.kept) == pipe.backend.appends
+    assert len(gpu.allocated) <= allocated + 4  # no further cache
+
+
+def test_engines_whose_profiles_begin_higher_run_whole_prompts(bundle: Path, target: str, tmp_path: Path) -> None:
+    small = shutil.copytree(bundle, tmp_path / "small")
+    _, manifest = open_bundle(small)
+    sizes = profiles.defaults(manifest.model, manifest.context, E2E_PIXELS, 1536)
+    sizes.prefill[0]["S"] = (4, 8, 64)
+    compile_bundle(small, target, sizes)
+    pipe, stats = ppexport.load(small, target), ppexport.Stats()
+    assert not pipe.backend.appends
+    first = list(pipe.generate_tokens([5] * 10, max_new_tokens=3))
+    again = list(pipe.generate_tokens([5] * 10, max_new_tokens=3, stats=stats))
+    assert ([s.token for s in first], stats.reused_tokens) == ([s.token for s in again], 0)
