@@ -111,6 +111,8 @@ def main(
     full_runs: int,
     output: Path | None,
 ) -> None:
+    if (path is None) != (python is None):
+        raise click.UsageError("--reference and --reference-python go together")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if checkpoint is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ class Worker:
 
     def __init__(self, name: str, command: list[str]):
         self.name = name
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self._answer()
 
@@ -30,10 +32,10 @@ class Worker:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
-        assert self.process.stderr
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended: {self.process.stderr.read()[-2000:]}")
+            self.errors.seek(0)
+            raise SystemExit(f"{self.name} ended: {self.errors.read()[-2000:]}")
         found: dict[str, Any] = json.loads(line)
         return found
 

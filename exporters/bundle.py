@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint
 from .dialects import DIALECTS, Dialect
 from .numeric import wide_kinds
 from .selectors import pruning_graphs
-from .weights import attach, weight_bytes
+from .weights import attach, not_in_blocks, weight_bytes
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -50,13 +50,25 @@ class Plan:
         return graphs.compute_precision(self.precision.base, DIALECTS[self.dialect])
 
 
-def plan(path: str | Path, wanted: Wanted = Wanted(), dialect: str = "ort") -> Plan:  # noqa: B008 (frozen)
-    """Open and check a checkpoint and estimate what its bundle needs. Raises CheckpointError."""
+def plan(
+    path: str | Path,
+    wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
+    dialect: str = "ort",
+    engines: bool = False,
+) -> Plan:
+    """Open and check a checkpoint and estimate what its bundle needs (``engines``: they will be compiled from it).
+
+    Raises CheckpointError.
+    """
     checkpoint = Checkpoint.open(path)
     if dialect not in DIALECTS:
         raise CheckpointError(f"dialect is {dialect!r}, expected one of: {', '.join(DIALECTS)}")
-    precision = resolve(wanted, FROM_DTYPE[checkpoint.dtype], dialect, checkpoint.config.text.tied_head)
+    precision = resolve(wanted, FROM_DTYPE[checkpoint.dtype], dialect, checkpoint.config.text.tied_head, engines)
     notices: list[str] = []
+    if wide := not_in_blocks(checkpoint, precision):
+        notices.append(
+            f"{len(wide)} matrices stay in {precision.base}: blocks of {precision.block} do not divide their inputs"
+        )
     pre = _preprocessing(checkpoint, notices)
     if not (checkpoint.path / "tokenizer.json").is_file():
         hint = ""

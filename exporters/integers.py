@@ -89,7 +89,7 @@ def store_rows(
     scales = lazy.value("scales", ir.DataType.FLOAT, outer)
     for part in (values, scales):
         model.graph.register_initializer(part)
-    for node, _ in _products(users):
+    for node, _ in users:
         x = node.inputs[0]
         assert x is not None
         if x not in rounded:
@@ -101,14 +101,6 @@ def store_rows(
         whole.type = ir.TensorType(ir.DataType.FLOAT)
         _replace(model, node, op, op("Mul", whole, scale))
     model.graph.opset_imports["com.microsoft"] = 1
-
-
-def _products(users: Users) -> Users:
-    """The readers of a weight, those behind a Cast included."""
-    found: Users = []
-    for node, index in users:
-        found += _products(list(node.outputs[0].uses())) if node.op_type == "Cast" else [(node, index)]
-    return found
 
 
 def _round(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:

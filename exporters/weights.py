@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models.config import Preprocessing, Weight
 from ..models.errors import CheckpointError
-from ..models.precision import BITS, PARTS, Precision
+from ..models.precision import BITS, BYTES, PARTS, Precision
 from . import language, vision
 from .checkpoint import Checkpoint
 from .dialects import Dialect
@@ -71,12 +71,41 @@ def weight_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
     for graph, table in checkpoint.family.weights(checkpoint.config).items():
         for name, weight in table.items():
             count = math.prod(weight.shape)
-            matrix = len(weight.shape) == 2 and weight.layout != "patch" and name != "positions"
-            part = part_of(graph, name)
-            total += precision.bytes_of(part, count) if matrix else count * 4
-            if name == "token_table" and checkpoint.config.text.tied_head and precision.head in BITS:
-                total += precision.bytes_of("head", count)
+            for part in _parts(checkpoint, graph, name):
+                if precision.of(part) in BITS and _divides(weight, part, precision):
+                    total += precision.bytes_of(part, count)
+                elif part != "head" or name == "head":  # a tied head is the table itself
+                    total += count * BYTES.get(precision.of(part), BYTES[precision.base])
     return total
+
+
+def not_in_blocks(checkpoint: Checkpoint, precision: Precision) -> list[str]:
+    """Matrices that are to be stored in blocks, and whose inputs blocks do not divide."""
+    return [
+        f"{graph}.{name}"
+        for graph, table in checkpoint.family.weights(checkpoint.config).items()
+        for name, weight in table.items()
+        for part in _parts(checkpoint, graph, name)
+        if _matrix(name, weight) and precision.of(part) in BITS and not _divides(weight, part, precision)
+    ]
+
+
+def _parts(checkpoint: Checkpoint, graph: str, name: str) -> list[str]:
+    """Which of PARTS a weight of the checkpoint belongs to: a token table that is the head, too, to both."""
+    both = name == "token_table" and checkpoint.config.text.tied_head
+    return ["embedding", "head"] if both else [part_of(graph, name)]
+
+
+def _matrix(name: str, weight: Weight) -> bool:
+    """Is it multiplied with, or a table of tokens?"""
+    return len(weight.shape) == 2 and weight.layout != "patch" and name != "positions"
+
+
+def _divides(weight: Weight, part: str, precision: Precision) -> bool:
+    """Can a matrix be stored in integers?"""
+    if len(weight.shape) != 2 or weight.layout == "patch":
+        return False
+    return precision.of(part) == "w8a8" or weight.shape[1] % precision.block == 0
 
 
 def _users(value: ir.Value, graph: str, name: str) -> dict[str, Users]:
@@ -89,11 +118,8 @@ def _users(value: ir.Value, graph: str, name: str) -> dict[str, Users]:
 
 def _fits(weight: Weight, part: str, users: Users, precision: Precision) -> bool:
     """Can a weight be stored in integers? A matrix that is multiplied with, or the table of tokens."""
-    if len(weight.shape) != 2 or weight.layout == "patch":
-        return False
     allowed = {"head": {("Gemm", 1)}, "embedding": {("Gather", 0)}}.get(part, {("MatMul", 1), ("Cast", 0)})
-    blocks = precision.of(part) == "w8a8" or weight.shape[1] % precision.block == 0
-    return blocks and {(node.op_type, index) for node, index in users} <= allowed
+    return _divides(weight, part, precision) and {(node.op_type, index) for node, index in users} <= allowed
 
 
 def _store(

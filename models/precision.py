@@ -71,12 +71,13 @@ class Precision:
         return ", ".join([self.language, *others, *blocks])
 
 
-def resolve(wanted: Wanted, base: str, dialect: str, tied: bool) -> Precision:
+def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool = False) -> Precision:
     """What to store, for a checkpoint in ``base`` whose head is (``tied``) its embedding table.
 
-    "auto" keeps the checkpoint's dtype. With quantized layers, ONNX Runtime (dialect "ort") gets the other parts in 8
-    bits: vision in w8a8, which it calculates several times faster than floats, head and embedding in int8. For TensorRT
-    they stay as they are: vision is not bound by reading weights there, and tables of integers are not supported.
+    "auto" keeps the checkpoint's dtype, but for ``engines``, which take bf16 for float32. With quantized layers, ONNX
+    Runtime (dialect "ort") gets the other parts in 8 bits: vision in w8a8, which it calculates several times faster
+    than floats, head and embedding in int8. For TensorRT the head is stored as the layers are, vision and embedding
+    stay as they are: vision is not bound by reading weights there, and there is no lookup in tables of integers.
     Raises CheckpointError for what cannot be had.
     """
     for name, value in (("precision", wanted.precision), *((p, getattr(wanted, p)) for p in PARTS[1:])):
@@ -90,10 +91,13 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool) -> Precision:
         base = layers
     elif dialect != "ort" and base == "fp32":
         base = "bf16"  # engines calculate in 16 bits
+    if wanted.precision == "auto" and engines and base == "fp32":
+        base = layers = "bf16"
     integers = layers in BITS and dialect == "ort"
     vision = wanted.vision or ("w8a8" if integers else base)
     head = wanted.head or ("int8" if integers else layers)
-    embedding = wanted.embedding or ("int8" if integers and (head in BITS or not tied) else base)
+    follows = head if tied and head in BYTES else base  # they are one table
+    embedding = wanted.embedding or ("int8" if integers and (head in BITS or not tied) else follows)
     found = Precision(base, layers, vision, head, embedding, wanted.block, wanted.symmetric)
     stored = {found.of(part) for part in PARTS} & set(BYTES)
     if dialect != "ort" and not stored <= {base}:
@@ -112,6 +116,9 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool) -> Precision:
             f"the embedding cannot be stored in {embedding}, expected "
             f"{'int8 or ' if dialect == 'ort' else ''}{base}: there is no operator that looks up such a table"
         )
-    if dialect != "ort" and found.quantized and not wanted.symmetric:
+    in_blocks = any(found.uses(stored) for stored in BLOCKED)
+    if not in_blocks and (wanted.block, wanted.symmetric) != (Wanted.block, Wanted.symmetric):
+        raise CheckpointError(f"block and asymmetric are for int8 and int4, found {found}")
+    if dialect != "ort" and in_blocks and not wanted.symmetric:
         raise CheckpointError("TensorRT takes no zero points; build with symmetric blocks, or for ONNX Runtime")
     return found

@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +56,7 @@ def build(
     if dialect == "auto":
         dialect = "standard" if targets else "ort"
     wanted = precision if isinstance(precision, Wanted) else Wanted(precision)
-    plan = exporter.plan(checkpoint, wanted, dialect)
-    if targets and wanted.precision == "auto" and plan.precision.base == "fp32":
-        plan = exporter.plan(checkpoint, replace(wanted, precision="bf16"), dialect)
+    plan = exporter.plan(checkpoint, wanted, dialect, bool(targets))
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
         config, preprocessing = plan.checkpoint.config, plan.preprocessing

@@ -216,5 +216,6 @@ class Decoding:
         """Room for ``tokens`` tokens and some more, so that entries are seldom moved."""
         if self.backend.capacity:
             raise RequestError(f"{tokens} tokens, expected at most {self.capacity} (the cache's capacity)")
-        self.capacity = max(tokens, min(tokens + max(STEP, tokens // 4), self.language.config.context))
-        self.cache.grow(self.capacity)
+        capacity = max(tokens, min(tokens + max(STEP, tokens // 4), self.language.config.context))
+        self.cache.grow(capacity)
+        self.capacity = capacity

@@ -88,7 +88,7 @@ class Answer(Iterator[str]):
 
 
 class Pipeline:
-    """A loaded bundle. Requests share nothing but the graphs, so several threads may use one pipeline."""
+    """A loaded bundle. A cache serves one request at a time, so several threads may use one pipeline."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Pipeline:
     def close(self) -> None:
         """Give back the memory on the device; the pipeline cannot be used afterwards. ``with load(...)`` does so."""
         if self.reuse:
-            self.reuse.clear()
+            self.reuse.close()
         self.backend.close()
 
     def generate(
@@ -268,7 +268,7 @@ class Pipeline:
                     decoding = self.language.start(len(prompt.ids) + min(limit - 1, STEP))
                 decoding.rewind(known)
                 logits = decoding.prefill(prompt.after(known), features)
-            rng, ends = sampling.rng(), set(self.manifest.stop_tokens if stop is None else stop)
+            rng, ends, whole = sampling.rng(), set(self.manifest.stop_tokens if stop is None else stop), True
             try:
                 for i in range(limit):
                     token = sampling.choose(logits, rng)
@@ -280,8 +280,13 @@ class Pipeline:
                         return
                     with stats.stage("decode"):
                         logits = decoding.decode(token, prompt.next_position + i)
-            finally:  # a run that fails leaves the tokens before it as they were
-                if self.reuse:
+            except GeneratorExit:  # nobody wants more of the answer
+                raise
+            except BaseException:
+                whole = False  # its cache may have grown in part
+                raise
+            finally:
+                if self.reuse and whole:
                     self.reuse.keep(decoding, prepared.digests)
 
         return steps()

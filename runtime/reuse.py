@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class Reuse:
     def __init__(self, limit: int, fixed: bool, appends: bool):
         self.limit, self.fixed, self.appends = limit, fixed, appends
         self._lock = threading.Lock()
+        self._given: deque[tuple[Decoding, Digests]] = deque()  # back, and not sorted in yet
         self._sequences: list[tuple[Decoding, Digests]] = []  # the oldest first
         self._features: OrderedDict[bytes, Buffer] = OrderedDict()
 
@@ -41,6 +42,7 @@ class Reuse:
     def nbytes(self) -> int:
         """What is kept."""
         with self._lock:
+            self._sort_in()
             return self._sequence_bytes() + sum(buffer.nbytes for buffer in self._features.values())
 
     def take(self, prompt: Prompt, digests: Digests) -> tuple[Decoding | None, int]:
@@ -50,6 +52,7 @@ class Reuse:
         is shared or half of it; otherwise it is left for a request that it fits better.
         """
         with self._lock:
+            self._sort_in()
             best, most = -1, 0
             for i, (sequence, images) in enumerate(self._sequences):
                 count = shared(sequence.held, images, prompt.columns, digests) if self.appends else 0
@@ -62,11 +65,9 @@ class Reuse:
             return (self._sequences.pop(best)[0], most) if best >= 0 else (None, 0)
 
     def keep(self, sequence: Decoding, digests: Digests) -> None:
-        """Give a sequence back."""
-        with self._lock:
-            self._sequences.append((sequence, digests))
-            while self._sequence_bytes() > self._room():
-                self._sequences.pop(0)
+        """Give a sequence back. Takes no lock: a dropped answer may do so in the middle of anything, on any thread."""
+        if self.limit:
+            self._given.append((sequence, digests))
 
     def features(self, key: bytes) -> Buffer | None:
         """The features of an image, if they are kept."""
@@ -77,16 +78,32 @@ class Reuse:
 
     def keep_features(self, key: bytes, features: Buffer) -> None:
         """Keep the features of an image."""
+        room = self.limit // FEATURES
         with self._lock:
-            self._features[key] = features
-            while sum(buffer.nbytes for buffer in self._features.values()) > self.limit // FEATURES:
+            if features.nbytes <= room:
+                self._features[key] = features
+            while sum(buffer.nbytes for buffer in self._features.values()) > room:
                 self._features.popitem(last=False)
 
+    def close(self) -> None:
+        """Keep nothing from now on."""
+        self.limit = 0
+        self.clear()
+
     def clear(self) -> None:
-        """Keep nothing."""
+        """Forget everything."""
         with self._lock:
+            self._given.clear()
             self._sequences.clear()
             self._features.clear()
+
+    def _sort_in(self) -> None:
+        while self._given:
+            sequence, digests = self._given.popleft()
+            if sequence.cache.nbytes <= self._room():  # or it would drive out all others
+                self._sequences.append((sequence, digests))
+        while self._sequence_bytes() > self._room():
+            self._sequences.pop(0)
 
     def _room(self) -> int:
         return self.limit - self.limit // FEATURES

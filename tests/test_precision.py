@@ -186,6 +186,9 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
         (Wanted("int4", embedding="int8"), "standard", False, "embedding cannot be stored in int8, expected bf16"),
         (Wanted("bf16", embedding="int8"), "ort", True, "they are one table in this checkpoint"),
         (Wanted("int4", vision="fp16"), "standard", False, "found bf16 and fp16, expected bf16 only"),
+        (Wanted("bf16", block=64), "ort", False, "block and asymmetric are for int8 and int4, found bf16"),
+        (Wanted("w8a8", head="bf16", embedding="bf16", symmetric=False), "ort", True, "found w8a8, head bf16"),
+        (Wanted("w8a8"), "standard", False, "w8a8 is for ONNX Runtime"),
         (Wanted("int4", symmetric=False), "plain", False, "TensorRT takes no zero points"),
     ],
 )
@@ -200,9 +203,22 @@ def test_what_goes_with_what() -> None:
         "int4, vision w8a8, head int8, embedding int8, blocks of 32"
     )
     assert str(resolve(Wanted("int4"), "fp32", "standard", False)) == "int4, vision bf16, embedding bf16, blocks of 32"
+    assert str(resolve(Wanted("bf16", head="fp32"), "bf16", "ort", True)) == "bf16, head fp32, embedding fp32"
+    assert str(resolve(Wanted(vision="bf16"), "fp32", "standard", False, engines=True)) == "bf16"
+    assert str(resolve(Wanted(), "fp32", "plain", False)) == "fp32"
     assert str(resolve(Wanted("int8", symmetric=False, block=64), "bf16", "ort", False)) == (
         "int8, vision w8a8, blocks of 64 with zero points"
     )
+
+
+def test_matrices_that_blocks_do_not_divide_are_told(tmp_path: Path) -> None:
+    """Width 192: of every layer all but the down projection, and the table, which is the head, too."""
+    result = CliRunner().invoke(
+        main, ["build", str(POCKET), "-o", str(tmp_path / "b"), "--precision", "int4", "--block", "128"]
+    )
+    assert result.exit_code == 0, result.output
+    notice = f"notice: {6 * 6 + 2} matrices stay in bf16: blocks of 128 do not divide their inputs"
+    assert notice in " ".join(result.stderr.split())
 
 
 def test_options_of_the_command(tmp_path: Path) -> None:

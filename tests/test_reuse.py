@@ -144,11 +144,59 @@ def test_caches_grow(golden_bundle: Path, fresh: ppexport.Pipeline, monkeypatch:
     assert found == expected
     np.testing.assert_allclose(small_logits, logits, atol=2e-5 * np.abs(logits).max())
     assert small.reuse is not None
+    kept = small.reuse.nbytes
     ((sequence, _),) = small.reuse._sequences
+    assert sequence.cache.nbytes == kept
     assert sequence.length == 42
     assert sequence.length <= sequence.capacity < 2 * 42
     c = small.manifest.model.text
     assert sequence.cache.nbytes == 2 * c.layers * c.kv_heads * c.head_dim * 4 * sequence.capacity
+
+
+def test_a_failed_growth_is_not_kept(
+    golden_bundle: Path, fresh: ppexport.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some caches of a sequence may have grown by then, others not."""
+    monkeypatch.setattr("ppexport.runtime.pipeline.STEP", 4)
+    pipe = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS)
+    steps = pipe.generate_tokens([1, 2, 3], max_new_tokens=40)
+    assert next(steps).token >= 0
+    zeros = pipe.backend.zeros
+    monkeypatch.setattr(pipe.backend, "zeros", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+    with pytest.raises(MemoryError):
+        list(steps)
+    monkeypatch.setattr(pipe.backend, "zeros", zeros)
+    _, stats = check(pipe, fresh, [1, 2, 3, 4], [])
+    assert stats.reused_tokens == 0
+
+
+def test_a_dropped_answer_never_waits(pipe: ppexport.Pipeline) -> None:
+    """The garbage collector may end a generator in the middle of anything, also while the lock is held."""
+    assert pipe.reuse is not None
+    steps = pipe.generate_tokens([1, 2, 3, 4], max_new_tokens=8)
+    next(steps)
+    with pipe.reuse._lock:
+        steps.close()  # type: ignore[attr-defined]
+    assert pipe.reuse.nbytes > 0
+
+
+def test_what_is_too_large_drives_nothing_out(golden_bundle: Path) -> None:
+    pipe = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS, reuse=1 << 20)
+    assert pipe.reuse is not None
+    ask(pipe, [1, 2, 3, 4], [], 2)
+    kept = pipe.reuse.nbytes
+    ask(pipe, [9] * 2000, [])
+    assert pipe.reuse.nbytes == kept > 0
+    assert ask(pipe, [1, 2, 3, 4, 5], [])[2].reused_tokens == 4
+
+
+def test_a_closed_pipeline_keeps_nothing(golden_bundle: Path) -> None:
+    with ppexport.load(golden_bundle) as pipe:
+        steps = pipe.generate_tokens([1, 2, 3, 4], max_new_tokens=8)
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert pipe.reuse is not None
+    assert pipe.reuse.nbytes == 0
 
 
 def resident() -> int:

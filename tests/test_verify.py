@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import ppexport
 from ppexport.build import build
 from ppexport.cli import main
-from ppexport.verify import compare, divergence, verify
+from ppexport.verify import compare, divergence, finite, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET, SCREEN = ROOT / "models" / "pocket", ROOT / "docs" / "settings.png"
@@ -98,6 +98,22 @@ def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
 def test_another_checkpoint_is_refused(bundles: dict[str, Path]) -> None:
     with pytest.raises(ppexport.RequestError, match="is not of the model in .*: their configurations differ"):
         verify(bundles["bf16"], GOLDEN / "e2e" / "model", [])
+
+
+def test_a_placeholder_that_is_generated_ends_the_comparison(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bundle it is text, to the reference it would be an image."""
+    model = ppexport.load(bundles["bf16"]).manifest.model
+    chosen = iter([65, 66, model.image_token, 67, 68])
+    monkeypatch.setattr(ppexport.Sampling, "choose", lambda *_: next(chosen))
+    report = verify(bundles["bf16"], POCKET, [str(SCREEN)], tokens=5)
+    assert report.tokens == 3
+    assert report.logits.cosine > 0.999999
+
+
+def test_json_has_no_nan() -> None:
+    assert finite({"a": [1.5, float("nan")], "b": float("inf"), "c": "x"}) == {"a": [1.5, None], "b": None, "c": "x"}
 
 
 def test_measures() -> None:
