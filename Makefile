@@ -57,7 +57,8 @@ bench: $(VENV)/tests
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python bench/language.py -o build/bench/language_2b.json
 	$(BIN)/ppexport build models/pocket -o build/bench/pocket -q
-	$(BIN)/python bench/accuracy.py build/bench/pocket -o build/bench/accuracy.json
+	$(BIN)/ppexport build bench/never_pruned -o build/bench/never_pruned -q
+	$(BIN)/python bench/accuracy.py build/bench/pocket --never-pruned build/bench/never_pruned -o build/bench/accuracy.json
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info
