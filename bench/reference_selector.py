@@ -14,17 +14,9 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from pixelprune import compute_merged_keep_indices
 from pixelprune.patches.qwen3_vl_hf import normalize_pixel_values_for_selector
-from transformers import Qwen2VLImageProcessor
+from reference_processor import reference_processor
 
-processor = Qwen2VLImageProcessor(
-    patch_size=16,
-    merge_size=2,
-    temporal_patch_size=2,
-    min_pixels=65536,
-    max_pixels=16777216,
-    image_mean=[0.5] * 3,
-    image_std=[0.5] * 3,
-)
+processor = reference_processor()
 for line in sys.stdin:
     request = json.loads(line)
     pixels = np.load(request["pixels"])

@@ -17,21 +17,14 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from PIL import Image
 from pixelprune import apply_pixelprune
-from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessor
+from reference_processor import reference_processor
+from transformers import AutoModelForImageTextToText
 from transformers.generation.streamers import BaseStreamer
 
 torch.set_num_threads(int(sys.argv[4]))
 apply_pixelprune(model="qwen3_vl")
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[3])).eval()
-processor = Qwen2VLImageProcessor(
-    patch_size=16,
-    merge_size=2,
-    temporal_patch_size=2,
-    min_pixels=65536,
-    max_pixels=16777216,
-    image_mean=[0.5] * 3,
-    image_std=[0.5] * 3,
-)
+processor = reference_processor()
 
 
 class Clock(BaseStreamer):

@@ -8,7 +8,7 @@ with the smallest squared error wins. No calibration data is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..models.precision import BITS
 
 STARTS = (1.0, 0.92, 0.84, 0.76)  # of the range that is used, relative to the largest magnitude
 ROUNDS = 2
+Candidate = tuple[Tensor, Tensor, Tensor]  # integers [blocks, size, n]; scales and zero points [blocks, 1, n]
 CHUNK = 1 << 22  # values that are worked on at a time
 
 
@@ -89,22 +90,16 @@ def _symmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype, signed: bool
         scale = _stored(scale, scale_dtype)
         return (blocks / scale).round_().clamp_(low, high), scale
 
-    best: tuple[Tensor, Tensor] | None = None
-    smallest = torch.full_like(start, torch.inf)
-    for factor in STARTS if bits < 8 else STARTS[:1]:
-        q, scale = fit(start * factor)
-        for _ in range(ROUNDS if bits < 8 else 0):
-            power = (q * q).sum(1, keepdim=True)
-            q, scale = fit(torch.where(power == 0, scale, (q * blocks).sum(1, keepdim=True) / power.clamp(min=1)))
-        error = (q * scale - blocks).square_().sum(1, keepdim=True)
-        if best is None:
-            best, smallest = (q, scale), error
-        else:
-            better = error < smallest
-            best = torch.where(better, q, best[0]), torch.where(better, scale, best[1])
-            smallest = torch.minimum(error, smallest)
-    assert best is not None
-    return best[0], best[1].squeeze(1)
+    def candidates() -> Iterator[Candidate]:
+        for factor in STARTS if bits < 8 else STARTS[:1]:
+            q, scale = fit(start * factor)
+            for _ in range(ROUNDS if bits < 8 else 0):
+                power = (q * q).sum(1, keepdim=True)
+                q, scale = fit(torch.where(power == 0, scale, (q * blocks).sum(1, keepdim=True) / power.clamp(min=1)))
+            yield q, scale, torch.zeros_like(scale)
+
+    q, scale, _ = _closest(blocks, candidates())
+    return q, scale.squeeze(1)
 
 
 def _asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,25 +107,32 @@ def _asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Te
     high = 2**bits - 1
     least = blocks.amin(1, keepdim=True).clamp(max=0)
     most = blocks.amax(1, keepdim=True).clamp(min=0)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    smallest = torch.full_like(least, torch.inf)
-    for factor in STARTS if bits < 8 else STARTS[:1]:
-        scale = _stored(((most - least) * factor / high).clamp(min=torch.finfo(scale_dtype).tiny), scale_dtype)
-        zero = (-least * factor / scale).round_().clamp_(0, high)
-        q = ((blocks / scale).round_() + zero).clamp_(0, high)
-        error = ((q - zero) * scale - blocks).square_().sum(1, keepdim=True)
-        if best is None:
-            best, smallest = (q, scale, zero), error
-        else:
-            better = error < smallest
-            best = (
-                torch.where(better, q, best[0]),
-                torch.where(better, scale, best[1]),
-                torch.where(better, zero, best[2]),
-            )
-            smallest = torch.minimum(error, smallest)
-    assert best is not None
-    return best[0], best[1].squeeze(1), best[2].squeeze(1)
+
+    def candidates() -> Iterator[Candidate]:
+        for factor in STARTS if bits < 8 else STARTS[:1]:
+            scale = _stored(((most - least) * factor / high).clamp(min=torch.finfo(scale_dtype).tiny), scale_dtype)
+            zero = (-least * factor / scale).round_().clamp_(0, high)
+            yield ((blocks / scale).round_() + zero).clamp_(0, high), scale, zero
+
+    q, scale, zero = _closest(blocks, candidates())
+    return q, scale.squeeze(1), zero.squeeze(1)
+
+
+def _closest(blocks: Tensor, candidates: Iterator[Candidate]) -> Candidate:
+    """Of each block the candidate with the smallest squared error, the first of equal ones."""
+    best = next(candidates)
+    smallest = _error(blocks, best)
+    for found in candidates:
+        error = _error(blocks, found)
+        better = error < smallest
+        q, scale, zero = (torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+        best, smallest = (q, scale, zero), torch.minimum(error, smallest)
+    return best
+
+
+def _error(blocks: Tensor, found: Candidate) -> Tensor:
+    q, scale, zero = found
+    return ((q - zero) * scale - blocks).square_().sum(1, keepdim=True)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,6 +55,11 @@ class Precision:
         """Is any part stored so?"""
         return any(self.of(part) == stored for part in PARTS)
 
+    @property
+    def in_blocks(self) -> bool:
+        """Is any part stored in blocks?"""
+        return any(self.uses(stored) for stored in BLOCKED)
+
     def bytes_of(self, part: str, count: int) -> int:
         """What ``count`` values of a part take, with float32 scales."""
         stored = self.of(part)
@@ -66,8 +71,7 @@ class Precision:
     def __str__(self) -> str:
         """For people: "bf16", or "int4, vision w8a8, head int8, embedding int8, blocks of 32"."""
         others = [f"{part} {self.of(part)}" for part in PARTS[1:] if self.of(part) != self.language]
-        in_blocks = any(self.uses(stored) for stored in BLOCKED)
-        blocks = [f"blocks of {self.block}{'' if self.symmetric else ' with zero points'}"] if in_blocks else []
+        blocks = [f"blocks of {self.block}{'' if self.symmetric else ' with zero points'}"] if self.in_blocks else []
         return ", ".join([self.language, *others, *blocks])
 
 
@@ -116,9 +120,8 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
             f"the embedding cannot be stored in {embedding}, expected "
             f"{'int8 or ' if dialect == 'ort' else ''}{base}: there is no operator that looks up such a table"
         )
-    in_blocks = any(found.uses(stored) for stored in BLOCKED)
-    if not in_blocks and (wanted.block, wanted.symmetric) != (Wanted.block, Wanted.symmetric):
+    if not found.in_blocks and (wanted.block, wanted.symmetric) != (Wanted.block, Wanted.symmetric):
         raise CheckpointError(f"block and asymmetric are for int8 and int4, found {found}")
-    if dialect != "ort" and in_blocks and not wanted.symmetric:
+    if dialect != "ort" and found.in_blocks and not wanted.symmetric:
         raise CheckpointError("TensorRT takes no zero points; build with symmetric blocks, or for ONNX Runtime")
     return found

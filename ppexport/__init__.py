@@ -25,14 +25,16 @@ if TYPE_CHECKING:
         RequestError,
         SpaceError,
     )
+    from .runtime.answer import Answer, Step
     from .runtime.language import Sampling
-    from .runtime.pipeline import Answer, Encoded, Pipeline, Step, load
+    from .runtime.pipeline import Encoded, Pipeline, load
     from .runtime.prune import Prune, Selection
     from .runtime.selector import select, select_frames
     from .runtime.stats import Stats
 
 _WHERE = {
-    "runtime.pipeline": ("Answer", "Encoded", "Pipeline", "Step", "load"),
+    "runtime.answer": ("Answer", "Step"),
+    "runtime.pipeline": ("Encoded", "Pipeline", "load"),
     "runtime.prune": ("Prune", "Selection"),
     "runtime.selector": ("select", "select_frames"),
     "runtime.stats": ("Stats",),

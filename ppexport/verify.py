@@ -15,10 +15,11 @@ import numpy as np
 
 from .models.errors import BackendError, RequestError
 from .progress import Bar
+from .runtime.answer import Step
 from .runtime.bundle import open_bundle
 from .runtime.image import prepare
 from .runtime.language import build_prompt
-from .runtime.pipeline import Pipeline, PruneLike, Step, load
+from .runtime.pipeline import Pipeline, PruneLike, load
 from .runtime.stats import Stats
 
 TOKENS = 64

@@ -13,6 +13,7 @@ import numpy as np
 from ..models.checks import integer, sequence
 from ..models.errors import BundleError, RequestError
 from ..models.manifest import Manifest
+from .answer import Answer, Step
 from .bundle import open_bundle
 from .devices import open_device
 from .image import ImageLike, prepare
@@ -28,14 +29,6 @@ from .vision import Features, Vision, features_of
 WORTH = 0.02  # pruning that would drop less than this share of an image's tokens is left out
 REUSE = 1 << 30  # bytes for what past requests computed
 PruneLike = Prune | Literal["default"] | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One generated token."""
-
-    token: int
-    logits: np.ndarray  # float32 [V], what it was chosen from
 
 
 @dataclass(frozen=True)
@@ -56,35 +49,6 @@ class Prepared:
     keeps: tuple[Buffer, ...]  # int32 [K] each
     selections: tuple[Selection, ...]
     digests: Digests  # of each image and its kept tokens; empty where nothing is reused
-
-
-class Answer(Iterator[str]):
-    """Iterate for pieces of text as they are generated; ``stats`` is complete when the iteration ends."""
-
-    def __init__(self, steps: Iterator[Step], text: Text, stats: Stats, stop: frozenset[int]):
-        self.stats = stats
-        self._pieces = self._decode(steps, text, stop)
-        self._text: list[str] = []
-
-    def _decode(self, steps: Iterator[Step], text: Text, stop: frozenset[int]) -> Iterator[str]:
-        stream = text.stream()
-        for step in steps:
-            piece = "" if step.token in stop else stream.push(step.token)
-            if piece:
-                yield piece
-        if rest := stream.finish():
-            yield rest
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self._text.append(piece)
-        return piece
-
-    def text(self) -> str:
-        """Generate to the end and return the whole answer."""
-        for _ in self:
-            pass
-        return "".join(self._text)
 
 
 class Pipeline:

@@ -1,0 +1,50 @@
+"""What a request gives: tokens one by one, or pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .stats import Stats
+from .text import Text
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token."""
+
+    token: int
+    logits: np.ndarray  # float32 [V], what it was chosen from
+
+
+class Answer(Iterator[str]):
+    """Iterate for pieces of text as they are generated; ``stats`` is complete when the iteration ends."""
+
+    def __init__(self, steps: Iterator[Step], text: Text, stats: Stats, stop: frozenset[int]):
+        self.stats = stats
+        self._pieces = _decode(steps, text, stop)
+        self._text: list[str] = []
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self._text.append(piece)
+        return piece
+
+    def text(self) -> str:
+        """Generate to the end and return the whole answer."""
+        for _ in self:
+            pass
+        return "".join(self._text)
+
+
+def _decode(steps: Iterator[Step], text: Text, stop: frozenset[int]) -> Iterator[str]:
+    """Holds no Answer, so that a dropped one ends at once and gives its cache back."""
+    stream = text.stream()
+    for step in steps:
+        piece = "" if step.token in stop else stream.push(step.token)
+        if piece:
+            yield piece
+    if rest := stream.finish():
+        yield rest
