@@ -55,6 +55,7 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/build.py --target tensorrt-rtx --runs 1 -o build/bench/build_rtx.json
 	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
+	$(BIN)/python bench/calibration.py -o build/bench/calibration.json
 	$(BIN)/python bench/language.py -o build/bench/language_2b.json
 	$(BIN)/ppexport build models/pocket -o build/bench/pocket -q
 	$(BIN)/ppexport build bench/never_pruned -o build/bench/never_pruned -q

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from ..models.manifest import sha256
 from ..models.precision import BYTES, Precision, Wanted, resolve
 from ..models.version import __version__
 from . import graphs
+from .calibrated import Moments, Sample, collect
 from .checkpoint import Checkpoint
 from .dialects import DIALECTS, Dialect
 from .numeric import wide_kinds
@@ -55,15 +57,23 @@ def plan(
     wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
     dialect: str = "ort",
     engines: bool = False,
+    calibrated: int = 0,
 ) -> Plan:
     """Open and check a checkpoint and estimate what its bundle needs (``engines``: they will be compiled from it).
 
-    Raises CheckpointError.
+    ``calibrated``: images that matrices in int4 are fitted to. Raises CheckpointError.
     """
     checkpoint = Checkpoint.open(path)
     if dialect not in DIALECTS:
         raise CheckpointError(f"dialect is {dialect!r}, expected one of: {', '.join(DIALECTS)}")
     precision = resolve(wanted, FROM_DTYPE[checkpoint.dtype], dialect, checkpoint.config.text.tied_head, engines)
+    if calibrated:
+        precision = replace(precision, calibrated=calibrated)
+        if not _fitted(precision):
+            raise CheckpointError(
+                f"found images to calibrate with and weights in {precision}, expected int4 for the decoder's layers or "
+                "the vision tower; add --precision int4, or leave --calibrate out"
+            )
     notices: list[str] = []
     if wide := not_in_blocks(checkpoint, precision):
         notices.append(
@@ -83,6 +93,10 @@ def plan(
         notices.append("generation_config.json asks for sampling: requests are greedy unless they ask for it too")
     weights = weight_bytes(checkpoint, precision)
     disk = int(weights * 1.01) + (32 << 20)
+    if calibrated:  # moments: while building
+        tables = checkpoint.family.weights(checkpoint.config)
+        matrices = [w.shape for graph in _fitted(precision) for w in tables[graph].values() if len(w.shape) == 2]
+        disk += sum(4 * inner**2 for _, inner in matrices)
     # the largest tensor: as mapped, as read, as converted, as integers
     tables = checkpoint.family.weights(checkpoint.config).values()
     largest = max(math.prod(weight.shape) for table in tables for weight in table.values())
@@ -90,8 +104,21 @@ def plan(
     return Plan(checkpoint, precision, dialect, pre, weights, disk, ram, tuple(notices))
 
 
-def export(plan: Plan, directory: Path, progress: Progress) -> None:
-    """Write the bundle's files into an existing empty directory; bundle.json comes last."""
+def _fitted(precision: Precision) -> list[str]:
+    """The graphs with layers in int4."""
+    return [graph for graph in ("vision", "language") if precision.of(graph) == "int4"]
+
+
+def export(
+    plan: Plan,
+    directory: Path,
+    progress: Progress,
+    samples: Callable[[Path], Sequence[Sample]] = lambda directory: (),
+) -> None:
+    """Write the bundle's files into an existing empty directory; bundle.json comes last.
+
+    ``samples``: what to calibrate with, given the directory with tokenizer.json and chat_template.jinja.
+    """
     checkpoint, dialect = plan.checkpoint, DIALECTS[plan.dialect]
     config = checkpoint.config
     progress("trace", 0, 3)
@@ -103,10 +130,15 @@ def export(plan: Plan, directory: Path, progress: Progress) -> None:
     progress("trace", 3, 3)
     for name, graph in pruning_graphs(config.vision.block, dialect).items():
         ir.save(graph, directory / name)
-    for name in ("vision", "language"):
-        attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision)
-        _save(models[name], directory, name, progress)
     interface = _copy_text(checkpoint, directory)
+    with tempfile.TemporaryDirectory(dir=directory) as moments_directory:
+        moments: Moments | None = None
+        if plan.precision.calibrated:
+            where, pre = Path(moments_directory), plan.preprocessing
+            moments = collect(checkpoint.path, pre, samples(directory), _fitted(plan.precision), where, progress)
+        for name in ("vision", "language"):
+            attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision, moments)
+            _save(models[name], directory, name, progress)
     files = _hash(directory, "hash bundle", progress)
     sources = {file.name: file for file in checkpoint.files()}
     progress("hash checkpoint", 0, len(sources))

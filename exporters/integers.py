@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.config import Weight
 from ..models.precision import BITS, Precision
+from .calibrated import Moments, quantize_calibrated
 from .checkpoint import Checkpoint
 from .graphs import PRECISIONS, TORCH
 from .quantize import Lazy, Quantized, integer_type, quantize
@@ -28,9 +29,10 @@ class Stored:
     precision: Precision
     computed: str  # what the graph calculates in
     signed: bool  # may scales of four bits be negative?
+    moments: Moments | None = None  # of the inputs of matrices in int4
 
 
-def store_blocks(model: ir.Model, checkpoint: Checkpoint, name: str, stored: Stored, users: Users) -> None:
+def store_blocks(model: ir.Model, checkpoint: Checkpoint, graph: str, name: str, stored: Stored, users: Users) -> None:
     """DequantizeLinear in front of every reader, on new initializers."""
     weight, size = stored.weight, stored.precision.block
     outer, inner = weight.shape
@@ -40,7 +42,9 @@ def store_blocks(model: ir.Model, checkpoint: Checkpoint, name: str, stored: Sto
 
     def read() -> Quantized:
         matrix, dtype = _matrix(checkpoint, weight), TORCH[stored.computed]
-        found = quantize(matrix, BITS[stored.kind], size, symmetric, dtype, stored.signed)
+        how = (matrix, BITS[stored.kind], size, symmetric, dtype, stored.signed)
+        moments = stored.moments.of(graph, name) if stored.moments and stored.kind == "int4" else None
+        found = quantize(*how) if moments is None else quantize_calibrated(*how, moments)
         return Quantized(found.values.T, found.scales.T, None) if looked_up else found
 
     lazy = Lazy(name, stored.kind, read)

@@ -3,7 +3,7 @@
 ONNX Runtime fuses the two into MatMulNBits, TensorRT compiles them. A block is ``size`` inputs of one output; it has
 one scale, and (asymmetric) a zero point. A scale is not just the largest magnitude over the largest integer: from
 several such starts, rounding and the scale that fits the rounded values best (least squares) take turns, and the start
-with the smallest squared error wins. No calibration data is needed.
+with the smallest squared error wins. No calibration data is needed; with some, see exporters/calibrated.py.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def quantize(
         part = slice(at, min(at + step, outer))
         blocks = matrix[:, part].float().reshape(inner // size, size, -1)
         if symmetric:
-            found, scale = _symmetric(blocks, bits, scale_dtype, signed and bits < 8)
+            found, scale, _ = fit_symmetric(blocks, bits, scale_dtype, signed and bits < 8)
         else:
-            found, scale, zero = _asymmetric(blocks, bits, scale_dtype)
+            found, scale, zero = fit_asymmetric(blocks, bits, scale_dtype)
             assert zeros is not None
-            zeros[:, part] = zero.numpy().astype(np.uint8)
+            zeros[:, part] = zero.squeeze(1).numpy().astype(np.uint8)
         values[:, part] = found.reshape(inner, -1).numpy().astype(values.dtype)
-        scales[:, part] = scale.float().numpy()
+        scales[:, part] = scale.squeeze(1).numpy()
     return Quantized(values, scales, zeros)
 
 
@@ -74,12 +74,15 @@ def dequantize(q: Quantized) -> np.ndarray:
     return (values * q.scales[:, None]).reshape(-1, outer)
 
 
-def _symmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype, signed: bool) -> tuple[Tensor, Tensor]:
-    """blocks [blocks, size, n] -> integers of that shape, scales [blocks, n].
+def fit_symmetric(
+    blocks: Tensor, bits: int, scale_dtype: torch.dtype, signed: bool, importance: Tensor | None = None
+) -> Candidate:
+    """blocks [blocks, size, n] -> integers of that shape, scales and zero points (which are 0) [blocks, 1, n].
 
     There is one more negative integer than positive ones: a scale's sign puts the value of largest magnitude there.
+    ``importance`` [blocks, size, 1]: what the squared error of a value counts; None: all the same.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = limits(bits, True)
     if signed:
         largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / low  # with its sign
     else:
@@ -94,17 +97,17 @@ def _symmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype, signed: bool
         for factor in STARTS if bits < 8 else STARTS[:1]:
             q, scale = fit(start * factor)
             for _ in range(ROUNDS if bits < 8 else 0):
-                power = (q * q).sum(1, keepdim=True)
-                q, scale = fit(torch.where(power == 0, scale, (q * blocks).sum(1, keepdim=True) / power.clamp(min=1)))
+                weighted = q if importance is None else q * importance
+                power = (weighted * q).sum(1, keepdim=True)
+                q, scale = fit(torch.where(power > 0, (weighted * blocks).sum(1, keepdim=True) / power, scale))
             yield q, scale, torch.zeros_like(scale)
 
-    q, scale, _ = _closest(blocks, candidates())
-    return q, scale.squeeze(1)
+    return _closest(blocks, candidates(), importance)
 
 
-def _asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """As _symmetric, over 0 ... 2**bits - 1, and zero points [blocks, n]."""
-    high = 2**bits - 1
+def fit_asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Candidate:
+    """As fit_symmetric, over 0 ... 2**bits - 1, with zero points in that range."""
+    _, high = limits(bits, False)
     least = blocks.amin(1, keepdim=True).clamp(max=0)
     most = blocks.amax(1, keepdim=True).clamp(min=0)
 
@@ -114,25 +117,30 @@ def _asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Te
             zero = (-least * factor / scale).round_().clamp_(0, high)
             yield ((blocks / scale).round_() + zero).clamp_(0, high), scale, zero
 
-    q, scale, zero = _closest(blocks, candidates())
-    return q, scale.squeeze(1), zero.squeeze(1)
+    return _closest(blocks, candidates(), importance)
 
 
-def _closest(blocks: Tensor, candidates: Iterator[Candidate]) -> Candidate:
+def limits(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The least and the largest integer."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def _closest(blocks: Tensor, candidates: Iterator[Candidate], importance: Tensor | None) -> Candidate:
     """Of each block the candidate with the smallest squared error, the first of equal ones."""
     best = next(candidates)
-    smallest = _error(blocks, best)
+    smallest = _error(blocks, best, importance)
     for found in candidates:
-        error = _error(blocks, found)
+        error = _error(blocks, found, importance)
         better = error < smallest
         q, scale, zero = (torch.where(better, new, old) for new, old in zip(found, best, strict=True))
         best, smallest = (q, scale, zero), torch.minimum(error, smallest)
     return best
 
 
-def _error(blocks: Tensor, found: Candidate) -> Tensor:
+def _error(blocks: Tensor, found: Candidate, importance: Tensor | None) -> Tensor:
     q, scale, zero = found
-    return ((q - zero) * scale - blocks).square_().sum(1, keepdim=True)
+    squares = ((q - zero) * scale - blocks).square_()
+    return (squares if importance is None else squares * importance).sum(1, keepdim=True)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ..models.config import Preprocessing
 from . import language, vision
 from .checkpoint import Checkpoint
+from .layers import Linear
 from .streamed import streamed
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+OnInput = Callable[[str, str, Tensor], None]  # graph, weight [in, out], what it is multiplied with [..., in]
 
 
 class Reference:
-    """The towers of a checkpoint, one layer in memory at a time. ``pre``: how a bundle prepares images."""
+    """The towers of a checkpoint, one layer in memory at a time.
 
-    def __init__(self, path: str | Path, pre: Preprocessing, progress: Progress = lambda stage, done, total: None):
-        self.checkpoint, self.pre, self.progress = Checkpoint.open(path), pre, progress
+    ``pre``: how a bundle prepares images; ``on_input`` is shown the inputs of every linear layer.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        pre: Preprocessing,
+        progress: Progress = lambda stage, done, total: None,
+        on_input: OnInput = lambda graph, weight, x: None,
+    ):
+        self.checkpoint, self.pre, self.progress, self.on_input = Checkpoint.open(path), pre, progress, on_input
 
     @torch.no_grad()
     def features(self, images: Sequence[np.ndarray], keeps: Sequence[np.ndarray]) -> np.ndarray:
@@ -31,8 +45,10 @@ class Reference:
         found = []
         for i, (image, keep) in enumerate(zip(images, keeps, strict=True)):
             constants = vision.constants(c, self.pre)
-            with streamed(
-                self.checkpoint, tower, "vision", "blocks", constants, self._steps(f"image {i + 1}", c.depth)
+            steps = self._steps(f"image {i + 1}", c.depth)
+            with (
+                self._shown("vision", tower),
+                streamed(self.checkpoint, tower, "vision", "blocks", constants, steps),
             ):
                 levels = tower(torch.from_numpy(np.array(image)), torch.from_numpy(np.array(keep)))
             found.append(torch.stack(levels).numpy())
@@ -46,8 +62,10 @@ class Reference:
             decoder = language.Decoder(c, self.checkpoint.config.image_token)
         stack = torch.from_numpy(features)
         start, at = torch.zeros(1, dtype=torch.int32), torch.arange(S - last, S, dtype=torch.int32)[None]
-        with streamed(
-            self.checkpoint, decoder, "language", "layers", language.constants(c), self._steps("language", c.layers)
+        constants, steps = language.constants(c), self._steps("language", c.layers)
+        with (
+            self._shown("language", decoder),
+            streamed(self.checkpoint, decoder, "language", "layers", constants, steps),
         ):
             caches = [torch.zeros(1, c.kv_heads, S, c.head_dim) for _ in range(2 * c.layers)]
             found, *_ = decoder(
@@ -60,6 +78,21 @@ class Reference:
                 caches,
             )
         return found[0].numpy()
+
+    @contextmanager
+    def _shown(self, graph: str, module: nn.Module) -> Iterator[None]:
+        """Inside, linear layers show their inputs."""
+        hooks = []
+        for path, child in module.named_modules():
+            if isinstance(child, Linear):
+                weight = f"{path}.weight"
+                shown = partial(self.on_input, graph, weight)
+                hooks.append(child.register_forward_pre_hook(lambda _, args, shown=shown: shown(args[0])))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _steps(self, stage: str, total: int) -> Callable[[], None]:
         done = 0

@@ -14,6 +14,7 @@ from ..models.config import Preprocessing, Weight
 from ..models.errors import CheckpointError
 from ..models.precision import BITS, BYTES, PARTS, Precision
 from . import language, vision
+from .calibrated import Moments
 from .checkpoint import Checkpoint
 from .dialects import Dialect
 from .graphs import PRECISIONS, compute_precision
@@ -21,9 +22,15 @@ from .integers import Stored, Users, store_blocks, store_rows
 
 
 def attach(
-    model: ir.Model, checkpoint: Checkpoint, graph: str, pre: Preprocessing, dialect: Dialect, precision: Precision
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    graph: str,
+    pre: Preprocessing,
+    dialect: Dialect,
+    precision: Precision,
+    moments: Moments | None = None,
 ) -> None:
-    """Give every initializer its value, stored as ``precision`` says.
+    """Give every initializer its value, stored as ``precision`` says; int4 is fitted to ``moments`` of its inputs.
 
     Raises CheckpointError naming an initializer that neither the weight table nor the constants know.
     """
@@ -40,12 +47,13 @@ def attach(
         elif name in table:
             for part, users in _users(value, graph, name).items():
                 if precision.of(part) in BITS and _fits(table[name], part, users, precision):
-                    what = Stored(table[name], precision.of(part), precision, computed, dialect.name == "ort")
+                    signed = dialect.name == "ort"
+                    what = Stored(table[name], precision.of(part), precision, computed, signed, moments)
                     own = f"{name}.{part}" if table[name].layout == "same" else name  # a table may be stored twice
                     if what.kind == "w8a8":
                         store_rows(model, checkpoint, own, what, users, rounded)
                     else:
-                        store_blocks(model, checkpoint, own, what, users)
+                        store_blocks(model, checkpoint, graph, own, what, users)
             if value.uses():
                 parts = list(_users(value, graph, name))
                 stored = precision.of(parts[0]) if precision.of(parts[0]) not in BITS else precision.base

@@ -40,6 +40,7 @@ class Precision:
     embedding: str  # token -> vector
     block: int = 32  # inputs of a matrix that share a scale
     symmetric: bool = True  # without zero points
+    calibrated: int = 0  # images that matrices in int4 were fitted to
 
     def of(self, part: str) -> str:
         """What a part (one of PARTS) is stored in."""
@@ -72,7 +73,8 @@ class Precision:
         """For people: "bf16", or "int4, vision w8a8, head int8, embedding int8, blocks of 32"."""
         others = [f"{part} {self.of(part)}" for part in PARTS[1:] if self.of(part) != self.language]
         blocks = [f"blocks of {self.block}{'' if self.symmetric else ' with zero points'}"] if self.in_blocks else []
-        return ", ".join([self.language, *others, *blocks])
+        fitted = [f"fitted to {self.calibrated} images"] if self.calibrated else []
+        return ", ".join([self.language, *others, *blocks, *fitted])
 
 
 def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool = False) -> Precision:
@@ -121,7 +123,7 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
             f"{'int8 or ' if dialect == 'ort' else ''}{base}: there is no operator that looks up such a table"
         )
     if not found.in_blocks and (wanted.block, wanted.symmetric) != (Wanted.block, Wanted.symmetric):
-        raise CheckpointError(f"block and asymmetric are for int8 and int4, found {found}")
+        raise CheckpointError(f"block and asymmetric are for int8 and int4, found {found}; leave them out")
     if dialect != "ort" and found.in_blocks and not wanted.symmetric:
         raise CheckpointError("TensorRT takes no zero points; build with symmetric blocks, or for ONNX Runtime")
     return found

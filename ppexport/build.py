@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .calibration import Calibration
 from .compiler import Options, prepare
 from .engines import check_dialect, compile_bundle, plan_sizes
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
@@ -30,6 +31,7 @@ def build(
     targets: Sequence[str] = (),
     sizes: Profiles | None = None,
     options: Options = Options(),  # noqa: B008 (frozen)
+    calibration: Calibration | None = None,
     on_plan: Callable[[Plan, Profiles | None], None] = lambda plan, sizes: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Path:
@@ -38,7 +40,8 @@ def build(
     ``precision``: of the stored weights, "auto" (the checkpoint's; bf16 for a float32 checkpoint and a target), "fp32",
     "fp16", "bf16", "int8", "int4" or "w8a8"; a Wanted says it part by part (models/precision.py). ``targets``: what to
     compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes`` and ``options`` are theirs). ``dialect``
-    "auto" is "standard" with a target and "ort" without. ``on_plan`` is told what will be done before that is written.
+    "auto" is "standard" with a target and "ort" without. ``calibration``: images that int4 is fitted to. ``on_plan`` is
+    told what will be done before that is written.
     Raises CheckpointError, SpaceError (disk or memory would not suffice), BundleError (the output exists), BackendError
     (packages are not installed, or a compiler refuses), RequestError (sizes that do not fit). On any error or
     interruption nothing is left behind.
@@ -56,7 +59,8 @@ def build(
     if dialect == "auto":
         dialect = "standard" if targets else "ort"
     wanted = precision if isinstance(precision, Wanted) else Wanted(precision)
-    plan = exporter.plan(checkpoint, wanted, dialect, bool(targets))
+    images = calibration.files() if calibration else []
+    plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images))
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
         config, preprocessing = plan.checkpoint.config, plan.preprocessing
@@ -67,7 +71,7 @@ def build(
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
         try:
-            exporter.export(plan, work, progress)
+            exporter.export(plan, work, progress, lambda d: calibration.samples(plan, d) if calibration else ())
             _check_text(work)
             for target in targets:
                 compile_bundle(work, target, sizes, options, progress)

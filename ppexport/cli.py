@@ -14,7 +14,16 @@ from .models.errors import PpexportError, SpaceError
 from .models.precision import BITS, BYTES, Wanted
 from .models.profiles import MOST_BATCH
 from .models.version import __version__
-from .options import device_option, engine_options, engines_of, prune_of, prune_options, weight_options, weights_of
+from .options import (
+    calibration_of,
+    device_option,
+    engine_options,
+    engines_of,
+    prune_of,
+    prune_options,
+    weight_options,
+    weights_of,
+)
 
 
 class Group(click.Group):
@@ -79,8 +88,8 @@ def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...
     from .build import build as build_bundle
     from .build import compile_in_place
 
-    wanted = weights_of(options)
-    if output is None and (not targets or wanted != Wanted() or dialect != "auto"):
+    wanted, calibration = weights_of(options), calibration_of(options)
+    if output is None and (not targets or wanted != Wanted() or dialect != "auto" or calibration):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
     sizes, engine = engines_of(**options)
     if not targets and (sizes is not None or engine != type(engine)()):
@@ -89,7 +98,7 @@ def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...
         if output is None:
             compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:
-            build_bundle(source, output, wanted, dialect, targets, sizes, engine, bar.plan, bar.update)
+            build_bundle(source, output, wanted, dialect, targets, sizes, engine, calibration, bar.plan, bar.update)
     if not quiet:
         click.echo(f"built {output or source}")
 

@@ -79,6 +79,13 @@ def weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--block", type=click.Choice([str(n) for n in BLOCKS]), help="Weights per scale. [default: 32]"
             ),
             click.option("--asymmetric", is_flag=True, help="Blocks with zero points (ONNX Runtime only)."),
+            click.option(
+                "--calibrate",
+                multiple=True,
+                type=click.Path(),
+                help="An image like yours, or a folder of them, to fit int4 to; may be given several times.",
+            ),
+            click.option("--calibrate-question", help="What is asked about them. Default: to describe the image."),
         ]
     ):
         command = option(command)
@@ -90,6 +97,18 @@ def weights_of(options: dict[str, Any]) -> Wanted:
     parts = {part: options.pop(f"{part}_precision") for part in ("vision", "head", "embedding")}
     block, asymmetric = options.pop("block"), options.pop("asymmetric")
     return Wanted(options.pop("precision"), **parts, block=int(block or 32), symmetric=not asymmetric)
+
+
+def calibration_of(options: dict[str, Any]) -> Any:
+    """Take the options of calibration out of ``options``: a Calibration, or None where there are no images."""
+    images, question = options.pop("calibrate"), options.pop("calibrate_question")
+    if not images:
+        if question is not None:
+            raise click.UsageError("--calibrate-question goes with --calibrate")
+        return None
+    from .calibration import Calibration
+
+    return Calibration(images) if question is None else Calibration(images, question)
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:

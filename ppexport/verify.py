@@ -13,6 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
+from .calibration import QUESTION, prompt_ids
 from .models.errors import BackendError, RequestError
 from .progress import Bar
 from .runtime.answer import Step
@@ -23,7 +24,6 @@ from .runtime.pipeline import Pipeline, PruneLike, load
 from .runtime.stats import Stats
 
 TOKENS = 64
-QUESTION = "Describe this image in detail."
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def verify(
         progress(f"{Path(bundle).name}", 0, 1)
         resized = [prepare(image, pipe.selector.block, pipe.min_pixels, pipe.max_pixels) for image in images]
         encoded = [pipe.encode(image, prune) for image in images]
-        ids = _prompt(pipe, question, [each.selection.total for each in encoded])
+        ids = prompt_ids(pipe.text, model, question, [each.selection.total for each in encoded])
         stats, steps, seconds = _run(pipe, ids, images, prune, tokens)
         progress(f"{Path(bundle).name}", 1, 1)
         manifest, decoded = pipe.manifest, len(steps) - 1
@@ -148,16 +148,6 @@ def verify(
         first_token_ms=round(stats.ttft, 1),
         tokens_per_second=round(decoded / seconds, 1),
     )
-
-
-def _prompt(pipe: Pipeline, question: str, totals: Sequence[int]) -> np.ndarray:
-    """Token ids int32 [S] of a question about images with so many tokens."""
-    if pipe.text is not None:
-        return pipe.text.encode(question, totals)
-    model = pipe.manifest.model  # without a tokenizer, any tokens do
-    words = np.random.default_rng(0).choice(np.delete(np.arange(model.text.vocab), model.image_token), 16)
-    runs = [np.append(np.full(n, model.image_token), words[:1]) for n in totals]
-    return np.concatenate([*runs, words]).astype(np.int32)
 
 
 def _run(

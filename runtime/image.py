@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,27 @@ MIN_PIXELS, MAX_PIXELS = 65536, 16777216  # of Qwen3-VL, where nothing else is a
 MAX_FILE_BYTES = 256 << 20
 MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused before it is decoded
 MAX_ASPECT = 200  # as in transformers
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # looked for in folders
 MIN_SIDE = 2  # a 1 x 1 image is a tracking pixel or a failed capture, not a document
+
+
+def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """Files, and of folders every file with the suffix of an image, by name. Raises ImageError if there are none."""
+    found = []
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+                if not files:
+                    raise ImageError(f"{path}: holds no images, expected files such as {', '.join(SUFFIXES)}")
+                found += files
+            elif not path.exists():
+                raise ImageError(f"{path}: no such file")
+            else:
+                found.append(path)
+        except (OSError, ValueError) as err:
+            raise ImageError(f"{path}: cannot be read: {err}") from err
+    return found
 
 
 def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> np.ndarray:

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import ppexport
 from ppexport.build import build
+from ppexport.exporters import graphs
+from ppexport.exporters.dialects import Dialect
+from ppexport.models.config import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = GOLDEN / "images"
 E2E_PIXELS = 600000  # max_pixels of the e2e cases
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces() -> Iterator[dict[str, ir.Model]]:
+    """Graphs by what they were traced from: that takes most of a build. Clear it to trace anew."""
+    traced: dict[str, ir.Model] = {}
+
+    def once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
+        def traced_once(
+            config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()
+        ) -> ir.Model:
+            key = repr((trace.__name__, config, dialect.name, precision, sorted(wide)))
+            if key not in traced:
+                traced[key] = trace(config, dialect, precision, wide)
+            return traced[key].clone()
+
+        return traced_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("vision_graph", "language_graph"):
+            patch.setattr(graphs, name, once(getattr(graphs, name)))
+        yield traced
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,64 @@
+"""A user's images as calibration data: read, pruned as a bundle prunes them, and put into a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .models.config import ModelConfig
+from .runtime.image import images_in, prepare
+from .runtime.language import build_prompt
+from .runtime.prune import Prune
+from .runtime.selector import select
+from .runtime.text import Text
+
+if TYPE_CHECKING:
+    from .exporters.bundle import Plan
+    from .exporters.calibrated import Sample
+
+QUESTION = "Describe this image in detail."
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images, each a file or a folder of them, and a question that is asked about each of them."""
+
+    images: Sequence[str | Path]
+    question: str = QUESTION
+
+    def files(self) -> list[Path]:
+        """The images; raises ImageError for a path that is none, and for a folder without any."""
+        return images_in(self.images)
+
+    def samples(self, plan: Plan, directory: Path) -> list[Sample]:
+        """``directory``: holds tokenizer.json and chat_template.jinja, if there are any.
+
+        Raises ImageError, RequestError, BackendError (pruning needs onnxruntime).
+        """
+        from .exporters.calibrated import Sample
+
+        model, pre = plan.checkpoint.config, plan.preprocessing
+        has_text = (directory / "tokenizer.json").is_file()
+        text = Text(directory, model.image_token) if has_text else None
+        patch, merge, sizes = model.vision.patch, model.vision.merge, (pre.min_pixels, pre.max_pixels)
+        found = []
+        for file in self.files():
+            image = prepare(file, model.vision.block, *sizes)
+            selection = select(image, Prune(), patch, merge, *sizes)
+            ids = prompt_ids(text, model, self.question, [selection.total])
+            prompt = build_prompt(ids, model.image_token, [selection])
+            found.append(Sample(image, selection.keep, prompt.ids, prompt.positions))
+        return found
+
+
+def prompt_ids(text: Text | None, model: ModelConfig, question: str, totals: Sequence[int]) -> np.ndarray:
+    """Token ids int32 [S] of a question about images with so many tokens; without a tokenizer any tokens."""
+    if text is not None:
+        return text.encode(question, totals)
+    words = np.random.default_rng(0).choice(np.delete(np.arange(model.text.vocab), model.image_token), 16)
+    runs = [np.append(np.full(n, model.image_token), words[:1]) for n in totals]
+    return np.concatenate([*runs, words]).astype(np.int32)
