@@ -18,7 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from .ops import DOMAIN
-from .passes import cache_rows, float_cumsum, shapes_after_cast
+from .passes import cache_rows, float_cumsum, one_reshape, shapes_after_cast, skip_norm
 from .tape import Ops
 
 Translation = Callable[[Ops, ir.Node], Sequence[ir.Value]]
@@ -69,7 +69,10 @@ def _attr(node: ir.Node, name: str) -> Any:
 
 def _join(op: Ops, x: Any, heads: int, width: int) -> ir.Value:
     """[B, S, heads, Dh] -> [B, S, heads * Dh]."""
-    return op("Reshape", x, op.ints([0, 0, heads * width]))
+    out = op("Reshape", x, op.ints([0, 0, heads * width]))
+    if x.shape is not None:
+        out.type, out.shape = x.type, ir.Shape([*x.shape[:2], heads * width])
+    return out
 
 
 def _split(op: Ops, x: Any, heads: int, width: int) -> ir.Value:
@@ -126,13 +129,18 @@ def _ort_rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     count = op("ReduceProd", rows, keepdims=0)
     ids = op("Reshape", op("Range", op.const(0), count, op.const(1)), rows)  # each row of the tables once
     tables = [op("Reshape", t, op.ints([-1, width // 2])) for t in (cos, sin)]
-    out = op("RotaryEmbedding", _join(op, x, heads, width), ids, *tables, domain="com.microsoft", num_heads=heads)
+    joined = _join(op, x, heads, width)
+    out = op("RotaryEmbedding", joined, ids, *tables, domain="com.microsoft", num_heads=heads)
+    out.type, out.shape = joined.type, joined.shape
     return [_split(op, out, heads, width)]
 
 
 def _ort_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """Plain operators, which ONNX Runtime fuses into SimplifiedLayerNormalization when it loads the graph."""
+    """With the sum before it, else plain operators, which ONNX Runtime fuses into SimplifiedLayerNormalization."""
     x, weight = node.inputs
+    assert x is not None and weight is not None  # noqa: PT018
+    if (fused := skip_norm(op, x, weight, _attr(node, "epsilon"))) is not None:
+        return [fused]
     square = op("ReduceMean", op("Pow", x, op.const(2.0)), op.ints([-1]))
     root = op("Sqrt", op("Add", square, op.const(_attr(node, "epsilon"))))
     return [op("Mul", op("Div", x, root), weight)]
@@ -243,6 +251,7 @@ DIALECTS = {
             "RMSNorm": _ort_rms_norm,
             "Gelu": _gelu,
         },
+        passes=(one_reshape,),
     ),
     "standard": Dialect(
         "standard",

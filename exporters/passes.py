@@ -36,6 +36,55 @@ def shapes_after_cast(model: ir.Model) -> None:
                 user.replace_input_with(0, casts[0].outputs[0])
 
 
+def one_reshape(model: ir.Model) -> None:
+    """Of two reshapes in a row the second alone, and none where it gives back the first one's input.
+
+    A 0 in the second's shape copies a size; the first has to leave that one as it was.
+    """
+    for node in list(model.graph):
+        first = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] else None
+        if first is None or first.op_type != "Reshape":
+            continue
+        source, between, shape = first.inputs[0], first.outputs[0], node.inputs[1]
+        assert source is not None
+        copied = [i for i, n in enumerate(_constant(shape)) if n == 0]
+        left = _constant(first.inputs[1])
+        if all((i < len(left) and left[i] == 0) or _same(source.shape, between.shape, i) for i in copied):
+            node.replace_input_with(0, source)
+            out = node.outputs[0]
+            if source.shape is not None and source.shape == out.shape and not out.is_graph_output():
+                ir.convenience.replace_all_uses_with(out, source)
+
+
+def skip_norm(op: Ops, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value | None:
+    """The norm of a sum, calculated together with the sum: ``x`` is one, of two values of its own shape, else None.
+
+    Other readers of the sum get it from the new node.
+    """
+    add = x.producer()
+    if add is None or add.op_type != "Add" or x.shape is None or x.dtype != ir.DataType.FLOAT:
+        return None
+    if any(part is None or part.shape != x.shape or part.dtype != x.dtype for part in add.inputs):
+        return None
+    found = op.multi(
+        "SkipSimplifiedLayerNormalization", 4, *add.inputs, weight, domain="com.microsoft", epsilon=epsilon
+    )
+    for value in found[1:]:
+        value.type, value.shape = x.type, x.shape
+    ir.convenience.replace_all_uses_with(x, found[3])
+    return found[0]
+
+
+def _constant(value: ir.Value | None) -> list[int]:
+    """Of a shape that is fixed; one that is calculated holds the sizes themselves."""
+    fixed = ir.convenience.get_const_tensor(value) if value is not None else None
+    return [] if fixed is None else [int(n) for n in fixed.numpy()]
+
+
+def _same(a: ir.Shape | None, b: ir.Shape | None, i: int) -> bool:
+    return a is not None and b is not None and i < min(len(a), len(b)) and a[i] == b[i]
+
+
 def cache_rows(model: ir.Model) -> None:
     """Caches by position, and the new rows of all of them as one output.
 

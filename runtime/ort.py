@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,28 @@ def import_onnxruntime(device: str) -> Any:
     return onnxruntime
 
 
-def _give_back() -> None:
-    """Return to the system what loading a graph has freed: the weights as they were before they were repacked.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
-    The C library of Linux keeps such memory otherwise, a third of an int4 model; others have no such function.
+
+@contextmanager
+def _thrifty() -> Iterator[None]:
+    """Inside, every weight is an allocation of its own, so that it goes back to the system when it is freed.
+
+    ONNX Runtime transposes and repacks weights while it loads a graph; the C library of Linux would keep what that
+    frees, a third of an int4 model. Others have no such switch. Afterwards large activations are kept for the next run
+    (what glibc comes to by itself: its thresholds rise to these as blocks are freed).
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt, trim = (getattr(libc, name, None) for name in ("mallopt", "malloc_trim"))
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 256 << 10)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
         trim(0)
 
 
@@ -96,13 +112,13 @@ class OrtCpu:
         # products with weights in blocks: inputs are rounded to int8, too, for integer arithmetic
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
-            session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            with _thrifty():
+                session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as err:
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} cannot load {path.name}: {err}; "
                 "build the bundle again, or install a newer onnxruntime"
             ) from err
-        _give_back()
         return OrtSession(session)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:

@@ -18,6 +18,7 @@ from ppexport.build import build
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS, lower
+from ppexport.exporters.passes import one_reshape
 from ppexport.exporters.tape import Ops
 from ppexport.exporters.weights import attach, cast_after_load
 from ppexport.models.precision import Wanted, resolve
@@ -220,3 +221,36 @@ def test_builds_are_repeatable(golden_bundle: Path, tmp_path: Path, traces: dict
     again = build(GOLDEN / "e2e" / "model", tmp_path / "bundle")
     first, second = (ppexport.load(path).manifest.files for path in (golden_bundle, again))
     assert first == second
+
+
+def test_sums_and_their_norms_are_one_node_and_no_reshape_follows_another(tiny_bundle: Path) -> None:
+    model = ir.load(tiny_bundle / "language.onnx")
+    kinds = Counter(node.op_type for node in model.graph)
+    layers = ppexport.load(tiny_bundle).manifest.model.text.layers
+    assert kinds["SkipSimplifiedLayerNormalization"] >= 2 * layers - 1
+    reshapes = [node for node in model.graph if node.op_type == "Reshape"]
+    assert reshapes
+    assert not [node for node in reshapes if any(user.op_type == "Reshape" for user, _ in node.outputs[0].uses())]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [([0, 0, 2, 4], [0, 0, 8], 0), ([6, 8], [2, 24], 1), ([6, 8], [0, 2, 4], 2), ([0, 24], [0, 4, 6], 1)],
+)
+def test_a_copied_size_is_not_lost_with_a_reshape(first: list[int], second: list[int], kept: int) -> None:
+    x, op = ir.val("x", ir.DataType.FLOAT, [2, 3, 8]), Ops()
+    middle = op("Reshape", x, op.ints(first))
+    y = op("Reshape", middle, op.ints(second))
+    out = op("Identity", y)
+    values = np.arange(48, dtype=np.float32).reshape(2, 3, 8)
+    shapes = [[n or values.shape[i] for i, n in enumerate(first)]]
+    shapes += [[n or shapes[0][i] for i, n in enumerate(second)]]
+    for value, shape, name in ((middle, shapes[0], "middle"), (y, shapes[1], "y"), (out, shapes[1], "out")):
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    graph = ir.Graph([x], [out], nodes=op.nodes, opset_imports={"": 21}, name="g")
+    model = ir.Model(graph, ir_version=10)
+    one_reshape(model)
+    graphs.clean(model)
+    assert sum(node.op_type == "Reshape" for node in model.graph) == kept
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": values})[0], values.reshape(shapes[1]))
