@@ -56,7 +56,14 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python bench/calibration.py -o build/bench/calibration.json
+	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m_document.json \
+		--image ppexport/bench/images/pdf_gnuplot-020.png \
+		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
+	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_2b.json --shape 2b --precisions int4,w8a8 \
+		--reference-dtypes bfloat16 --runs 3 --full-runs 0 \
+		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python bench/language.py -o build/bench/language_2b.json
+	$(BIN)/python bench/latency_noise.py -o build/bench/latency_noise.npz
 	$(BIN)/ppexport build models/pocket -o build/bench/pocket -q
 	$(BIN)/ppexport build bench/never_pruned -o build/bench/never_pruned -q
 	$(BIN)/python bench/accuracy.py build/bench/pocket --never-pruned build/bench/never_pruned -o build/bench/accuracy.json

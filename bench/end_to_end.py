@@ -27,7 +27,7 @@ from workers import Worker, ours, reference
 
 import ppexport
 
-IMAGES = Path(__file__).parent.parent / "tests" / "golden" / "images"
+IMAGES = Path(__file__).parent.parent / "ppexport" / "bench" / "images"
 QUESTION = list(range(20, 36))  # any tokens
 
 

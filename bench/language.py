@@ -4,8 +4,8 @@
 
 Makes a random checkpoint of that shape (or takes --checkpoint) and builds it in each precision. "gb_per_token" is what
 a token has to read: all weights of the decoder but the token table, and the cache; at the memory's speed
-("memory_gb_per_s", measured here by squaring a large array on as many threads) that is the limit. A bundle runs in a
-process of its own, one after the other, since they are large.
+("memory_gb_per_s", squaring a large array on as many threads, before each run and after the last; the median, as for
+decode) that is the limit. A bundle runs in a process of its own, one after the other, since they are large.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ PROMPT = 256
 TOKENS = 65
 
 
-def memory_speed(threads: int, size: int = 1 << 30) -> float:
-    """Bytes per second that ``threads`` threads read together, the best of several runs."""
+def memory_speed(threads: int, size: int = 1 << 30) -> list[float]:
+    """Bytes per second that ``threads`` threads read together, several times, each the best of three."""
     parts = np.array_split(np.ones(size // 4, np.float32), threads)
-    seconds = []
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(7):
+
+        def once() -> float:
             begin = time.perf_counter()
             list(pool.map(np.dot, parts, parts))
-            seconds.append(time.perf_counter() - begin)
-    return size / min(seconds)
+            return time.perf_counter() - begin
+
+        once()
+        return [size / min(once() for _ in range(3)) for _ in range(3)]
 
 
 def bytes_per_token(bundle: Path, tokens: float) -> int:
@@ -59,10 +61,16 @@ def bytes_per_token(bundle: Path, tokens: float) -> int:
 
 
 def measure(bundle: Path, threads: int, runs: int) -> dict[str, Any]:
-    """Medians of one bundle."""
+    """Medians of one bundle, and of the memory's speed meanwhile."""
     worker, ids = ours(bundle, threads), list(range(1, PROMPT + 1))
-    answers = [worker.ask(image=None, prune=False, ids=ids, tokens=TOKENS) for _ in range(1 + runs)][1:]
+    answers, speeds = [], []
+    for i in range(1 + runs):
+        speeds += memory_speed(threads)
+        found = worker.ask(image=None, prune=False, ids=ids, tokens=TOKENS)
+        answers += [found] if i else []
+    speeds += memory_speed(threads)
     worker.close()
+    speed = median(speeds)
     decode = median(ms for answer in answers for ms in answer["decode"])
     read, size = bytes_per_token(bundle, PROMPT + TOKENS / 2), sum(f.stat().st_size for f in bundle.iterdir())
     peak = max(answer["rss"] for answer in answers)
@@ -73,6 +81,8 @@ def measure(bundle: Path, threads: int, runs: int) -> dict[str, Any]:
         "outside_onnxruntime_ms": round(median(ms for answer in answers for ms in answer["outside"]), 3),
         "gb_per_token": round(read / 1e9, 3),
         "gb_per_s": round(read / decode / 1e6, 1),
+        "memory_gb_per_s": round(speed / 1e9, 1),
+        "share_of_limit": round(read / decode * 1e3 / speed, 3),
         "bundle_gb": round(size / 1e9, 3),
         "peak_rss_gb": round(peak / 1e9, 3),
         "peak_rss_over_bundle": round(peak / size, 2),
@@ -87,25 +97,21 @@ def measure(bundle: Path, threads: int, runs: int) -> dict[str, Any]:
 @click.option("--runs", default=5, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(shape: str, checkpoint: Path | None, precisions: str, threads: int, runs: int, output: Path | None) -> None:
-    speed, results = memory_speed(threads), {}
+    results = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if checkpoint is None:
             checkpoint = random_checkpoint(shape, work)
         for precision in precisions.split(","):
             results[precision] = measure(build(checkpoint, work, precision), threads, runs)
-    speed = max(speed, memory_speed(threads))
-    for row in results.values():
-        row["share_of_limit"] = round(row["gb_per_s"] / speed * 1e9, 3)
     result = {
         "what": f"decoder on the CPU: a prompt of {PROMPT} tokens, {TOKENS - 1} more",
         "shape": shape,
         "threads": threads,
         "machine": describe(),
-        "memory_gb_per_s": round(speed / 1e9, 1),
         "results": results,
     }
-    print(json.dumps({key: result[key] for key in ("memory_gb_per_s", "results")}, indent=1))
+    print(json.dumps(results, indent=1))
     if output:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -31,7 +31,7 @@ import ppexport
 from ppexport.runtime.image import prepare, read
 from ppexport.runtime.selector import packaged_selector
 
-IMAGES = Path(__file__).parent.parent / "tests" / "golden" / "images"
+IMAGES = Path(__file__).parent.parent / "ppexport" / "bench" / "images"
 SETTINGS = [(0.0, True), (0.05, True), (0.05, False)]  # tau, anchored
 
 

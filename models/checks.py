@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from .errors import RequestError
+from .errors import RequestError, SpaceError
 
 
 def integer(name: str, value: Any, at_least: int = 0, at_most: int | None = None) -> int:
@@ -37,3 +38,14 @@ def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
         raise RequestError(f"{name} is a {type(value).__name__}, expected a list of {of}")
     return value
+
+
+def writable(path: str | Path) -> Path:
+    """The path if a file can be made there, told before minutes of work; raises SpaceError."""
+    target = Path(path)
+    try:
+        if not str(path) or target.is_dir() or not target.absolute().parent.is_dir():
+            raise SpaceError(f"{path}: cannot be written, expected the name of a file in an existing directory")
+    except (OSError, ValueError) as err:
+        raise SpaceError(f"{path}: cannot be written: {err}") from err
+    return target

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from . import logs
+from .bench.commands import bench
 from .models.config import MOST_SEED, PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
 from .models.precision import BITS, BYTES, Wanted
@@ -48,8 +50,12 @@ class Group(click.Group):
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def main() -> None:
+@click.option("--log-level", type=click.Choice(logs.LEVELS), help="Log to stderr from this level on.")
+@click.option("--log-format", type=click.Choice(logs.FORMATS), help="json: an object per line.  [default: text]")
+def main(log_level: str | None, log_format: str | None) -> None:
     """Export vision-language models with pixel-space token pruning inside, and run them without torch."""
+    if log_level or log_format:
+        logs.configure(log_level or "info", log_format or "text")
 
 
 @main.command()
@@ -126,6 +132,7 @@ def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...
 )
 @click.option("--verify", is_flag=True, help="Check the hashes of the large files too.")
 @click.option("--overlay", type=click.Path(), help="Write a picture of what was pruned of the first image.")
+@click.option("--trace", type=click.Path(), help="Write the stages as a Chrome trace, for ui.perfetto.dev.")
 @click.option("--no-reuse", is_flag=True, help="Compute further questions from the beginning, too.")
 @click.option("--json", "as_json", is_flag=True, help="Answer and statistics as a JSON object, one per question.")
 @click.option("-q", "--quiet", is_flag=True, help="The answers only.")
@@ -274,6 +281,8 @@ def doctor(bundle: str | None) -> None:
     if not runs:
         sys.exit(1)
 
+
+main.add_command(bench)
 
 if __name__ == "__main__":
     sys.exit(main())

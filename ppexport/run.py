@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from .inspect import check_picture, write_overlay
+from .models.checks import writable
 from .runtime.pipeline import REUSE, PruneLike, load
 from .runtime.stats import Stats
+from .trace import write as write_trace
 
 STAGES = ("image", "prune", "reuse", "text", "vision", "prefill", "decode")
 
@@ -28,6 +30,7 @@ def run(
     verify: bool = False,
     no_reuse: bool = False,
     overlay: str | None = None,
+    trace: str | None = None,
     as_json: bool = False,
     quiet: bool = False,
     **generation: Any,
@@ -35,12 +38,16 @@ def run(
     """Load the bundle, stream answers to stdout, print the statistics to stderr (or all of it as JSON)."""
     if overlay:
         check_picture(overlay, images)
+    if trace is not None:
+        writable(trace)
+    asked: list[tuple[str, Stats]] = []
     pipe = load(bundle, device, min_pixels, max_pixels, threads, verify, 0 if no_reuse else REUSE)
     for i, prompt in enumerate(prompts):
         answer = pipe.generate(prompt, images, prune, **generation)
         for piece in answer:
             if not as_json:
                 click.echo(piece, nl=False)
+        asked.append((prompt, answer.stats))
         if overlay:
             write_overlay(images[0], answer.stats.images[0], overlay)
             overlay = None
@@ -53,6 +60,8 @@ def run(
             lines = [] if i else [f"device  {pipe.chosen}"]
             for line in [*lines, *summary(answer.stats)]:
                 click.echo(line, err=True)
+    if trace is not None:
+        write_trace(asked, trace)
 
 
 def as_dict(stats: Stats) -> dict[str, Any]:
@@ -61,7 +70,8 @@ def as_dict(stats: Stats) -> dict[str, Any]:
         {"width": s.width, "height": s.height, "tokens": s.total, "kept": s.kept, "reason": s.reason}
         for s in stats.images
     ]
-    numbers = {key: value for key, value in asdict(stats).items() if key != "images"}
+    numbers = {key: value for key, value in asdict(stats).items() if key not in ("images", "spans")}
+    numbers["milliseconds"] = stats.milliseconds
     return {"images": images, "kept": stats.kept, "tokens": stats.total, "ttft_ms": stats.ttft, **numbers}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .calibration import QUESTION, prompt_ids
 from .models.errors import BackendError, RequestError
+from .models.manifest import sha256
 from .progress import Bar
 from .runtime.answer import Step
 from .runtime.bundle import open_bundle
@@ -42,8 +43,8 @@ class Report:
     bundle: str
     precision: str
     megabytes: float
-    embeds: Difference
-    deepstack: Difference
+    embeds: Difference | None  # None where there is no image
+    deepstack: Difference | None
     logits: Difference
     kl: float  # mean over positions, nats: of the bundle's next-token distribution from the reference's
     agreement: float  # share of greedy tokens that the reference would have chosen after the same tokens
@@ -58,7 +59,9 @@ class Report:
         """
         found = []
         for stage in ("embeds", "deepstack", "logits"):
-            difference: Difference = getattr(self, stage)
+            difference: Difference | None = getattr(self, stage)
+            if difference is None:
+                continue
             if difference.bad:
                 found.append(f"{stage}: {difference.bad} values are NaN or infinite")
             elif stage != "logits" and not difference.cosine >= cosine:
@@ -139,8 +142,8 @@ def verify(
         bundle=str(bundle),
         precision=str(manifest.precision),
         megabytes=round(size, 1),
-        embeds=compare(mine[0], features[0]),
-        deepstack=compare(mine[1:], features[1:]),
+        embeds=compare(mine[0], features[0]) if images else None,
+        deepstack=compare(mine[1:], features[1:]) if images else None,
         logits=compare(logits, expected),
         kl=divergence(logits, expected) if np.isfinite(logits).all() else float("nan"),
         agreement=float((expected.argmax(1) == said).mean()),
@@ -148,6 +151,17 @@ def verify(
         first_token_ms=round(stats.ttft, 1),
         tokens_per_second=round(decoded / seconds, 1),
     )
+
+
+def other_files(bundle: str | Path, checkpoint: str | Path) -> list[str]:
+    """Which files of the checkpoint are not those that a bundle was made from."""
+    _, manifest = open_bundle(bundle)
+    files = {name: Path(checkpoint) / name for name in manifest.source.sha256}
+    return [
+        name
+        for name, expected in manifest.source.sha256.items()
+        if not files[name].is_file() or sha256(files[name]) != expected
+    ]
 
 
 def _run(
@@ -173,10 +187,10 @@ def finite(value: Any) -> Any:
 COLUMNS = (
     ("precision", lambda r: r.precision),
     ("MB", lambda r: f"{r.megabytes:.1f}"),
-    ("embeds", lambda r: f"{r.embeds.cosine:.5f}"),
-    ("deepstack", lambda r: f"{r.deepstack.cosine:.5f}"),
+    ("embeds", lambda r: f"{r.embeds.cosine:.5f}" if r.embeds else "-"),
+    ("deepstack", lambda r: f"{r.deepstack.cosine:.5f}" if r.deepstack else "-"),
     ("logits", lambda r: f"{r.logits.cosine:.5f}"),
-    ("max error", lambda r: f"{max(r.embeds.error, r.deepstack.error, r.logits.error):.4f}"),
+    ("max error", lambda r: f"{max(d.error for d in (r.embeds, r.deepstack, r.logits) if d):.4f}"),
     ("KL", lambda r: f"{r.kl:.5f}"),
     ("agree", lambda r: f"{r.agreement:.1%} of {r.tokens}"),
     ("first ms", lambda r: f"{r.first_token_ms:.0f}"),
@@ -210,6 +224,9 @@ def main(
         open_bundle(bundle)  # before minutes of work
     with Bar(as_json) as bar:
         reports = [verify(b, checkpoint, images, question, prune, device, tokens, bar.update) for b in bundles]
+    for bundle in bundles:
+        if changed := other_files(bundle, checkpoint):
+            click.echo(f"{bundle}: was not built from these files of {checkpoint}: {', '.join(changed)}", err=True)
     problems = {report.bundle: report.problems(cosine, kl, agreement) for report in reports}
     if as_json:
         rows = [{**asdict(r), "problems": problems[r.bundle]} for r in reports]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,11 @@ from .prune import Prune, Selection, check_prune
 from .reuse import Digests, Reuse, digest
 from .selector import Selector
 from .session import Backend, Buffer
-from .stats import Stats
+from .stats import Stats, log_request
 from .text import PromptLike, Text
 from .vision import Features, Vision, features_of
 
+LOG = logging.getLogger(__name__)
 WORTH = 0.02  # pruning that would drop less than this share of an image's tokens is left out
 REUSE = 1 << 30  # bytes for what past requests computed
 PruneLike = Prune | Literal["default"] | None
@@ -145,7 +148,7 @@ class Pipeline:
             raise RequestError(f"input_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [S], S > 0")
         if stats is None:
             stats = Stats()
-        elif not isinstance(stats, Stats) or stats.milliseconds:
+        elif not isinstance(stats, Stats) or stats.prompt_tokens:
             raise RequestError("stats is not a fresh ppexport.Stats(), expected a new one for every request")
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
@@ -252,6 +255,7 @@ class Pipeline:
             finally:
                 if self.reuse and whole:
                     self.reuse.keep(decoding, prepared.digests)
+                log_request(stats)
 
         return steps()
 
@@ -279,7 +283,11 @@ def load(
         if value is not None:
             integer(name, value, 1)
     directory, manifest = open_bundle(path, verify)
+    begin = time.perf_counter()
     backend, chosen = open_device(device, directory, manifest, threads, verify)
     limit = backend.max_pixels or manifest.preprocessing.max_pixels
     max_pixels = min(limit, manifest.preprocessing.max_pixels) if max_pixels is None else max_pixels
-    return Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse)
+    pipe = Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse)
+    took = round((time.perf_counter() - begin) * 1e3, 3)
+    LOG.info("loaded", extra={"fields": {"bundle": str(directory), "device": chosen, "milliseconds": took}})
+    return pipe

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .prune import Selection
+
+LOG = logging.getLogger(__name__)
+
+
+class Span(NamedTuple):
+    """One run of a stage, in seconds of ``time.perf_counter``."""
+
+    stage: str  # image, prune, reuse, text, vision, prefill, decode (one for each token but the first)
+    begin: float
+    end: float
+
+    @property
+    def milliseconds(self) -> float:
+        """How long it took."""
+        return (self.end - self.begin) * 1e3
 
 
 @dataclass
@@ -15,9 +32,7 @@ class Stats:
     """What a request did and how long it took. Grows while the request runs."""
 
     images: tuple[Selection, ...] = ()
-    milliseconds: dict[str, float] = field(
-        default_factory=dict
-    )  # per stage: image, prune, reuse, text, vision, prefill, decode
+    spans: list[Span] = field(default_factory=list)
     prompt_tokens: int = 0  # after pruning
     prompt_tokens_full: int = 0  # before pruning
     reused_tokens: int = 0  # of the prompt, whose cache entries an earlier request had computed
@@ -35,6 +50,14 @@ class Stats:
         return sum(image.total for image in self.images)
 
     @property
+    def milliseconds(self) -> dict[str, float]:
+        """Of each stage that ran, all its spans together."""
+        found: dict[str, float] = {}
+        for span in self.spans:
+            found[span.stage] = found.get(span.stage, 0.0) + span.milliseconds
+        return found
+
+    @property
     def ttft(self) -> float:
         """Time to first token in milliseconds: everything before decode."""
         return sum(ms for stage, ms in self.milliseconds.items() if stage != "decode")
@@ -46,4 +69,21 @@ class Stats:
         try:
             yield
         finally:
-            self.milliseconds[name] = self.milliseconds.get(name, 0.0) + (time.perf_counter() - begin) * 1e3
+            self.spans.append(Span(name, begin, time.perf_counter()))
+
+
+def log_request(stats: Stats) -> None:
+    """The event "request", with ``fields`` for structured logs (ppexport/logs.py)."""
+    if LOG.isEnabledFor(logging.INFO):
+        fields = {
+            "images": len(stats.images),
+            "kept": stats.kept,
+            "total": stats.total,
+            "prompt_tokens": stats.prompt_tokens,
+            "reused_tokens": stats.reused_tokens,
+            "generated_tokens": stats.generated_tokens,
+            "finish": stats.finish,
+            "ttft_ms": round(stats.ttft, 3),
+            "stages_ms": {name: round(ms, 3) for name, ms in stats.milliseconds.items()},
+        }
+        LOG.info("request", extra={"fields": fields})

@@ -17,7 +17,7 @@ from ppexport.exporters.dialects import Dialect
 from ppexport.models.config import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
-IMAGES = GOLDEN / "images"
+IMAGES = Path(__file__).parent.parent / "ppexport" / "bench" / "images"  # real ones, which ship with the package
 E2E_PIXELS = 600000  # max_pixels of the e2e cases
 
 

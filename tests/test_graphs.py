@@ -10,7 +10,7 @@ import onnx.shape_inference
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, IMAGES
 from invariants import relative_error
 
 import ppexport
@@ -120,7 +120,7 @@ def test_types_are_consistent(dialect: str, precision: str, tmp_path: Path) -> N
 def test_standard_vision_equals_ort(checkpoint: Checkpoint, tmp_path: Path, golden_pipe: ppexport.Pipeline) -> None:
     bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", dialect="standard")
     session = ort.InferenceSession(bundle / "vision.onnx", providers=["CPUExecutionProvider"])
-    path = GOLDEN / "images" / "web_gnuplot.png"
+    path = IMAGES / "web_gnuplot.png"
     expected = golden_pipe.encode(path)
     pixels = prepare(path, 32, 65536, 600000)
     embeds, *levels = session.run(None, {"image": pixels, "keep": expected.keep})
@@ -186,7 +186,7 @@ def test_sixteen_bit_storage(precision: str, tolerance: float, tmp_path: Path, g
     size = (bundle / "language.onnx.data").stat().st_size
     assert size < 0.6 * 2_904_064  # of the float32 bundle
     pipe = ppexport.load(bundle, max_pixels=600000)
-    image = GOLDEN / "images" / "web_gnuplot.png"
+    image = IMAGES / "web_gnuplot.png"
     expected, found = golden_pipe.encode(image), pipe.encode(image)
     assert 0 < relative_error(found.embeds, expected.embeds) < tolerance
 
@@ -198,7 +198,7 @@ def test_sixteen_bit_checkpoint_is_stored_without_loss(
     wide = ppexport.load(build(tiny_checkpoint, tmp_path / "fp32", precision="fp32"))
     narrow = ppexport.load(tiny_bundle)
     assert (str(narrow.manifest.precision), str(wide.manifest.precision)) == ("bf16", "fp32")
-    image = GOLDEN / "images" / "web_gnuplot.png"
+    image = IMAGES / "web_gnuplot.png"
     np.testing.assert_array_equal(narrow.encode(image).embeds, wide.encode(image).embeds)
     a, b = (next(pipe.generate_tokens([1, 2, 3])).logits for pipe in (narrow, wide))
     np.testing.assert_array_equal(a, b)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import ppexport
 from ppexport.build import build
 from ppexport.cli import main
-from ppexport.verify import compare, divergence, finite, verify
+from ppexport.verify import compare, divergence, finite, table, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET, SCREEN = ROOT / "models" / "pocket", ROOT / "docs" / "settings.png"
@@ -81,11 +81,15 @@ def test_a_broken_weight_is_caught(weight: str, problem: str, tmp_path: Path) ->
     result = CliRunner().invoke(main, ["verify", str(path), "--against", str(POCKET), "-i", str(SCREEN)])
     assert result.exit_code == 1
     assert f"{path}: {problem}" in result.stderr
+    assert f"{path}: was not built from these files of {POCKET}: model.safetensors" in result.stderr
     assert ("embeds: cosine" in result.stderr) == problem.startswith("embeds")
 
 
 def test_without_images_and_with_several(bundles: dict[str, Path]) -> None:
-    assert verify(bundles["bf16"], POCKET, [], "Hello?", tokens=8).logits.cosine > 0.999999
+    alone = verify(bundles["bf16"], POCKET, [], "Hello?", tokens=8)
+    assert alone.logits.cosine > 0.999999
+    assert alone.embeds is alone.deepstack is None
+    assert table([alone])[1].split()[3:5] == ["-", "-"]
     several = verify(bundles["bf16"], POCKET, [str(SCREEN), str(IMAGES / "web_gnuplot.png")], tokens=4)
     assert several.logits.cosine > 0.99999
 

@@ -1,0 +1,1 @@
+"""``ppexport bench``: measure a bundle, compare two measurements, report them."""

@@ -1,0 +1,33 @@
+"""A new process: load a bundle, generate one token, print the milliseconds since the process began."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main(given: dict) -> float:  # type: ignore[type-arg]
+    """``given``: fields of measure.Plan, and bundle, image, prompt."""
+    import psutil
+
+    from ..calibration import prompt_ids
+    from ..runtime.image import prepare
+    from ..runtime.pipeline import load
+    from ..runtime.prune import Prune
+
+    sizes = (given["min_pixels"], given["max_pixels"])
+    pipe = load(given["bundle"], given["device"], *sizes, given["threads"], reuse=0)
+    tau, p = given["taus"][0], pipe.manifest.prune
+    prune = None if tau is None else Prune(p.method, p.metric, tau, p.anchored)
+    if pipe.text is not None:
+        pipe.generate(given["prompt"], [given["image"]], prune, max_new_tokens=1).text()
+    else:
+        pixels = prepare(given["image"], pipe.selector.block, pipe.min_pixels, pipe.max_pixels)
+        total = pixels.shape[0] * pixels.shape[1] // pipe.selector.block**2
+        next(pipe.generate_tokens(prompt_ids(None, pipe.manifest.model, "", [total]), [given["image"]], prune))
+    return (time.time() - psutil.Process().create_time()) * 1e3
+
+
+if __name__ == "__main__":
+    print(main(json.loads(sys.argv[1])))

@@ -1,0 +1,261 @@
+"""What became of each metric between two measurements, told with the noise of both in mind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.errors import RequestError
+from .machine import differences
+from .measure import values_of
+from .schema import METRICS, STAGES, Result, Setting, Speed, setting_name
+from .statistics import QUANTILE, ratio, statistic
+
+# What a request takes when the machine lets it: moments in which the machine is slow come and go between measurements,
+# and make medians scatter ten times as much (bench/latency_noise.py). Promises about p50 or p95 are judged by --metric.
+DEFAULT = tuple(f"{name}.p10" for name in ("ttft", "tpot", "e2el", *STAGES))
+SHIFT = 0.15  # a smaller difference between the machine's speeds then and now says nothing about times
+RESOLUTION = 0.01  # milliseconds by which a stage differs from process to process
+WRONG = 0.05  # chance that any verdict of a comparison is wrong where nothing changed
+SMALL = 0.01  # of the end-to-end latency: what is not known of a smaller stage does not matter
+IMPROVED, SAME, REGRESSED, UNSURE = "improved", "same", "regressed", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One metric under one setting."""
+
+    setting: str
+    metric: str  # "ttft.p50"
+    base: float | None  # milliseconds, of all requests; shares of right answers for "accuracy"
+    new: float | None
+    ratio: float | None  # new over base, each question compared with itself
+    low: float | None  # of its confidence interval
+    high: float | None
+    verdict: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All verdicts. ``exit_code``: 1 if anything regressed, else 2 if anything cannot be told, else 0."""
+
+    tolerance: float
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """For a shell."""
+        found = {each.verdict for each in self.verdicts}
+        return 1 if REGRESSED in found else 2 if UNSURE in found else 0
+
+    def of(self, verdict: str) -> list[Verdict]:
+        """Those with that verdict."""
+        return [each for each in self.verdicts if each.verdict == verdict]
+
+
+def compare(
+    base: Result,
+    new: Result,
+    tolerance: float = 0.05,
+    metrics: Sequence[str] | None = None,
+    accuracy: bool = False,
+    any_machine: bool = False,
+) -> Comparison:
+    """Judge ``new`` by ``base``.
+
+    A metric has regressed if its whole confidence interval lies above 1 + tolerance, has improved if it lies below
+    1 / (1 + tolerance), is the same if it lies between; else it cannot be told. Intervals are so wide that all of them
+    together are right in 95 of 100 comparisons, and wider by what the machine itself became slower or faster. Raises
+    RequestError for results of different questions or options, and for an unknown metric.
+    """
+    _check_alike(base, new)
+    names = [_metric(name) for name in (DEFAULT if metrics is None else metrics)]
+    apart = [] if any_machine else differences(base.machine, new.machine)
+    slower, faster, notes = _machine_speed(base.speed, new.speed)
+    notes += [
+        f"different machines ({each}): nothing can be told; --any-machine compares all the same" for each in apart
+    ]
+    found: list[Verdict] = []
+    others = {(s.tau, s.concurrency): s for s in new.settings}
+    confidence = 1 - WRONG / max(1, len(names) * len(base.settings))
+    for setting in base.settings:
+        other = others.get((setting.tau, setting.concurrency))
+        for metric, name in names:
+            if other is None:
+                found.append(_unsure(setting, f"{metric}.{name}", "not measured now"))
+                continue
+            verdict = _judge(setting, other, metric, name, tolerance, confidence, slower, faster, metrics is None)
+            if verdict is not None:
+                found.append(verdict if not apart else _unsure(setting, verdict.metric, "different machines"))
+        if accuracy:
+            found.append(_accuracy(setting, other))
+    return Comparison(tolerance, tuple(found), tuple(notes))
+
+
+def _check_alike(base: Result, new: Result) -> None:
+    before, after = ([(i.sha256, i.prompt, i.expected) for i in r.items] for r in (base, new))
+    if before != after:
+        raise RequestError(
+            f"the results are of different questions: {len(before)} of '{base.workload}' and {len(after)} of "
+            f"'{new.workload}', expected the same images (at the same size) and prompts; measure again"
+        )
+    for name in ("max_new_tokens", "ignore_eos", "threads"):
+        first, second = getattr(base.options, name), getattr(new.options, name)
+        if first != second:
+            raise RequestError(f"{name} was {first} and is {second}, expected the same; measure again")
+
+
+def _metric(name: str) -> tuple[str, str]:
+    metric, _, how = name.partition(".")
+    if metric not in METRICS or (how or "p50") not in (*QUANTILE, "mean"):
+        raise RequestError(
+            f"metric is {name!r}, expected one of {', '.join(METRICS)} with .mean, .p10, .p50, .p90, .p95 or .p99"
+        )
+    return metric, how or "p50"
+
+
+def _machine_speed(base: Speed, new: Speed) -> tuple[float, float, list[str]]:
+    """How many times slower and faster the machine may be now: (at least 1, at most 1), and what to say of it."""
+    slower, faster, notes = 1.0, 1.0, []
+    for what, name in (("reads memory", "memory_gb_per_s"), ("multiplies", "gflop_per_s")):
+        times = [1 / np.array(getattr(speed, name)) for speed in (base, new)]
+        value = float(np.median(times[1]) / np.median(times[0]))
+        if not 1 / (1 + SHIFT) < value < 1 + SHIFT:
+            slower, faster = max(slower, value), min(faster, value)
+            word = "slower" if value > 1 else "faster"
+            notes.append(f"the machine itself {what} {abs(value - 1):.0%} {word}: intervals are that much wider")
+    return slower, faster, notes
+
+
+def _judge(
+    base: Setting,
+    new: Setting,
+    metric: str,
+    name: str,
+    tolerance: float,
+    confidence: float,
+    slower: float,
+    faster: float,
+    small_matters_not: bool,
+) -> Verdict | None:
+    """The verdict on one metric, None where it has no values (a stage that does not run)."""
+    if metric == "prune" and base.tau is None:
+        return None
+    tables = [table(setting, metric) for setting in (base, new)]
+    if not tables[0].size or not tables[1].size or not (tables[0] > 0).all() or not (tables[1] > 0).all():
+        return None
+    value, low, high = ratio(tables[0], tables[1], name, confidence, np.random.default_rng(0))
+    before, after = (float(statistic(values.reshape(-1), name)) for values in tables)
+    low, high = low / slower - RESOLUTION / before, high / faster + RESOLUTION / before
+    whole, note = float(statistic(table(base, "e2el").reshape(-1), name)), ""
+    if low > 1 + tolerance:
+        verdict = REGRESSED
+    elif high < 1 / (1 + tolerance):
+        verdict = IMPROVED
+    elif low >= 1 / (1 + tolerance) and high <= 1 + tolerance:
+        verdict = SAME
+    elif small_matters_not and metric in STAGES and (high - 1) * before < SMALL * whole:
+        verdict, note = SAME, f"at most {SMALL:.0%} of the whole"
+    else:
+        verdict, note = UNSURE, "more rounds, or a quieter machine, would tell"
+    return Verdict(base.name, f"{metric}.{name}", before, after, value, low, high, verdict, note)
+
+
+def table(setting: Setting, metric: str) -> np.ndarray:
+    """Milliseconds [rounds, items], the mean where a question was asked several times in a round.
+
+    Questions and rounds without a value (the tpot of an answer of one token) are left out.
+    """
+    cells: dict[tuple[int, int], list[float]] = {}
+    for request in setting.requests:
+        cells.setdefault((request.round, request.item), []).extend(values_of(request, metric))
+    rounds, items = (sorted({key[i] for key in cells}) for i in (0, 1))
+    values = np.array([[np.mean(v) if (v := cells.get((r, i))) else np.nan for i in items] for r in rounds])
+    values = values.reshape(len(rounds), len(items))
+    values = values[:, ~np.isnan(values).all(0)] if values.size else values
+    return values[~np.isnan(values).any(1)] if values.size else values
+
+
+def _accuracy(base: Setting, new: Setting | None) -> Verdict:
+    """Greedy answers repeat themselves, so every right answer that is lost is a regression."""
+    if new is None:
+        return _unsure(base, "accuracy", "not measured now")
+    if not base.answered or not new.answered or base.correct is None or new.correct is None:
+        answers = [{r.item: r.answer for r in s.requests} for s in (base, new)]
+        changed = sum(answers[0][i] != answers[1].get(i) for i in answers[0])
+        return _unsure(base, "accuracy", f"no expected answers; {changed} of {len(answers[0])} answers changed")
+    before, after = base.correct / base.answered, new.correct / new.answered
+    verdict = SAME if before == after else REGRESSED if after < before else IMPROVED
+    return Verdict(base.name, "accuracy", before, after, None, None, None, verdict)
+
+
+def _unsure(setting: Setting, metric: str, why: str) -> Verdict:
+    name = setting_name(setting.tau, setting.concurrency)
+    return Verdict(name, metric, None, None, None, None, None, UNSURE, why)
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Plain JSON types."""
+    return {**asdict(comparison), "exit_code": comparison.exit_code}
+
+
+HEAD = ("setting", "metric", "base", "new", "change", "interval", "verdict")
+
+
+def rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """For people, one line a verdict."""
+    found: list[tuple[str, ...]] = []
+    for v in comparison.verdicts:
+        unit = "{:.1%}" if v.metric == "accuracy" else "{:.2f} ms"
+        before, after = ("" if x is None else unit.format(x) for x in (v.base, v.new))
+        change = "" if v.ratio is None else f"{v.ratio - 1:+.1%}"
+        interval = "" if v.low is None or v.high is None else f"{v.low - 1:+.1%} .. {v.high - 1:+.1%}"
+        verdict = f"{v.verdict} ({v.note})" if v.note else v.verdict
+        found.append((v.setting, v.metric, before, after, change, interval, verdict))
+    return found
+
+
+def text(comparison: Comparison) -> list[str]:
+    """A table in plain text."""
+    table_rows = [HEAD, *rows(comparison)]
+    widths = [max(len(row[i]) for row in table_rows) for i in range(len(HEAD))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table_rows]
+    return [*lines, *comparison.notes, outcome(comparison)]
+
+
+def outcome(comparison: Comparison) -> str:
+    """One line that says it all."""
+    counts = {word: len(comparison.of(word)) for word in (REGRESSED, UNSURE, IMPROVED, SAME)}
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{told or 'nothing to compare'} (tolerance {comparison.tolerance:.0%})"
+
+
+def markdown(comparison: Comparison, base: Result, new: Result) -> str:
+    """A summary for the page of a CI run, in GitHub's Markdown."""
+    signs = {IMPROVED: "🟢", SAME: "⚪", REGRESSED: "🔴", UNSURE: "🟡"}
+    lines = [f"### Latency of {new.bundle.name}: {outcome(comparison)}", ""]
+    lines += ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---" for _ in HEAD) + " |"]
+    for verdict, row in zip(comparison.verdicts, rows(comparison), strict=True):
+        cells = [*row[:-1], f"{signs[verdict.verdict]} {row[-1]}"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", *(f"> {note}" for note in comparison.notes)]
+    lines.append(f"Workload {new.workload}; {new.machine.cpu}, {new.machine.cores} cores; base of {base.created}.")
+    return "\n".join(lines) + "\n"
+
+
+def append(markdown_text: str, path: str | Path) -> None:
+    """Add to a file, as $GITHUB_STEP_SUMMARY wants it."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(markdown_text)
+
+
+def dumps(comparison: Comparison) -> str:
+    """One line of JSON."""
+    return json.dumps(as_json(comparison), allow_nan=False)

@@ -1,0 +1,153 @@
+"""What a measurement ran on: processor, clocks, GPU, packages; and how fast that is at two fixed tasks right now."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.errors import BackendError
+from .schema import Gpu, Machine
+
+try:
+    import psutil
+except ImportError as err:
+    raise BackendError("psutil is not installed; 'ppexport bench' needs: pip install 'ppexport[bench]'") from err
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy", "pillow", "tokenizers")
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def describe() -> Machine:
+    """This machine, now."""
+    clocks = _clocks()
+    return Machine(
+        cpu=_processor(),
+        cores=os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        clock_mhz=round(clocks, 1) if clocks else None,
+        governor=_text(GOVERNOR),
+        gpu=_gpu(),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        packages=dict(_packages()),
+    )
+
+
+def differences(base: Machine, new: Machine) -> list[str]:
+    """What makes times of two machines no comparison, in words."""
+    found = []
+    for name in ("cpu", "cores", "system"):
+        before, after = getattr(base, name), getattr(new, name)
+        if before != after:
+            found.append(f"{name}: {before} before, {after} now")
+    gpus = [machine.gpu.name if machine.gpu else "none" for machine in (base, new)]
+    if gpus[0] != gpus[1]:
+        found.append(f"GPU: {gpus[0]} before, {gpus[1]} now")
+    return found
+
+
+class Probe:
+    """Two fixed tasks, a few milliseconds each: a slow moment of the machine shows in both measurements and probe."""
+
+    def __init__(self) -> None:
+        self._array = np.ones(16 << 20, np.float32)  # more than a cache holds
+        self._matrix = np.full((512, 512), 0.5, np.float32)
+        self.memory: list[float] = []
+        self.arithmetic: list[float] = []
+
+    def run(self) -> None:
+        """Measure once more, the better of three tries each."""
+        self.memory.append(self._array.nbytes / _seconds(lambda: np.dot(self._array, self._array)) / 1e9)
+        self.arithmetic.append(2 * 512**3 / _seconds(lambda: np.matmul(self._matrix, self._matrix)) / 1e9)
+
+
+def peak_rss() -> int:
+    """The most memory that this process has held, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _seconds(task: Any) -> float:
+    found = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        task()
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def _processor() -> str:
+    """The name of the processor; of ARM boards, which name none in cpuinfo, the board's."""
+    for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    board = _text(Path("/proc/device-tree/model"))
+    return board.rstrip("\0") if board else platform.processor() or platform.machine()
+
+
+def _clocks() -> float | None:
+    """Mean clock of the cores in MHz, where the system tells."""
+    with contextlib.suppress(Exception):  # psutil raises what its platform does
+        found = psutil.cpu_freq()
+        return float(found.current) if found and found.current else None
+    return None
+
+
+def _gpu() -> Gpu | None:
+    with nvml() as library:
+        if library is None or not library.nvmlDeviceGetCount():
+            return None
+        handle = library.nvmlDeviceGetHandleByIndex(0)
+        clock = most = None
+        with contextlib.suppress(library.NVMLError):
+            clock = int(library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM))
+            most = int(library.nvmlDeviceGetMaxClockInfo(handle, library.NVML_CLOCK_SM))
+        return Gpu(
+            name=str(library.nvmlDeviceGetName(handle)),
+            driver=str(library.nvmlSystemGetDriverVersion()),
+            memory_bytes=int(library.nvmlDeviceGetMemoryInfo(handle).total),
+            clock_mhz=clock,
+            clock_max_mhz=most,
+        )
+
+
+@contextlib.contextmanager
+def nvml() -> Iterator[Any]:
+    """NVIDIA's management library, or None where there is no GPU, driver or package of it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # NVMLError of a library that may be absent itself
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None

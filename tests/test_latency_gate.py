@@ -1,0 +1,268 @@
+"""The gate itself: planted slowdowns are found and named, at the noise that was measured, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import GOLDEN
+
+import ppexport
+from ppexport.bench import compare as judge
+from ppexport.bench import schema
+from ppexport.bench.schema import STAGES, Bundle, Item, Machine, Options, Request, Result, Setting, Speed
+from ppexport.build import build
+from ppexport.cli import main
+from ppexport.runtime.ort import OrtBinding
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NOISE = dict(np.load(GOLDEN / "latency_noise.npz"))  # made by bench/latency_noise.py
+RUNS = sum(name.startswith("memory.") for name in NOISE)
+ITEMS = NOISE["tau 0.0"].shape[1]
+ROUNDS = 240  # of a simulated measurement
+PIECE = 40  # rounds that were measured in a row
+TOKENS = 16
+OPTIONS = Options(
+    taus=(0, None),
+    concurrency=(1,),
+    max_new_tokens=TOKENS,
+    ignore_eos=True,
+    threads=0,
+    min_pixels=1,
+    max_pixels=2,
+)
+MACHINE = Machine(**json.loads(str(NOISE["machine"])))
+SETTINGS = {"tau 0": 0.0, "unpruned": None}
+
+
+def setting(times: np.ndarray, tau: float | None) -> Setting:
+    """times [rounds, items, stages] as requests."""
+    requests = []
+    for number, items in enumerate(times):
+        for item, ms in enumerate(items.tolist()):
+            first, decode = sum(ms[:-1]), ms[-1]
+            requests.append(
+                Request.model_construct(
+                    round=number,
+                    item=item,
+                    stages=dict(zip(STAGES, ms, strict=True)),
+                    ttft=first,
+                    e2el=first + decode,
+                    itl=(decode / (TOKENS - 1),) * (TOKENS - 1),
+                    output_tokens=TOKENS,
+                    answer="",
+                )
+            )
+    return Setting.model_construct(tau=tau, concurrency=1, requests=tuple(requests), correct=None, answered=None)
+
+
+def result(settings: Mapping[str, np.ndarray], speed: Speed, **given: Any) -> Result:
+    pages = [Item(image=str(i), sha256=str(i), width=32, height=32, prompt="", expected=None) for i in range(ITEMS)]
+    rest = {"workload": "documents", "created": "", "machine": MACHINE, "options": OPTIONS, "items": tuple(pages)}
+    made = tuple(setting(times, SETTINGS[name]) for name, times in settings.items())
+    return Result.model_construct(**{**rest, "settings": made, "speed": speed, **given})
+
+
+def drawn(rng: np.random.Generator, planted: Mapping[str, float] = {}) -> Result:
+    """A measurement like those that were made: pieces of them in any order. ``planted``: stage -> factor."""
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in (*SETTINGS, "memory", "arithmetic")}
+    for _ in range(ROUNDS // PIECE):
+        run = rng.integers(RUNS)
+        first = rng.integers(len(NOISE[f"tau 0.{run}"]) - PIECE)
+        for name, found in pieces.items():
+            found.append(NOISE[f"{name}.{run}"][first : first + PIECE])
+    whole = {name: np.concatenate(found).astype(float) for name, found in pieces.items()}
+    for name in SETTINGS:
+        for stage, factor in planted.items():
+            whole[name][:, :, STAGES.index(stage)] *= factor
+    speed = Speed(memory_gb_per_s=tuple(whole.pop("memory")), gflop_per_s=tuple(whole.pop("arithmetic")))
+    return result(whole, speed)
+
+
+def pair(seed: int, planted: Mapping[str, float] = {}) -> judge.Comparison:
+    rng = np.random.default_rng(seed)
+    return judge.compare(drawn(rng), drawn(rng, planted))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_became_a_fifth_slower_is_found_and_named(stage: str) -> None:
+    found = 0
+    for seed in range(100):
+        named = {v.metric.partition(".")[0] for v in pair(seed, {stage: 1.2}).of(judge.REGRESSED)} & set(STAGES)
+        found += named == {stage}
+    assert found >= 95
+
+
+def test_no_change_is_no_regression() -> None:
+    assert sum(pair(seed).exit_code == 1 for seed in range(100)) <= 5
+
+
+def still(factor: float = 1.0, rounds: int = 24) -> np.ndarray:
+    """Times that hardly scatter, with a factor on vision: [rounds, items, stages]."""
+    rng = np.random.default_rng(rounds)
+    times = np.array([1.0, 1.0, 10.0, 10.0, 20.0]) * rng.lognormal(0, 0.005, (rounds, ITEMS, len(STAGES)))
+    times[:, :, STAGES.index("vision")] *= factor
+    return times
+
+
+QUIET = Speed(memory_gb_per_s=(40.0,) * 25, gflop_per_s=(200.0,) * 25)
+
+
+def judged(new: Result, base: Result | None = None, **options: Any) -> judge.Comparison:
+    return judge.compare(base or result({"tau 0": still()}, QUIET), new, **options)
+
+
+def named(comparison: judge.Comparison, verdict: str) -> set[str]:
+    return {v.metric for v in comparison.of(verdict)}
+
+
+def test_each_verdict_and_exit_code() -> None:
+    same = judged(result({"tau 0": still(1.02, 25)}, QUIET))
+    assert (same.exit_code, len(same.of(judge.SAME))) == (0, 8)
+    slower = judged(result({"tau 0": still(1.25, 25)}, QUIET))  # of the whole, 6 %
+    assert (slower.exit_code, named(slower, judge.REGRESSED)) == (1, {"vision.p10", "ttft.p10", "e2el.p10"})
+    faster = judged(result({"tau 0": still(0.5, 25)}, QUIET))
+    assert (faster.exit_code, named(faster, judge.IMPROVED)) == (0, {"vision.p10", "ttft.p10", "e2el.p10"})
+    accepted = judged(result({"tau 0": still(1.2, 25)}, QUIET), tolerance=0.3)
+    assert accepted.exit_code == 0
+    chosen = judged(result({"tau 0": still(1.2, 25)}, QUIET), metrics=["decode.p50", "e2el.p95", "itl"])
+    assert [v.metric for v in chosen.verdicts] == ["decode.p50", "e2el.p95", "itl.p50"]
+
+
+def test_what_cannot_be_told() -> None:
+    few = judged(result({"tau 0": still(1.2, 1)}, QUIET))
+    assert (few.exit_code, few.of(judge.REGRESSED)) == (2, [])
+    gone = judged(result({"unpruned": still()}, QUIET))
+    assert {v.note for v in gone.verdicts} == {"not measured now"}
+    other = MACHINE.model_copy(update={"cpu": "another"})
+    apart = judged(result({"tau 0": still(1.2, 25)}, QUIET, machine=other))
+    assert (apart.exit_code, len(apart.of(judge.UNSURE))) == (2, 8)
+    assert "another now" in apart.notes[0]
+    assert judged(result({"tau 0": still(1.2, 25)}, QUIET, machine=other), any_machine=True).exit_code == 1
+
+
+def test_a_machine_that_became_slower_is_not_blamed_on_the_bundle() -> None:
+    slow = Speed(memory_gb_per_s=(30.0,) * 25, gflop_per_s=(150.0,) * 25)
+    found = judged(result({"tau 0": still(1.2, 25)}, slow))
+    assert (found.exit_code, found.of(judge.REGRESSED)) == (2, [])
+    assert "the machine itself multiplies 33% slower" in " ".join(found.notes)
+    assert "vision.p10" in named(judged(result({"tau 0": still(1.8, 25)}, slow)), judge.REGRESSED)
+
+
+def test_a_small_stage_that_cannot_be_told_does_not_matter() -> None:
+    base, new = still(), still(rounds=25)
+    for times in (base, new):
+        times[:, :, STAGES.index("prune")] = 0.1 * np.random.default_rng(1).lognormal(0, 1, times.shape[:2])
+    found = judged(result({"tau 0": new}, QUIET), result({"tau 0": base}, QUIET))
+    assert found.exit_code == 0
+    assert [v.note for v in found.verdicts if v.metric == "prune.p10"] == ["at most 1% of the whole"]
+
+
+def with_answers(right: int, of: int) -> Result:
+    made = setting(still(), 0.0).model_copy(update={"correct": right, "answered": of})
+    return result({}, QUIET).model_copy(update={"settings": (made,)})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"), [(10, 10, judge.SAME), (10, 9, judge.REGRESSED), (9, 10, judge.IMPROVED)]
+)
+def test_a_fast_wrong_answer_is_a_regression(before: int, after: int, verdict: str) -> None:
+    found = judged(with_answers(after, 10), with_answers(before, 10), accuracy=True)
+    assert [v.verdict for v in found.verdicts if v.metric == "accuracy"] == [verdict]
+    assert judged(with_answers(after, 10), with_answers(before, 10)).exit_code == 0
+
+
+def test_answers_without_a_right_one() -> None:
+    found = judged(result({"tau 0": still(1, 25)}, QUIET), accuracy=True)
+    assert "no expected answers; 0 of 3 answers changed" in [v.note for v in found.verdicts]
+    assert found.exit_code == 2
+
+
+def test_other_questions_and_options_are_no_comparison() -> None:
+    new = result({"tau 0": still()}, QUIET)
+    page = new.items[0].model_copy(update={"prompt": "Why?"})
+    with pytest.raises(ppexport.RequestError, match="are of different questions: 3 of 'documents' and 1"):
+        judged(new.model_copy(update={"items": (page,)}))
+    with pytest.raises(ppexport.RequestError, match="max_new_tokens was 16 and is 8, expected the same"):
+        judged(new.model_copy(update={"options": OPTIONS.model_copy(update={"max_new_tokens": 8})}))
+    with pytest.raises(ppexport.RequestError, match="metric is 'speed', expected one of ttft, tpot"):
+        judged(new, metrics=["speed"])
+
+
+def test_a_summary_for_github() -> None:
+    new = result({"tau 0": still(1.25, 25)}, QUIET, bundle=Bundle.model_construct(name="my|bundle"))
+    lines = judge.markdown(judged(new), new, new).splitlines()
+    assert lines[0] == "### Latency of my|bundle: 3 regressed, 5 same (tolerance 5%)"
+    assert len([line for line in lines if line.startswith("| tau 0 |")]) == 8
+    assert any("vision.p10" in line and "🔴 regressed" in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(ROOT / "models" / "pocket", tmp_path_factory.mktemp("gate") / "pocket.bundle")
+
+
+def test_a_sleep_in_the_vision_session_is_found(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line, on the real thing."""
+
+    def run(name: str) -> str:
+        options = ["--workload", "screens", "--tau", "0", "--runs", "24", "--cold", "0", "--no-pictures", "-q"]
+        done = CliRunner().invoke(main, ["bench", str(bundle), *options, "-o", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        return str(tmp_path / name)
+
+    base, run_graph = run("base.json"), OrtBinding.run
+
+    def slowly(binding: OrtBinding) -> None:
+        if "keep" in binding._bound:  # an input of the vision graph alone
+            time.sleep(0.02)
+        run_graph(binding)
+
+    monkeypatch.setattr(OrtBinding, "run", slowly)
+    done = CliRunner().invoke(main, ["bench", "compare", base, run("new.json"), "--json", "--accuracy"])
+    assert done.exit_code == 1, done.output
+    found = {v["metric"]: v["verdict"] for v in json.loads(done.stdout)["verdicts"]}
+    assert found["vision.p10"] == found["ttft.p10"] == judge.REGRESSED
+    assert found["accuracy"] == judge.SAME
+    assert judge.REGRESSED not in (found["prefill.p10"], found["decode.p10"], found["prune.p10"])
+
+
+PLANTED = """
+import time
+from ppexport.runtime.vision import Vision
+encode = Vision.encode
+Vision.encode = lambda *args: (time.sleep(0.05), encode(*args))[1]
+"""
+
+
+def test_the_example_holds_a_bundle_to_its_promise(bundle: Path, tmp_path: Path) -> None:
+    project = tmp_path / "latency_gate"
+    shutil.copytree(ROOT / "examples" / "latency_gate", project)
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "BUNDLE": str(bundle), "LATENCY_SECONDS": "2", "PYTEST_ADDOPTS": ""}
+        command = [sys.executable, "-m", "pytest", "--rootdir", ".", "-rs", "-p", "no:cacheprovider", *options]
+        return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+
+    first = run()
+    assert first.returncode == 1
+    assert "there is no such baseline; write it with: pytest --latency-update" in first.stdout
+    assert run("--latency-update").returncode == 0
+    assert schema.read(project / "latency" / "cpu.json").settings[0].answered
+    again = run()
+    assert again.returncode == 0, again.stdout  # passed, or skipped because two seconds were not enough to tell
+    (project / "conftest.py").write_text(PLANTED)
+    slow = run()
+    assert slow.returncode == 1, slow.stdout
+    assert any("vision.p10" in line and "regressed" in line for line in slow.stdout.splitlines())
