@@ -20,6 +20,7 @@ from conftest import GOLDEN
 import ppexport
 from ppexport.bench import compare as judge
 from ppexport.bench import schema
+from ppexport.bench.plugin import Latency
 from ppexport.bench.schema import STAGES, Bundle, Item, Machine, Options, Request, Result, Setting, Speed
 from ppexport.build import build
 from ppexport.cli import main
@@ -74,11 +75,10 @@ def result(settings: Mapping[str, np.ndarray], speed: Speed, **given: Any) -> Re
     return Result.model_construct(**{**rest, "settings": made, "speed": speed, **given})
 
 
-def drawn(rng: np.random.Generator, planted: Mapping[str, float] = {}) -> Result:
-    """A measurement like those that were made: pieces of them in any order. ``planted``: stage -> factor."""
+def drawn(rng: np.random.Generator, run: int, planted: Mapping[str, float]) -> Result:
+    """A measurement like one that was made: pieces of it in any order. ``planted``: stage -> factor."""
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in (*SETTINGS, "memory", "arithmetic")}
     for _ in range(ROUNDS // PIECE):
-        run = rng.integers(RUNS)
         first = rng.integers(len(NOISE[f"tau 0.{run}"]) - PIECE)
         for name, found in pieces.items():
             found.append(NOISE[f"{name}.{run}"][first : first + PIECE])
@@ -90,9 +90,11 @@ def drawn(rng: np.random.Generator, planted: Mapping[str, float] = {}) -> Result
     return result(whole, speed)
 
 
-def pair(seed: int, planted: Mapping[str, float] = {}) -> judge.Comparison:
+def pair(seed: int, planted: Mapping[str, float] | None = None, tolerance: float = 0.05) -> judge.Comparison:
+    """Of two measurements that were made at different times."""
     rng = np.random.default_rng(seed)
-    return judge.compare(drawn(rng), drawn(rng, planted))
+    base, new = rng.choice(RUNS, size=2, replace=False)
+    return judge.compare(drawn(rng, base, {}), drawn(rng, new, planted or {}), tolerance)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -104,8 +106,9 @@ def test_a_stage_that_became_a_fifth_slower_is_found_and_named(stage: str) -> No
     assert found >= 95
 
 
-def test_no_change_is_no_regression() -> None:
+def test_no_change_is_no_regression_and_mostly_the_same() -> None:
     assert sum(pair(seed).exit_code == 1 for seed in range(100)) <= 5
+    assert sum(pair(seed, tolerance=0.1).exit_code == 0 for seed in range(50)) >= 25
 
 
 def still(factor: float = 1.0, rounds: int = 24) -> np.ndarray:
@@ -141,8 +144,10 @@ def test_each_verdict_and_exit_code() -> None:
 
 
 def test_what_cannot_be_told() -> None:
-    few = judged(result({"tau 0": still(1.2, 1)}, QUIET))
-    assert (few.exit_code, few.of(judge.REGRESSED)) == (2, [])
+    for rounds in (1, 5):
+        few = judged(result({"tau 0": still(1.2, rounds)}, QUIET))
+        assert (few.exit_code, {v.note for v in few.verdicts}) == (2, {"too few rounds"})
+        assert "Infinity" not in judge.dumps(few)
     gone = judged(result({"unpruned": still()}, QUIET))
     assert {v.note for v in gone.verdicts} == {"not measured now"}
     other = MACHINE.model_copy(update={"cpu": "another"})
@@ -160,6 +165,30 @@ def test_a_machine_that_became_slower_is_not_blamed_on_the_bundle() -> None:
     assert "vision.p10" in named(judged(result({"tau 0": still(1.8, 25)}, slow)), judge.REGRESSED)
 
 
+def test_only_questions_with_values_on_both_sides_are_compared() -> None:
+    """Of question 1 there is no second token any more: no tpot."""
+    base, new = setting(still(), 0.0), setting(still(1, 25), 0.0)
+    short = [
+        r if r.item != 1 else r.model_copy(update={"output_tokens": 1, "itl": (), "e2el": r.ttft}) for r in new.requests
+    ]
+    both = judge.common(base, new.model_copy(update={"requests": tuple(short)}), "tpot")
+    assert both is not None
+    assert [values.shape for values in both] == [(24, 2), (25, 2)]
+    found = judged(result({}, QUIET).model_copy(update={"settings": (new.model_copy(update={"requests": short}),)}))
+    assert "tau 0: 1 answers became longer or shorter" in found.notes[0]
+    assert [v.verdict for v in found.verdicts if v.metric == "tpot.p10"] == [judge.SAME]
+
+
+def test_nothing_to_compare_is_no_success() -> None:
+    nothing = np.zeros((24, ITEMS, len(STAGES)))
+    new, base = result({"tau 0": nothing}, QUIET), result({"tau 0": nothing}, QUIET)
+    assert judged(new, base).exit_code == 2
+    named_one = judged(new, base, metrics=["decode.p50"])
+    assert (named_one.exit_code, named_one.verdicts[0].note) == (2, "it has no values here")
+    more = judged(result({"tau 0": still(1, 25), "unpruned": still()}, QUIET))
+    assert (more.exit_code, more.notes) == (0, ("unpruned: not measured then",))
+
+
 def test_a_small_stage_that_cannot_be_told_does_not_matter() -> None:
     base, new = still(), still(rounds=25)
     for times in (base, new):
@@ -169,18 +198,29 @@ def test_a_small_stage_that_cannot_be_told_does_not_matter() -> None:
     assert [v.note for v in found.verdicts if v.metric == "prune.p10"] == ["at most 1% of the whole"]
 
 
-def with_answers(right: int, of: int) -> Result:
-    made = setting(still(), 0.0).model_copy(update={"correct": right, "answered": of})
-    return result({}, QUIET).model_copy(update={"settings": (made,)})
+def with_answers(*said: str) -> Result:
+    """One answer to each of the questions, whose right answers are a, b, c."""
+    made = setting(still(), 0.0)
+    requests = tuple(r.model_copy(update={"answer": said[r.item]}) for r in made.requests)
+    known = result({}, QUIET)
+    items = tuple(i.model_copy(update={"expected": e}) for i, e in zip(known.items, "abc", strict=True))
+    return known.model_copy(update={"settings": (made.model_copy(update={"requests": requests}),), "items": items})
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "verdict"), [(10, 10, judge.SAME), (10, 9, judge.REGRESSED), (9, 10, judge.IMPROVED)]
+    ("before", "after", "verdict", "note"),
+    [
+        ("abc", "abc", judge.SAME, ""),
+        ("abx", "abx", judge.SAME, ""),
+        ("abc", "xbc", judge.REGRESSED, "lost: 0"),
+        ("xbc", "axc", judge.REGRESSED, "lost: 1"),  # another one was won
+        ("xbc", "abc", judge.IMPROVED, ""),
+    ],
 )
-def test_a_fast_wrong_answer_is_a_regression(before: int, after: int, verdict: str) -> None:
-    found = judged(with_answers(after, 10), with_answers(before, 10), accuracy=True)
-    assert [v.verdict for v in found.verdicts if v.metric == "accuracy"] == [verdict]
-    assert judged(with_answers(after, 10), with_answers(before, 10)).exit_code == 0
+def test_a_fast_wrong_answer_is_a_regression(before: str, after: str, verdict: str, note: str) -> None:
+    found = judged(with_answers(*after), with_answers(*before), accuracy=True)
+    assert [(v.verdict, v.note) for v in found.verdicts if v.metric == "accuracy"] == [(verdict, note)]
+    assert judged(with_answers(*after), with_answers(*before)).exit_code == 0
 
 
 def test_answers_without_a_right_one() -> None:
@@ -217,7 +257,7 @@ def test_a_sleep_in_the_vision_session_is_found(bundle: Path, tmp_path: Path, mo
     """From the command line, on the real thing."""
 
     def run(name: str) -> str:
-        options = ["--workload", "screens", "--tau", "0", "--runs", "24", "--cold", "0", "--no-pictures", "-q"]
+        options = ["--workload", "screens", "--tau", "0", "--runs", "14", "--cold", "0", "--no-pictures", "-q"]
         done = CliRunner().invoke(main, ["bench", str(bundle), *options, "-o", str(tmp_path / name)])
         assert done.exit_code == 0, done.output
         return str(tmp_path / name)
@@ -226,16 +266,19 @@ def test_a_sleep_in_the_vision_session_is_found(bundle: Path, tmp_path: Path, mo
 
     def slowly(binding: OrtBinding) -> None:
         if "keep" in binding._bound:  # an input of the vision graph alone
-            time.sleep(0.02)
+            time.sleep(0.03)
         run_graph(binding)
 
     monkeypatch.setattr(OrtBinding, "run", slowly)
     done = CliRunner().invoke(main, ["bench", "compare", base, run("new.json"), "--json", "--accuracy"])
     assert done.exit_code == 1, done.output
-    found = {v["metric"]: v["verdict"] for v in json.loads(done.stdout)["verdicts"]}
-    assert found["vision.p10"] == found["ttft.p10"] == judge.REGRESSED
-    assert found["accuracy"] == judge.SAME
-    assert judge.REGRESSED not in (found["prefill.p10"], found["decode.p10"], found["prune.p10"])
+    verdicts = {v["metric"]: v for v in json.loads(done.stdout)["verdicts"]}
+    print(done.stdout)
+    assert verdicts["vision.p10"]["verdict"] == judge.REGRESSED
+    assert verdicts["accuracy"]["verdict"] == judge.SAME
+    # what comes after a sleep may be slower, too: the processor has gone to sleep as well
+    stages = {stage: verdicts[f"{stage}.p10"]["ratio"] for stage in STAGES if f"{stage}.p10" in verdicts}
+    assert max(stages, key=stages.__getitem__) == "vision"
 
 
 PLANTED = """
@@ -259,10 +302,43 @@ def test_the_example_holds_a_bundle_to_its_promise(bundle: Path, tmp_path: Path)
     assert first.returncode == 1
     assert "there is no such baseline; write it with: pytest --latency-update" in first.stdout
     assert run("--latency-update").returncode == 0
-    assert schema.read(project / "latency" / "cpu.json").settings[0].answered
+    baseline = schema.read(project / "latency" / "cpu.json")
+    assert [item.image for item in baseline.items] == ["read-0.png", "yesno-1.png", "read-2.png"]
+    assert baseline.settings[0].correct == baseline.settings[0].answered
     again = run()
     assert again.returncode == 0, again.stdout  # passed, or skipped because two seconds were not enough to tell
     (project / "conftest.py").write_text(PLANTED)
     slow = run()
     assert slow.returncode == 1, slow.stdout
     assert any("vision.p10" in line and "regressed" in line for line in slow.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("codes", "outcome"), [([1, 1, 1], "failed"), ([1, 1, 2], "skipped"), ([2, 2, 1], "skipped"), ([2, 1, 0], "passed")]
+)
+def test_attempts(codes: list[int], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A regression has to show each time; one good measurement is enough."""
+    verdict = {0: judge.SAME, 1: judge.REGRESSED, 2: judge.UNSURE}
+    told = [judge.Verdict("tau 0", "ttft.p10", 1, 1, 1, 1, 1, verdict[code]) for code in codes]
+    comparisons = iter([judge.Comparison(0.05, (each,), ()) for each in told])
+    (tmp_path / "base.json").write_text("{}")
+    monkeypatch.setattr(schema, "read", lambda path: result({"tau 0": still()}, QUIET))
+    monkeypatch.setattr("ppexport.bench.machine.describe", lambda: MACHINE)
+    monkeypatch.setattr("ppexport.bench.measure.measure", lambda *_: None)
+    monkeypatch.setattr(judge, "compare", lambda *_: next(comparisons))
+    gate = Latency(tmp_path, update=False)
+    if outcome == "passed":
+        assert gate.check("bundle", "desktop", "base.json") is not None
+    else:
+        with pytest.raises(pytest.fail.Exception if outcome == "failed" else pytest.skip.Exception):
+            gate.check("bundle", "desktop", "base.json")
+
+
+def test_checks_that_cannot_be(tmp_path: Path) -> None:
+    gate = Latency(tmp_path, update=False)
+    with pytest.raises(pytest.fail.Exception, match="tolerance is 'much', expected a share such as 5% or 0.05"):
+        gate.check("bundle", "desktop", "base.json", tolerance="much")
+    with pytest.raises(pytest.fail.Exception, match="photos: no such file"):
+        gate.check("bundle", "photos", "base.json")
+    with pytest.raises(pytest.fail.Exception, match="bundle: "):
+        Latency(tmp_path, update=True).check("bundle", "desktop", "base.json")

@@ -47,7 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     bundle = build(POCKET, tmp_path_factory.mktemp("browser") / "pocket.bundle")
     name, questions = open_workload("screens", [], None)
     result = measure(str(bundle), name, questions[:4], Plan(rounds=3, warmup=0, cold=0, max_new_tokens=8))
-    return render([result])
+    return render([result], ["result"])
 
 
 @pytest.mark.parametrize("width", [1200, 500])  # the browser makes no window narrower than that

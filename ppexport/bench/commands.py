@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +20,7 @@ class BenchGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the command in that goes without saying."""
-        if args and args[0] not in (*self.commands, "--help"):
+        if args and args[0] not in (*self.commands, "--help", "-h"):
             args = [RUN, *args]
         return super().parse_args(ctx, args)
 
@@ -180,18 +181,22 @@ def compare(
 
     Exits with 0 if nothing regressed, with 1 if something did, and with 2 if something cannot be told.
     """
-    from . import compare as judge
-    from . import schema
-
     try:
+        from . import compare as judge
+        from . import schema
+
         before, after = schema.read(base), schema.read(new)
         found = judge.compare(before, after, tolerance, metrics or None, accuracy, any_machine)
-        if markdown is not None:
-            judge.append(judge.markdown(found, before, after), markdown)
-    except (PpexportError, OSError) as err:
+    except PpexportError as err:
         click.echo(f"Error: {err}", err=True)
         ctx.exit(2)  # nothing can be told; 1 would be a regression
     click.echo(judge.dumps(found) if as_json else "\n".join(judge.text(found)))
+    if markdown is not None:
+        try:
+            judge.append(judge.markdown(found, before, after), markdown)
+        except OSError as err:
+            click.echo(f"Error: {markdown}: cannot be written: {err}", err=True)
+            ctx.exit(found.exit_code or 2)
     ctx.exit(found.exit_code)
 
 
@@ -204,7 +209,7 @@ def report(results: Sequence[str], output: str) -> None:
     from . import schema
 
     target = writable(output)
-    text = page.render([schema.read(path) for path in results])
+    text = page.render([schema.read(path) for path in results], [Path(path).stem for path in results])
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as err:

@@ -19,7 +19,7 @@ from .statistics import QUANTILE, ratio, statistic
 # What a request takes when the machine lets it: moments in which the machine is slow come and go between measurements,
 # and make medians scatter ten times as much (bench/latency_noise.py). Promises about p50 or p95 are judged by --metric.
 DEFAULT = tuple(f"{name}.p10" for name in ("ttft", "tpot", "e2el", *STAGES))
-SHIFT = 0.15  # a smaller difference between the machine's speeds then and now says nothing about times
+SHIFT = 0.25  # a smaller difference between the machine's speeds then and now says nothing about times
 RESOLUTION = 0.01  # milliseconds by which a stage differs from process to process
 WRONG = 0.05  # chance that any verdict of a comparison is wrong where nothing changed
 SMALL = 0.01  # of the end-to-end latency: what is not known of a smaller stage does not matter
@@ -53,7 +53,7 @@ class Comparison:
     def exit_code(self) -> int:
         """For a shell."""
         found = {each.verdict for each in self.verdicts}
-        return 1 if REGRESSED in found else 2 if UNSURE in found else 0
+        return 1 if REGRESSED in found else 2 if UNSURE in found or not found else 0
 
     def of(self, verdict: str) -> list[Verdict]:
         """Those with that verdict."""
@@ -76,26 +76,28 @@ def compare(
     RequestError for results of different questions or options, and for an unknown metric.
     """
     _check_alike(base, new)
-    names = [_metric(name) for name in (DEFAULT if metrics is None else metrics)]
+    names = parse(metrics)
     apart = [] if any_machine else differences(base.machine, new.machine)
     slower, faster, notes = _machine_speed(base.speed, new.speed)
-    notes += [
-        f"different machines ({each}): nothing can be told; --any-machine compares all the same" for each in apart
-    ]
+    notes += [f"different machines ({each}): nothing can be told; --any-machine compares them" for each in apart]
     found: list[Verdict] = []
     others = {(s.tau, s.concurrency): s for s in new.settings}
     confidence = 1 - WRONG / max(1, len(names) * len(base.settings))
     for setting in base.settings:
-        other = others.get((setting.tau, setting.concurrency))
+        other = others.pop((setting.tau, setting.concurrency), None)
+        if other is None:
+            found += [_unsure(setting, f"{metric}.{name}", "not measured now") for metric, name in names]
+            found += [_unsure(setting, "accuracy", "not measured now")] if accuracy else []
+            continue
+        if changed := _other_lengths(setting, other):
+            notes.append(f"{setting.name}: {changed} answers became longer or shorter; --ignore-eos would not let them")
         for metric, name in names:
-            if other is None:
-                found.append(_unsure(setting, f"{metric}.{name}", "not measured now"))
-                continue
             verdict = _judge(setting, other, metric, name, tolerance, confidence, slower, faster, metrics is None)
             if verdict is not None:
                 found.append(verdict if not apart else _unsure(setting, verdict.metric, "different machines"))
         if accuracy:
-            found.append(_accuracy(setting, other))
+            found.append(_accuracy(setting, other, base))
+    notes += [f"{other.name}: not measured then" for other in others.values()]
     return Comparison(tolerance, tuple(found), tuple(notes))
 
 
@@ -112,13 +114,17 @@ def _check_alike(base: Result, new: Result) -> None:
             raise RequestError(f"{name} was {first} and is {second}, expected the same; measure again")
 
 
-def _metric(name: str) -> tuple[str, str]:
-    metric, _, how = name.partition(".")
-    if metric not in METRICS or (how or "p50") not in (*QUANTILE, "mean"):
-        raise RequestError(
-            f"metric is {name!r}, expected one of {', '.join(METRICS)} with .mean, .p10, .p50, .p90, .p95 or .p99"
-        )
-    return metric, how or "p50"
+def parse(metrics: Sequence[str] | None) -> list[tuple[str, str]]:
+    """("ttft", "p50") of "ttft.p50" or "ttft"; None: the default. Raises RequestError."""
+    found = []
+    for name in DEFAULT if metrics is None else metrics:
+        metric, _, how = name.partition(".")
+        if metric not in METRICS or (how or "p50") not in (*QUANTILE, "mean"):
+            raise RequestError(
+                f"metric is {name!r}, expected one of {', '.join(METRICS)} with .mean, .p10, .p50, .p90, .p95 or .p99"
+            )
+        found.append((metric, how or "p50"))
+    return found
 
 
 def _machine_speed(base: Speed, new: Speed) -> tuple[float, float, list[str]]:
@@ -143,57 +149,87 @@ def _judge(
     confidence: float,
     slower: float,
     faster: float,
-    small_matters_not: bool,
+    by_default: bool,
 ) -> Verdict | None:
-    """The verdict on one metric, None where it has no values (a stage that does not run)."""
-    if metric == "prune" and base.tau is None:
-        return None
-    tables = [table(setting, metric) for setting in (base, new)]
-    if not tables[0].size or not tables[1].size or not (tables[0] > 0).all() or not (tables[1] > 0).all():
-        return None
+    """The verdict on one metric; None where it has no values (a stage that does not run) and nobody named it."""
+    tables = common(base, new, metric) if metric != "prune" or base.tau is not None else None
+    if tables is None or not all(values.size and (values > 0).all() for values in tables):
+        return None if by_default else _unsure(base, f"{metric}.{name}", "it has no values here")
     value, low, high = ratio(tables[0], tables[1], name, confidence, np.random.default_rng(0))
-    before, after = (float(statistic(values.reshape(-1), name)) for values in tables)
-    low, high = low / slower - RESOLUTION / before, high / faster + RESOLUTION / before
-    whole, note = float(statistic(table(base, "e2el").reshape(-1), name)), ""
+    before, after = (_typical(values, name) for values in tables)
+    apart = 0 if metric in ("tpot", "itl") else RESOLUTION / before
+    low, high = low / slower - apart, high / faster + apart
+    note = ""
     if low > 1 + tolerance:
         verdict = REGRESSED
     elif high < 1 / (1 + tolerance):
         verdict = IMPROVED
     elif low >= 1 / (1 + tolerance) and high <= 1 + tolerance:
         verdict = SAME
-    elif small_matters_not and metric in STAGES and (high - 1) * before < SMALL * whole:
+    elif by_default and metric in STAGES and (high - 1) * before < SMALL * _typical(table(base, "e2el")[0], name):
         verdict, note = SAME, f"at most {SMALL:.0%} of the whole"
     else:
         verdict, note = UNSURE, "more rounds, or a quieter machine, would tell"
+    if not np.isfinite(high):
+        return _unsure(base, f"{metric}.{name}", "too few rounds")
     return Verdict(base.name, f"{metric}.{name}", before, after, value, low, high, verdict, note)
 
 
-def table(setting: Setting, metric: str) -> np.ndarray:
-    """Milliseconds [rounds, items], the mean where a question was asked several times in a round.
+def _typical(values: np.ndarray, name: str) -> float:
+    """One number of [rounds, items] for people, whose ratio is that of the comparison."""
+    return float(np.exp(np.log(statistic(values, name, 0)).mean()))
 
-    Questions and rounds without a value (the tpot of an answer of one token) are left out.
+
+def common(base: Setting, new: Setting, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both tables, of the questions that have values in both; None if there are none."""
+    (before, first), (after, second) = table(base, metric), table(new, metric)
+    both = [item for item in first if item in second]
+    if not both:
+        return None
+    return before[:, [first.index(i) for i in both]], after[:, [second.index(i) for i in both]]
+
+
+def table(setting: Setting, metric: str) -> tuple[np.ndarray, list[int]]:
+    """Milliseconds [rounds, items], the mean where a question was asked several times in a round; and the items.
+
+    Questions without a value (the tpot of an answer of one token), and rounds that lack one, are left out.
     """
     cells: dict[tuple[int, int], list[float]] = {}
     for request in setting.requests:
         cells.setdefault((request.round, request.item), []).extend(values_of(request, metric))
-    rounds, items = (sorted({key[i] for key in cells}) for i in (0, 1))
-    values = np.array([[np.mean(v) if (v := cells.get((r, i))) else np.nan for i in items] for r in rounds])
-    values = values.reshape(len(rounds), len(items))
-    values = values[:, ~np.isnan(values).all(0)] if values.size else values
-    return values[~np.isnan(values).any(1)] if values.size else values
+    means = {key: float(np.mean(values)) for key, values in cells.items() if values}
+    items = sorted({item for _, item in means})
+    rounds = sorted({number for number, _ in means})
+    whole = [number for number in rounds if all((number, item) in means for item in items)]
+    values = np.array([[means[number, item] for item in items] for number in whole])
+    return values.reshape(len(whole), len(items)), items
 
 
-def _accuracy(base: Setting, new: Setting | None) -> Verdict:
-    """Greedy answers repeat themselves, so every right answer that is lost is a regression."""
-    if new is None:
-        return _unsure(base, "accuracy", "not measured now")
-    if not base.answered or not new.answered or base.correct is None or new.correct is None:
-        answers = [{r.item: r.answer for r in s.requests} for s in (base, new)]
-        changed = sum(answers[0][i] != answers[1].get(i) for i in answers[0])
-        return _unsure(base, "accuracy", f"no expected answers; {changed} of {len(answers[0])} answers changed")
-    before, after = base.correct / base.answered, new.correct / new.answered
-    verdict = SAME if before == after else REGRESSED if after < before else IMPROVED
-    return Verdict(base.name, "accuracy", before, after, None, None, None, verdict)
+def _other_lengths(base: Setting, new: Setting) -> int:
+    """Questions whose answer has another number of tokens."""
+    before, after = ({r.item: r.output_tokens for r in s.requests} for s in (base, new))
+    return sum(after.get(item, length) != length for item, length in before.items())
+
+
+def _accuracy(base: Setting, new: Setting, result: Result) -> Verdict:
+    """Every question that was answered right, and is not any more, is a regression."""
+    right: list[dict[int, float]] = []
+    for setting in (base, new):
+        answers: dict[int, list[bool]] = {}
+        for r in setting.requests:
+            if (expected := result.items[r.item].expected) is not None:
+                answers.setdefault(r.item, []).append(r.answer.strip() == expected.strip())
+        right.append({item: sum(found) / len(found) for item, found in answers.items()})
+    if not right[0] or set(right[0]) != set(right[1]):
+        before, after = ({r.item: r.answer for r in s.requests} for s in (base, new))
+        changed = sum(before[item] != after.get(item) for item in before)
+        return _unsure(base, "accuracy", f"no expected answers; {changed} of {len(before)} answers changed")
+    lost = [item for item in right[0] if right[1][item] < right[0][item]]
+    won = [item for item in right[0] if right[1][item] > right[0][item]]
+    shares = [sum(found.values()) / len(found) for found in right]
+    verdict = REGRESSED if lost else IMPROVED if won else SAME
+    note = f"lost: {', '.join(result.items[item].image for item in lost)}" if lost else ""
+    return Verdict(base.name, "accuracy", shares[0], shares[1], None, None, None, verdict, note)
 
 
 def _unsure(setting: Setting, metric: str, why: str) -> Verdict:

@@ -55,19 +55,34 @@ def differences(base: Machine, new: Machine) -> list[str]:
     return found
 
 
+REPEATS = 1000
+
+
 class Probe:
-    """Two fixed tasks, a few milliseconds each: a slow moment of the machine shows in both measurements and probe."""
+    """Two fixed tasks of one thread, milliseconds each: a slow moment of the machine shows here, too.
+
+    Of one thread, since several that wait for each other become many times slower when something else runs.
+    """
 
     def __init__(self) -> None:
         self._array = np.ones(16 << 20, np.float32)  # more than a cache holds
-        self._matrix = np.full((512, 512), 0.5, np.float32)
+        self._small = np.ones(8 << 10, np.float32)  # stays in the first cache
         self.memory: list[float] = []
         self.arithmetic: list[float] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes itself."""
+        return self._array.nbytes + self._small.nbytes
+
     def run(self) -> None:
         """Measure once more, the better of three tries each."""
-        self.memory.append(self._array.nbytes / _seconds(lambda: np.dot(self._array, self._array)) / 1e9)
-        self.arithmetic.append(2 * 512**3 / _seconds(lambda: np.matmul(self._matrix, self._matrix)) / 1e9)
+        self.memory.append(self._array.nbytes / _seconds(self._array.max) / 1e9)
+        self.arithmetic.append(REPEATS * self._small.size / _seconds(self._multiply) / 1e9)
+
+    def _multiply(self) -> None:
+        for _ in range(REPEATS):
+            np.multiply(self._small, self._small, out=self._small)
 
 
 def peak_rss() -> int:
@@ -111,17 +126,14 @@ def _gpu() -> Gpu | None:
         if library is None or not library.nvmlDeviceGetCount():
             return None
         handle = library.nvmlDeviceGetHandleByIndex(0)
-        clock = most = None
+        clock = most = memory = None  # a GPU on the same chip as the CPU tells less
+        with contextlib.suppress(library.NVMLError):
+            memory = int(library.nvmlDeviceGetMemoryInfo(handle).total)
         with contextlib.suppress(library.NVMLError):
             clock = int(library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM))
             most = int(library.nvmlDeviceGetMaxClockInfo(handle, library.NVML_CLOCK_SM))
-        return Gpu(
-            name=str(library.nvmlDeviceGetName(handle)),
-            driver=str(library.nvmlSystemGetDriverVersion()),
-            memory_bytes=int(library.nvmlDeviceGetMemoryInfo(handle).total),
-            clock_mhz=clock,
-            clock_max_mhz=most,
-        )
+        name, driver = str(library.nvmlDeviceGetName(handle)), str(library.nvmlSystemGetDriverVersion())
+        return Gpu(name=name, driver=driver, memory_bytes=memory, clock_mhz=clock, clock_max_mhz=most)
 
 
 @contextlib.contextmanager

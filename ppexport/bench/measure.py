@@ -25,6 +25,7 @@ from ..models.errors import BackendError
 from ..models.manifest import FILE, sha256
 from ..models.version import __version__
 from ..overlay import overlay
+from ..runtime.bundle import open_bundle
 from ..runtime.image import prepare
 from ..runtime.pipeline import Pipeline, load
 from ..runtime.prune import Prune
@@ -35,6 +36,10 @@ from .schema import METRICS, STATISTICS, Interval, Item, Options, Request, Resul
 from .statistics import interval
 from .workload import Question, picture
 
+COLD = """import sys
+sys.path[:] = [path for path in sys.path if path]  # what lies in the working directory is not meant
+from ppexport.bench.cold import run
+run()"""
 STAGE_OF = {"image": "preprocess", "text": "preprocess", "reuse": "preprocess"}
 PICTURES, WIDTH = 8, 800  # at most so many images, so many pixels wide
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -80,6 +85,7 @@ def measure(
     progress: Progress = lambda stage, done, total: None,
 ) -> Result:
     """Measure a bundle. Raises BackendError, BundleError, ImageError, RequestError."""
+    open_bundle(bundle)  # before processes are started
     cold = _cold(bundle, questions[0], plan, progress)
     with load(bundle, plan.device, plan.min_pixels, plan.max_pixels, plan.threads, reuse=0) as pipe:
         items = [_item(pipe, question) for question in questions]
@@ -123,7 +129,7 @@ def measure(
             cold=summary([np.array([ms]) for ms in cold]) if cold else None,
             settings=tuple(setting_of(*key, block, items) for key, block in blocks.items()),
             speed=schema.Speed(memory_gb_per_s=tuple(probe.memory), gflop_per_s=tuple(probe.arithmetic)),
-            peak_rss_bytes=machine.peak_rss(),
+            peak_rss_bytes=machine.peak_rss() - probe.nbytes,
             peak_gpu_bytes=meter.gpu_bytes,
             pictures=tuple(_pictures(pipe, questions, plan)) if plan.pictures else (),
             energy_joules=meter.joules,
@@ -312,7 +318,8 @@ def _cold(bundle: str, question: Question, plan: Plan, progress: Progress) -> li
         given = {**asdict(plan), "bundle": bundle, "image": image, "prompt": question.prompt}
         for i in range(plan.cold):
             progress("cold start", i, plan.cold)
-            command = [sys.executable, "-m", "ppexport.bench.cold", json.dumps(given)]
+            given["started"] = time.time()
+            command = [sys.executable, "-c", COLD, json.dumps(given)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -6,6 +6,7 @@ Jetson boards measure their rails with INA3221 chips, whose Linux driver shows m
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
@@ -53,8 +54,9 @@ class Meter:
                     joules[name] += _number(voltage) * _number(current) * 1e-6 * (now - last)
                 last = now
                 if handle is not None:
-                    used = int(library.nvmlDeviceGetMemoryInfo(handle).used)
-                    self.gpu_bytes = max(self.gpu_bytes or 0, used)
+                    with contextlib.suppress(library.NVMLError):  # a GPU on the CPU's chip has no memory of its own
+                        used = int(library.nvmlDeviceGetMemoryInfo(handle).used)
+                        self.gpu_bytes = max(self.gpu_bytes or 0, used)
                 if ended:
                     break
             end = _gpu_millijoules(library, handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,9 +46,10 @@ class Row:
         return found.median.value if found else 0.0
 
 
-def render(results: Sequence[Result]) -> str:
-    """The page. Raises BackendError if matplotlib is not installed."""
-    rows = [row for result in results for row in _rows(result, len(results) > 1)]
+def render(results: Sequence[Result], names: Sequence[str]) -> str:
+    """The page; ``names`` of the results, for where there are several. Raises BackendError without matplotlib."""
+    prefixes = [f"{name}: " if len(results) > 1 else "" for name in names]
+    rows = [Row(p + s.name, result, s) for p, result in zip(prefixes, results, strict=True) for s in result.settings]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
@@ -66,11 +68,6 @@ def render(results: Sequence[Result]) -> str:
         ms=_ms,
         gigabytes=lambda count: f"{count / 1e9:.2f} GB",
     )
-
-
-def _rows(result: Result, several: bool) -> list[Row]:
-    prefix = f"{result.bundle.name}: " if several else ""
-    return [Row(f"{prefix}{setting.name}", result, setting) for setting in result.settings]
 
 
 def _ms(value: float) -> str:
@@ -170,11 +167,13 @@ def _figure(draw: Callable[[Any], None], height: float) -> str:
         ) from err
     settings: Any = {
         "svg.fonttype": "none",
+        "text.parse_math": False,  # a $ is a $
         "font.size": 9,
         "font.family": "sans-serif",
         **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # letters that its font lacks: the browser has others
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         draw(axes)

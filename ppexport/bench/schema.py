@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..models.errors import BackendError, RequestError
 
 try:
-    from pydantic import BaseModel, ConfigDict, ValidationError
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ImportError as err:
     raise BackendError(f"{err.name} is not installed; 'ppexport bench' needs: pip install 'ppexport[bench]'") from err
 
@@ -21,6 +21,10 @@ VERSION = 1
 STAGES = ("preprocess", "prune", "vision", "prefill", "decode")
 METRICS = ("ttft", "tpot", "itl", "e2el", *STAGES)
 STATISTICS = ("mean", "median", "p90", "p95", "p99")
+
+
+Milliseconds = Annotated[float, Field(ge=0)]
+Speeds = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 
 
 class Model(BaseModel):
@@ -34,7 +38,7 @@ class Gpu(Model):
 
     name: str
     driver: str
-    memory_bytes: int
+    memory_bytes: int | None
     clock_mhz: int | None  # of its multiprocessors, while measuring
     clock_max_mhz: int | None
 
@@ -76,7 +80,7 @@ class Item(Model):
 
 
 class Options(Model):
-    """What the user asked for; two results are compared only if these are equal."""
+    """What the user asked for; results are compared only for the same answer lengths and threads."""
 
     taus: tuple[float | None, ...]  # None: unpruned
     concurrency: tuple[int, ...]
@@ -93,15 +97,22 @@ class Request(Model):
     round: int
     item: int  # index of Workload.items
     start: float  # since the measurement began
-    stages: dict[str, float]  # of STAGES
-    ttft: float
-    e2el: float
-    itl: tuple[float, ...]  # between one token and the next
+    stages: dict[str, Milliseconds]  # of each of STAGES
+    ttft: Milliseconds
+    e2el: Milliseconds
+    itl: tuple[Milliseconds, ...]  # between one token and the next
     kept: int
     total: int
     prompt_tokens: int
     output_tokens: int
     answer: str
+
+    @field_validator("stages")
+    @classmethod
+    def _all_stages(cls, value: dict[str, float]) -> dict[str, float]:
+        if set(value) != set(STAGES):
+            raise ValueError(f"stages should be {', '.join(STAGES)}")
+        return value
 
     @property
     def tpot(self) -> float | None:
@@ -141,7 +152,7 @@ class Setting(Model):
     total: int
     correct: int | None  # requests with the expected answer, of those that have one
     answered: int | None
-    requests: tuple[Request, ...]
+    requests: Annotated[tuple[Request, ...], Field(min_length=1)]
 
     @property
     def name(self) -> str:
@@ -160,8 +171,8 @@ class Picture(Model):
 class Speed(Model):
     """How fast the machine was at two fixed tasks, before every round and after the last."""
 
-    memory_gb_per_s: tuple[float, ...]  # reading an array
-    gflop_per_s: tuple[float, ...]  # multiplying two matrices
+    memory_gb_per_s: Speeds  # reading an array
+    gflop_per_s: Speeds  # multiplying numbers in the cache
 
 
 class Result(Model):
@@ -173,17 +184,24 @@ class Result(Model):
     machine: Machine
     bundle: Bundle
     workload: str
-    items: tuple[Item, ...]
+    items: Annotated[tuple[Item, ...], Field(min_length=1)]
     options: Options
     rounds: int
     warmup: int
     cold: Summary | None  # time to first token of a new process that loads the bundle; None: not measured
-    settings: tuple[Setting, ...]
+    settings: Annotated[tuple[Setting, ...], Field(min_length=1)]
     speed: Speed
     peak_rss_bytes: int
     peak_gpu_bytes: int | None
     pictures: tuple[Picture, ...]
     energy_joules: dict[str, float] | None  # of each power rail or GPU, where the machine tells; while measuring
+
+    @model_validator(mode="after")
+    def _known_items(self) -> Result:
+        numbers = {r.item for s in self.settings for r in s.requests} | {p.item for p in self.pictures}
+        if not numbers <= set(range(len(self.items))):
+            raise ValueError(f"requests and pictures should be of items 0 to {len(self.items) - 1}")
+        return self
 
 
 def setting_name(tau: float | None, concurrency: int) -> str:
@@ -215,8 +233,11 @@ def read(path: str | Path) -> Result:
 
 
 def write(result: Result, path: str | Path) -> None:
-    """Write a result file; it is complete or not there."""
-    target = Path(path)
+    """Write a result file; it is complete or not there. A link stays one; a device or pipe is written to."""
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        target.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return
     partial = target.with_name(f".{target.name}.partial")
     try:
         partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")

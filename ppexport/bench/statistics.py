@@ -9,7 +9,7 @@ import numpy as np
 
 RESAMPLES = 1000
 ERROR_RESAMPLES = 100  # for a standard error, which needs fewer than a quantile
-BLOCKS = 12
+BLOCKS, FEWEST = 12, 6  # with fewer, Student's quantile and its expansion say nothing
 QUANTILE = {"p10": 0.1, "median": 0.5, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
@@ -59,7 +59,7 @@ def ratio(
         # resampling n values underestimates their spread by (n - 1) / n
         variances.append(float(logs.var()) * count / max(1, count - 1))
         counts.append(count)
-    if min(counts) < 2:
+    if min(counts) < FEWEST:
         return value, 0.0, float("inf")
     total = sum(variances)
     degrees = total**2 / max(sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True)), 1e-300)  # Welch

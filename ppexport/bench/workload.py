@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def open_workload(name: str, images: Sequence[str], prompt: str | None) -> tuple
         if path.is_dir() and (path / FILE).is_file():
             found += _listed(path, prompt)
         else:
-            found += [Question(file.name, str(file), prompt or QUESTION) for file in images_in([path])]
+            found += [Question(_shown(file), str(file), prompt or QUESTION) for file in images_in([path])]
     return ", ".join(Path(path).name for path in images), found
 
 
@@ -89,9 +90,15 @@ def _listed(folder: Path, prompt: str | None) -> list[Question]:
         if not all(isinstance(value, str) for value in row.values()):
             raise RequestError(f"{path}: entry {i} holds something else than text")
         file = folder / row["image"]
-        images_in([file])
+        if not file.is_file():
+            raise RequestError(f"{path}: entry {i} has the image {row['image']!r}, which is no file in {folder}")
         found.append(Question(row["image"], str(file), row["prompt"], row.get("expected")))
     return found
+
+
+def _shown(file: Path) -> str:
+    """The name of a file, of which not all bytes need be text."""
+    return os.fsencode(file.name).decode("utf-8", "replace")
 
 
 def picture(question: Question) -> Image.Image:
