@@ -78,9 +78,9 @@ def collect(
         if graph in graphs:
             moments.add(graph, weight, x)
 
+    reference = Reference(checkpoint, pre, on_input=on_input)
     for i, sample in enumerate(samples):
         progress("calibrate", i, len(samples))
-        reference = Reference(checkpoint, pre, on_input=on_input)
         features = reference.features([sample.image], [sample.keep])
         if "language" in graphs:
             reference.logits(sample.ids, np.ascontiguousarray(sample.positions), features, 1)

@@ -23,6 +23,7 @@ from .runtime.image import prepare
 from .runtime.language import build_prompt
 from .runtime.pipeline import Pipeline, PruneLike, load
 from .runtime.stats import Stats
+from .table import aligned
 
 TOKENS = 64
 
@@ -202,8 +203,7 @@ def table(reports: Sequence[Report]) -> list[str]:
     """Side by side, one bundle a line; cosines are the least of any token."""
     rows = [["bundle", *(name for name, _ in COLUMNS)]]
     rows += [[Path(r.bundle).name, *(cell(r) for _, cell in COLUMNS)] for r in reports]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def main(

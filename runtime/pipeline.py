@@ -70,6 +70,8 @@ class Pipeline:
         model, dtype = manifest.model, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
         graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
         self.manifest, self.backend = manifest, backend
+        p = manifest.prune
+        self.prune = Prune(p.method, p.metric, p.tau, p.anchored)  # of requests that do not say
         self.chosen = chosen  # where it runs, and why there
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
@@ -148,7 +150,7 @@ class Pipeline:
             raise RequestError(f"input_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [S], S > 0")
         if stats is None:
             stats = Stats()
-        elif not isinstance(stats, Stats) or stats.prompt_tokens:
+        elif not isinstance(stats, Stats) or stats.spans:
             raise RequestError("stats is not a fresh ppexport.Stats(), expected a new one for every request")
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
@@ -183,8 +185,7 @@ class Pipeline:
 
     def _prune(self, prune: PruneLike) -> Prune | None:
         if isinstance(prune, str) and prune == "default":
-            p = self.manifest.prune
-            return Prune(p.method, p.metric, p.tau, p.anchored)
+            return self.prune
         return check_prune(prune, " or 'default'")
 
     def _encode(self, prepared: Prepared, first: int) -> Features:

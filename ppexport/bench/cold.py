@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 
 def main(given: dict) -> float:  # type: ignore[type-arg]
@@ -12,12 +13,11 @@ def main(given: dict) -> float:  # type: ignore[type-arg]
     from ..calibration import prompt_ids
     from ..runtime.image import prepare
     from ..runtime.pipeline import load
-    from ..runtime.prune import Prune
 
     sizes = (given["min_pixels"], given["max_pixels"])
     pipe = load(given["bundle"], given["device"], *sizes, given["threads"], reuse=0)
-    tau, p = given["taus"][0], pipe.manifest.prune
-    prune = None if tau is None else Prune(p.method, p.metric, tau, p.anchored)
+    tau = given["taus"][0]
+    prune = None if tau is None else replace(pipe.prune, tau=tau)
     if pipe.text is not None:
         pipe.generate(given["prompt"], [given["image"]], prune, max_new_tokens=1).text()
     else:

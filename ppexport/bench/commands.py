@@ -11,6 +11,7 @@ import click
 from ..models.checks import writable
 from ..models.errors import PpexportError, RequestError, SpaceError
 from ..options import device_option
+from ..table import aligned
 
 RUN = "run"
 
@@ -148,8 +149,7 @@ def summary(result: Any) -> list[str]:
         rows.append(
             [s.name, f"{s.kept}/{s.total}", *cells, f"{s.request_throughput:.2f}", f"{s.output_throughput:.1f}"]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     if result.cold:
         lines.append(f"first token of a new process: {result.cold.median.value:.0f} ms (median of {result.cold.n})")
     lines.append(f"peak RSS {result.peak_rss_bytes / 1e6:.0f} MB; {result.rounds} rounds; {result.bundle.device}")

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import RequestError
+from ..table import aligned
 from .machine import differences
 from .measure import values_of
-from .schema import METRICS, STAGES, Result, Setting, Speed, setting_name
+from .schema import METRICS, STAGES, Result, Setting, Speed
 from .statistics import QUANTILE, ratio, statistic
 
 # What a request takes when the machine lets it: moments in which the machine is slow come and go between measurements,
@@ -217,8 +218,8 @@ def _accuracy(base: Setting, new: Setting, result: Result) -> Verdict:
     for setting in (base, new):
         answers: dict[int, list[bool]] = {}
         for r in setting.requests:
-            if (expected := result.items[r.item].expected) is not None:
-                answers.setdefault(r.item, []).append(r.answer.strip() == expected.strip())
+            if (is_right := result.items[r.item].judge(r.answer)) is not None:
+                answers.setdefault(r.item, []).append(is_right)
         right.append({item: sum(found) / len(found) for item, found in answers.items()})
     if not right[0] or set(right[0]) != set(right[1]):
         before, after = ({r.item: r.answer for r in s.requests} for s in (base, new))
@@ -233,8 +234,7 @@ def _accuracy(base: Setting, new: Setting, result: Result) -> Verdict:
 
 
 def _unsure(setting: Setting, metric: str, why: str) -> Verdict:
-    name = setting_name(setting.tau, setting.concurrency)
-    return Verdict(name, metric, None, None, None, None, None, UNSURE, why)
+    return Verdict(setting.name, metric, None, None, None, None, None, UNSURE, why)
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -260,10 +260,7 @@ def rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 def text(comparison: Comparison) -> list[str]:
     """A table in plain text."""
-    table_rows = [HEAD, *rows(comparison)]
-    widths = [max(len(row[i]) for row in table_rows) for i in range(len(HEAD))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table_rows]
-    return [*lines, *comparison.notes, outcome(comparison)]
+    return [*aligned([HEAD, *rows(comparison)]), *comparison.notes, outcome(comparison)]
 
 
 def outcome(comparison: Comparison) -> str:

@@ -53,7 +53,6 @@ def render(results: Sequence[Result], names: Sequence[str]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
-        rows=rows,
         overview=[_overview(row) for row in rows],
         stages=_figure(partial(_stage_bars, rows), 0.9 + 0.42 * len(rows)),
         stage_table=[[row.name, *(_ms(row.median(stage)) for stage in STAGES)] for row in rows],

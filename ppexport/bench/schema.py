@@ -78,6 +78,10 @@ class Item(Model):
     prompt: str
     expected: str | None  # the right answer, where one is known
 
+    def judge(self, answer: str) -> bool | None:
+        """Is it the expected answer, spaces around it aside? None where no answer is known."""
+        return None if self.expected is None else answer.strip() == self.expected.strip()
+
 
 class Options(Model):
     """What the user asked for; results are compared only for the same answer lengths and threads."""
@@ -157,7 +161,8 @@ class Setting(Model):
     @property
     def name(self) -> str:
         """For people: "tau 0", "unpruned, concurrency 2"."""
-        return setting_name(self.tau, self.concurrency)
+        prune = "unpruned" if self.tau is None else f"tau {self.tau:g}"
+        return prune if self.concurrency == 1 else f"{prune}, concurrency {self.concurrency}"
 
 
 class Picture(Model):
@@ -204,16 +209,11 @@ class Result(Model):
         return self
 
 
-def setting_name(tau: float | None, concurrency: int) -> str:
-    """For people."""
-    prune = "unpruned" if tau is None else f"tau {tau:g}"
-    return prune if concurrency == 1 else f"{prune}, concurrency {concurrency}"
-
-
 def read(path: str | Path) -> Result:
     """A result file. Raises RequestError if it is absent, damaged, or of another version."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text)
     except (OSError, ValueError, RecursionError) as err:
         raise RequestError(f"{path}: cannot be read ({err}), expected a file written by 'ppexport bench'") from err
     version = data.get("version") if isinstance(data, dict) else None
@@ -222,7 +222,7 @@ def read(path: str | Path) -> Result:
         todo = "upgrade ppexport" if newer else "measure again with 'ppexport bench'"
         raise RequestError(f"{path}: found version {version!r} of bench results, expected {VERSION}; {todo}")
     try:
-        return Result.model_validate_json(json.dumps(data))
+        return Result.model_validate_json(text)
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"]))
