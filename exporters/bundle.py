@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from ..models import manifest
 from ..models.config import ModelConfig, Preprocessing, prune_file
 from ..models.errors import CheckpointError
-from ..models.hfconfig import Reader
+from ..models.hfconfig import Reader, defaults_of
 from ..models.manifest import sha256
 from ..models.precision import BYTES, Precision, Wanted, resolve
 from ..models.version import __version__
@@ -30,6 +31,7 @@ from .weights import attach, not_in_blocks, weight_bytes
 Progress = Callable[[str, int, int], None]  # stage, done, total
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 FILES = {"prune": prune_file("pred_2d", "max"), "vision": "vision.onnx", "language": "language.onnx"}
+HEAD_DIM_STEP = 8  # of GroupQueryAttention; it loads graphs with other widths, and fails when they run
 FIXED_RAM = 900 << 20  # torch, the exporter and one traced graph
 
 
@@ -67,6 +69,12 @@ def plan(
     if dialect not in DIALECTS:
         raise CheckpointError(f"dialect is {dialect!r}, expected one of: {', '.join(DIALECTS)}")
     precision = resolve(wanted, FROM_DTYPE[checkpoint.dtype], dialect, checkpoint.config.text.tied_head, engines)
+    head_dim = checkpoint.config.text.head_dim
+    if dialect == "ort" and head_dim % HEAD_DIM_STEP:
+        raise CheckpointError(
+            f"head_dim is {head_dim}, expected a multiple of {HEAD_DIM_STEP} for ONNX Runtime's GroupQueryAttention; "
+            "build it with --dialect plain, which runs on a CPU, too"
+        )
     if calibrated:
         precision = replace(precision, calibrated=calibrated)
         if not _fitted(precision):
@@ -74,7 +82,7 @@ def plan(
                 f"found images to calibrate with and weights in {precision}, expected int4 for the decoder's layers or "
                 "the vision tower; add --precision int4, or leave --calibrate out"
             )
-    notices: list[str] = []
+    notices = list(checkpoint.notices)
     if wide := not_in_blocks(checkpoint, precision):
         notices.append(
             f"{len(wide)} matrices stay in {precision.base}: blocks of {precision.block} do not divide their inputs"
@@ -242,23 +250,36 @@ def _stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(stop)
 
 
-# Keys of preprocessor_config.json that do not change what the model sees.
+# Keys of an image processor that do not change what the model sees.
 _HARMLESS = (
     "image_processor_type processor_class data_format input_data_format device return_tensors disable_grouping "
-    "default_to_square do_convert_rgb crop_size pad_size do_pad do_center_crop image_seq_length num_query_tokens"
+    "default_to_square do_convert_rgb crop_size pad_size image_seq_length"
 )
 
 
+def _image_processor(checkpoint: Checkpoint) -> tuple[str, dict[str, Any] | None]:
+    """Where the image processor's configuration lies, and what it says; as transformers, processor_config.json first.
+
+    transformers 5 saves it in there, 4 in a file of its own.
+    """
+    nested = (checkpoint.optional_json("processor_config.json") or {}).get("image_processor")
+    if nested is not None:
+        return "processor_config.json: image_processor", nested
+    return "preprocessor_config.json", checkpoint.optional_json("preprocessor_config.json")
+
+
 def _preprocessing(checkpoint: Checkpoint, notices: list[str]) -> Preprocessing:
-    """Image numbers of preprocessor_config.json, or the family's where it is absent."""
-    raw = checkpoint.optional_json("preprocessor_config.json")
+    """Image numbers of the image processor's configuration, or the family's where it is absent."""
+    where, raw = _image_processor(checkpoint)
     default: Preprocessing = checkpoint.family.PREPROCESSING
     if raw is None:
         notices.append(
-            f"no preprocessor_config.json: using the family's {default.min_pixels} to {default.max_pixels} pixels"
+            "no preprocessor_config.json and no image processor in processor_config.json: using the family's "
+            f"{default.min_pixels} to {default.max_pixels} pixels"
         )
         return default
-    r = Reader(raw, "preprocessor_config.json", _HARMLESS.split())
+    known = defaults_of(checkpoint.config.family, "preprocessor_config.json")
+    r = Reader(raw, where, notices, known, _HARMLESS.split())
     vision = checkpoint.config.vision
     for key, wanted in (
         ("patch_size", vision.patch),
@@ -269,20 +290,24 @@ def _preprocessing(checkpoint: Checkpoint, notices: list[str]) -> Preprocessing:
         ("do_rescale", True),
         ("do_normalize", True),
     ):
-        r.expect(key, wanted, default=wanted)
+        if key.endswith("_size"):
+            if (side := r.side(key, wanted)) != wanted:
+                r.fail(f"'{key}' is {side}, expected {wanted}, as in config.json")
+        else:
+            r.expect(key, wanted, default=wanted)
     if abs(r.get("rescale_factor", float, 1 / 255) * 255 - 1) > 1e-6:
         r.fail(f"rescale_factor is {raw['rescale_factor']}, expected 1/255")
     for key in ("do_center_crop", "do_pad"):
-        if raw.get(key):
-            r.fail(f"{key} is {raw[key]!r}, expected it to be off: it is not supported")
-    size = Reader(r.get("size", dict, {}), "preprocessor_config.json: size")
+        r.expect(key, False, default=False)
+    size = r.section("size")
     low = size.get("shortest_edge", int, default.min_pixels)
     high = size.get("longest_edge", int, default.max_pixels)
     size.finish()
     low, high = r.get("min_pixels", int, low), r.get("max_pixels", int, high)
     if low > high or high < vision.block**2:
         r.fail(f"{low} to {high} pixels, expected a rising range that holds one {vision.block} x {vision.block} block")
-    mean, std = r.triple("image_mean", default.mean), r.triple("image_std", default.std)
+    mean = r.triple("image_mean")
+    std = r.triple("image_std")
     if min(std) <= 0:
         r.fail(f"image_std is {list(std)}, expected numbers over 0")
     r.finish()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,11 @@ from ..models import family_of
 from ..models.config import ModelConfig, Weight
 from ..models.errors import CheckpointError
 
+ADAPTER = (
+    "found an adapter (LoRA) that is not merged, expected a whole model; merge it first, with peft: "
+    "model.merge_and_unload().save_pretrained(...), or with the export command of the tool that trained it"
+)
+ROWS_AT_ONCE = 4096
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -41,6 +46,7 @@ class Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # "F32", "F16" or "BF16"
+    name: str  # in that file
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Checkpoint:
     path: Path
     family: ModuleType
     config: ModelConfig
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, Entry]  # by the family's present names
+    notices: tuple[str, ...]  # what was ignored of it
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -64,13 +71,18 @@ class Checkpoint:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such directory; expected a Hugging Face checkpoint with config.json")
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise CheckpointError(f"{path}: {ADAPTER}")
             raise CheckpointError(f"{path}: found no config.json; expected a Hugging Face checkpoint directory")
         raw = read_json(path / "config.json")
         family = family_of(raw)
-        config = family.parse_config(raw)
-        entries = _entries(path)
+        notices: list[str] = []
+        config = family.parse_config(raw, notices)
+        entries = _named(_entries(path), family)
+        if config.text.tied_head and family.HEAD in entries:
+            config = _judge_head(config, family, entries, str(raw.get("transformers_version")), notices)
         _check(entries, family, config)
-        return cls(path, family, config, entries)
+        return cls(path, family, config, entries, tuple(notices))
 
     @property
     def dtype(self) -> str:
@@ -92,8 +104,10 @@ class Checkpoint:
 
         The file is opened for this one read, so that its mapped pages do not stay in memory.
         """
-        with safe_open(self.entries[weight.source].file, framework="pt") as file:
-            tensor = file.get_tensor(weight.source)
+        entry = self.entries[weight.source]
+        with safe_open(entry.file, framework="pt") as file:
+            tensor = file.get_tensor(entry.name)
+            _check_finite(entry, tensor)
             if weight.layout == "transpose":
                 return tensor.t().contiguous()
             if weight.layout == "patch":
@@ -135,18 +149,78 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            entries = {name: Entry(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            entries = {n: Entry(file, tuple(s.get_shape()), s.get_dtype(), n) for n, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as err:
         raise CheckpointError(
             f"{file.name}: not a complete safetensors file ({err}); copy or download it again"
         ) from err
-    for name, entry in entries.items():
+    return entries
+
+
+def _named(entries: Mapping[str, Entry], family: ModuleType) -> dict[str, Entry]:
+    """The tensors of a model by their present names, without buffers. Raises CheckpointError for adapters."""
+    found: dict[str, Entry] = {}
+    for stored, entry in entries.items():
+        if stored.startswith("base_model.model.") or ".lora_" in stored:
+            raise CheckpointError(f"{entry.file.name}: holds '{stored}': {ADAPTER}")
+        if family.BUFFERS.search(stored):
+            continue
+        name = family.canonical_name(stored)
+        if name in found:
+            raise CheckpointError(f"'{found[name].name}' and '{stored}' are both '{name}', expected one of them")
         if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{file.name}: '{name}' has dtype {entry.dtype}, expected F32, F16 or BF16; "
+                f"{entry.file.name}: '{stored}' has dtype {entry.dtype}, expected F32, F16 or BF16; "
                 "build from the checkpoint that is not quantized"
             )
-    return entries
+        found[name] = entry
+    return found
+
+
+def _judge_head(
+    config: ModelConfig, family: ModuleType, entries: Mapping[str, Entry], written_by: str, notices: list[str]
+) -> ModelConfig:
+    """What a stored head is for, where config.json says that the embedding table is the head.
+
+    One that differs from the table is used, as transformers 5 does. Version 4 did not; a checkpoint that it wrote says
+    two things at once, and CheckpointError is raised.
+    """
+    table = next(w for w in family.weights(config)["language"].values() if len(w.shape) == 2)
+    if table.source not in entries or _same_values(entries[family.HEAD], entries[table.source]):
+        return config
+    if written_by.startswith("4."):
+        raise CheckpointError(
+            f"config.json ties the output head to the embedding table, but '{family.HEAD}' is stored and differs "
+            "from it: transformers 4, which wrote this, ignores it, transformers 5 uses it; set tie_word_embeddings "
+            "to false in config.json, or remove the tensor"
+        )
+    notices.append(
+        f"config.json ties the output head to the embedding table, but '{family.HEAD}' is stored and differs from it: "
+        "the stored one is used, as transformers uses it"
+    )
+    return replace(config, text=replace(config.text, tied_head=False))
+
+
+def _same_values(a: Entry, b: Entry) -> bool:
+    """Are two matrices equal? Compared some rows at a time."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    with safe_open(a.file, framework="pt") as first, safe_open(b.file, framework="pt") as second:
+        one, other = first.get_slice(a.name), second.get_slice(b.name)
+        return all(
+            torch.equal(one[row : row + ROWS_AT_ONCE], other[row : row + ROWS_AT_ONCE])
+            for row in range(0, a.shape[0], ROWS_AT_ONCE)
+        )
+
+
+def _check_finite(entry: Entry, tensor: torch.Tensor) -> None:
+    """Raise CheckpointError if a value is not finite; the sum of all says so at once, or may itself overflow."""
+    if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{entry.file.name}: '{entry.name}' holds {bad} of {tensor.numel()} values that are not finite (NaN or "
+            "infinite), expected numbers; the training may have diverged: take an earlier checkpoint, or copy it again"
+        )
 
 
 def _check(entries: Mapping[str, Entry], family: ModuleType, config: ModelConfig) -> None:
@@ -155,7 +229,7 @@ def _check(entries: Mapping[str, Entry], family: ModuleType, config: ModelConfig
     missing = sorted(set(table) - set(entries))
     if missing:
         raise CheckpointError(f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'")
-    extra = sorted(set(entries) - set(table) - family.ignored_weights(config))
+    extra = sorted(set(entries) - set(table) - ({family.HEAD} if config.text.tied_head else set()))
     if extra:
         raise CheckpointError(
             f"{len(extra)} weights are not part of a {config.family} model of this configuration, "

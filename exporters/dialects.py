@@ -33,6 +33,7 @@ class Dialect:
     cast_first: bool  # cast a uint8 image before anything else (TensorRT takes uint8 as a graph input only)
     table: Mapping[str, Translation]  # op type in the domain "ppexport" -> its nodes
     passes: tuple[Callable[[ir.Model], None], ...] = ()  # over the whole graph, afterwards
+    byte_max: bool = True  # may Max and Min be used on uint8?
 
 
 def lower(model: ir.Model, dialect: Dialect) -> None:

@@ -5,6 +5,7 @@ Source of the architecture: transformers ``models/qwen3_vl`` (interleaved mRoPE,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 
 import numpy as np
@@ -112,7 +113,11 @@ class Decoder(nn.Module):
     def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, Dh / 2]; frequency i turns with the axis that ``axis_freq`` gives it."""
         angles = (position_ids.unsqueeze(3).float() * self.axis_freq.unsqueeze(1).unsqueeze(1)).sum(0)
-        return torch.cos(angles).to(self.dtype), torch.sin(angles).to(self.dtype)
+        cos, sin = torch.cos(angles), torch.sin(angles)
+        if self.c.yarn is not None and self.c.yarn.attention_factor != 1:
+            cos = cos * self.c.yarn.attention_factor
+            sin = sin * self.c.yarn.attention_factor
+        return cos.to(self.dtype), sin.to(self.dtype)
 
     def logits(self, x: Tensor, logits_at: Tensor) -> Tensor:
         """Hidden states x [B, S, D] -> float32 logits [B, P, V] at the wanted positions only."""
@@ -132,8 +137,33 @@ def constants(c: TextConfig) -> dict[str, np.ndarray]:
     the first 3 * section frequencies of that axis, else to time; the other two rows are zero.
     """
     half = c.head_dim // 2
-    inv_freq = 1.0 / c.rope_theta ** (np.arange(half, dtype=np.float32) * 2 / c.head_dim)
+    inv_freq = _frequencies(c)
     axis = np.zeros(half, np.int64)
     for a in (1, 2):
         axis[a : 3 * c.mrope_section[a] : 3] = a
     return {"axis_freq": np.where(axis == np.arange(3)[:, None], inv_freq, 0).astype(np.float32)}
+
+
+def _frequencies(c: TextConfig) -> np.ndarray:
+    """Angle per position of each pair of a head's values: float32 [Dh / 2].
+
+    With YaRN, frequencies that turn fewer than ``beta_slow`` times within the context of the training are divided by
+    ``factor``, those that turn more than ``beta_fast`` times stay, and a linear ramp lies between. Source: transformers
+    ``modeling_rope_utils._compute_yarn_parameters``.
+    """
+    exponents = np.arange(c.head_dim // 2, dtype=np.float32) * 2 / c.head_dim
+    inv_freq = 1.0 / c.rope_theta**exponents
+    yarn = c.yarn
+    if yarn is None:
+        return inv_freq
+
+    def pair_that_turns(times: float, context: int = yarn.original_context) -> float:
+        return c.head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, c.head_dim - 1)
+    high = high + 0.001 if high == low else high
+    stretched = np.clip((np.arange(c.head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    return inv_freq / yarn.factor * stretched + inv_freq * (1 - stretched)

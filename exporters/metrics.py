@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from .dialects import Dialect
 from .tape import Ops
 
 
 class Metric:
     """Distances under one metric. ``op`` writes the nodes; values of the outer graph may be used in a subgraph's."""
 
-    def __init__(self, name: str, block: int, as_float: bool):
-        self.name, self.block, self.as_float = name, block, as_float
-        small = ir.DataType.FLOAT if as_float else ir.DataType.UINT8
+    def __init__(self, name: str, block: int, dialect: Dialect):
+        self.name = name
+        self.block = block
+        self.as_float = dialect.cast_first
+        self.byte_max = dialect.byte_max
+        small = ir.DataType.FLOAT if self.as_float else ir.DataType.UINT8
         self.dtype = small if name == "max" else ir.DataType.INT32  # of distances
 
     def limit(self, op: Ops, threshold: ir.Value) -> ir.Value:
@@ -25,11 +29,18 @@ class Metric:
         return op("Cast", threshold, to=self.dtype)
 
     def difference(self, op: Ops, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Per byte; a and b are uint8, where subtraction would wrap around, or float32 with the same values."""
+        """Per byte; a and b are uint8, where subtraction wraps around, or float32 with the same values.
+
+        Without Max and Min on bytes: a - b, times 255 where a < b, which is -1 modulo 256.
+        """
         if self.as_float:
             difference = op("Abs", op("Sub", a, b))
-        else:
+        elif self.byte_max:
             difference = op("Sub", op("Max", a, b), op("Min", a, b))
+        else:
+            smaller = op("Cast", op("Less", a, b), to=ir.DataType.UINT8)
+            sign = op("Sub", op.uint8(1), op("Mul", smaller, op.uint8(2)))
+            difference = op("Mul", op("Sub", a, b), sign)
         if self.name == "max":
             return difference
         wide = difference if self.as_float else op("Cast", difference, to=ir.DataType.FLOAT)

@@ -47,11 +47,11 @@ def prune_graph(block: int, dialect: Dialect, method: str = "pred_2d", metric: s
     op = Ops()
     image, grid = image_input(op, dialect, block)
     settings = [ir.val(name, ir.DataType.INT32, [1]) for name in INPUTS.get(method, PREDICTED)]
-    measure = Metric(metric, block, dialect.cast_first)
+    measure = Metric(metric, block, dialect)
     tables: list[ir.Value] = []
     extra: list[ir.Value] = []
     if method == "unique":
-        keep, table = unique.kept(op, grid.tokens(op), block, dialect.cast_first)
+        keep, table = unique.kept(op, grid.tokens(op), block, dialect)
         tables.append(table)
     elif method == "conncomp":
         threshold, target, seed = settings

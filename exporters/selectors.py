@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,9 +16,18 @@ DIRECTORY = Path(__file__).resolve().parent.parent / "runtime" / "selectors"
 
 
 def pruning_graphs(block: int, dialect: Dialect) -> dict[str, ir.Model]:
-    """File name -> graph, of every method and metric, for tokens of ``block`` x ``block`` pixels."""
-    found = {prune_file(method, metric): prune_graph(block, dialect, method, metric) for method, metric in PRUNE_GRAPHS}
-    return found | {prune_file("temporal", metric): temporal_graph(block, dialect, metric) for metric in PRUNE_METRICS}
+    """File name -> graph, of every method and metric, for tokens of ``block`` x ``block`` pixels.
+
+    Where graphs calculate on bytes, each one comes in both forms of models.config.prune_file.
+    """
+    graphs: dict[str, ir.Model] = {}
+    for byte_max in (True,) if dialect.cast_first else (True, False):
+        form = replace(dialect, byte_max=byte_max)
+        for method, metric in PRUNE_GRAPHS:
+            graphs[prune_file(method, metric, byte_max)] = prune_graph(block, form, method, metric)
+        for metric in PRUNE_METRICS:
+            graphs[prune_file("temporal", metric, byte_max)] = temporal_graph(block, form, metric)
+    return graphs
 
 
 def packaged() -> dict[Path, bytes]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from .dialects import Dialect
 from .metrics import Metric
 from .tape import Ops
 
@@ -23,8 +24,9 @@ def weights(size: int) -> np.ndarray:
     return np.random.default_rng(20).integers(-LARGEST, LARGEST + 1, (size, SUMS)).astype(np.int8)
 
 
-def kept(op: Ops, tokens: ir.Value, block: int, as_float: bool) -> tuple[ir.Value, ir.Value]:
+def kept(op: Ops, tokens: ir.Value, block: int, dialect: Dialect) -> tuple[ir.Value, ir.Value]:
     """tokens [N, 3 * block**2], uint8 or the same values as float32 -> keep bool [N] and the initializer of weights."""
+    as_float = dialect.cast_first
     values = weights(3 * block**2)
     table = ir.val("hash_weights", const_value=ir.tensor(values.astype(np.float32) if as_float else values))
     table.const_value.name = "hash_weights"  # type: ignore[union-attr]
@@ -42,7 +44,7 @@ def kept(op: Ops, tokens: ir.Value, block: int, as_float: bool) -> tuple[ir.Valu
     )
     same_key = op("Equal", found, op("Gather", found, before))
     row, previous = op("Gather", tokens, place, axis=0), op("Gather", tokens, op("Gather", place, before), axis=0)
-    distance = Metric("max", block, as_float)
+    distance = Metric("max", block, dialect)
     apart = distance.difference(op, row, previous)
     zero = op("Cast", op.const(0), to=distance.dtype)
     same = op("And", same_key, op("Equal", op("ReduceMax", apart, op.ints([1]), keepdims=0), zero))

@@ -163,6 +163,8 @@ class VisionTower(nn.Module):
         y, x float32 [B, T] -> float32 [B * T, width of the tower].
         """
         side = round(self.c.positions**0.5)
+        if self.c.merge == 1:  # a picture may be one patch high or wide: that patch has position 0
+            height, width = torch.sym_max(height, 2), torch.sym_max(width, 2)
         y, x = (y * (side - 1) / (height - 1)).reshape(-1), (x * (side - 1) / (width - 1)).reshape(-1)
         top, left = torch.floor(y), torch.floor(x)
         down, right = (y - top).unsqueeze(1), (x - left).unsqueeze(1)

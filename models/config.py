@@ -18,9 +18,13 @@ MOST_SEED = 2**31 - 2  # of the baselines
 PRUNE_GRAPHS = (*((m, d) for m in (*PREDICTORS, "conncomp") for d in PRUNE_METRICS), ("unique", "max"))
 
 
-def prune_file(method: str, metric: str) -> str:
-    """The name of the graph of a method and a metric, in a bundle and in the package."""
-    return f"prune.{method}.{metric}.onnx"
+def prune_file(method: str, metric: str, byte_max: bool = True) -> str:
+    """The name of the graph of a method and a metric, in a bundle and in the package.
+
+    Graphs for ONNX Runtime come in two forms with equal results: one with Max and Min on bytes (``byte_max``), which
+    it has from 1.24 on, and one without, for older ones.
+    """
+    return f"prune.{method}.{metric}{'' if byte_max else '.no_byte_max'}.onnx"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies stretched for long sequences (YaRN, Peng et al. 2023, arXiv:2309.00071)."""
+
+    factor: float  # how many times longer the sequences may be
+    original_context: int  # of the training
+    attention_factor: float  # cos and sin are multiplied by it
+    beta_fast: float = 32.0  # turns within ``original_context`` from which on a frequency stays as it is
+    beta_slow: float = 1.0  # turns up to which a frequency is divided by ``factor``
+    truncate: bool = True  # the ramp between them starts and ends at whole frequencies
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Decoder with grouped-query attention, q/k norm and multimodal rotary positions."""
 
@@ -68,6 +84,7 @@ class TextConfig:
     mrope_section: tuple[int, int, int]  # rotary frequencies for temporal, height, width; sums to head_dim / 2
     context: int  # longest sequence the checkpoint was made for
     tied_head: bool  # the output head is the embedding table
+    yarn: Yarn | None = None  # rotary frequencies for longer sequences than the model was trained for
 
 
 @dataclass(frozen=True)
@@ -78,8 +95,6 @@ class ModelConfig:
     vision: VisionConfig
     text: TextConfig
     image_token: int  # placeholder, one per merged token of the full grid
-    vision_start: int
-    vision_end: int
     eos_tokens: tuple[int, ...]  # used where generation_config.json is absent
 
 

@@ -12,7 +12,7 @@ from .errors import BundleError
 from .precision import BITS, BYTES, PARTS, Precision
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 2
+SCHEMA = 3
 GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
 SMALL_FILE = 16 << 20  # files up to this size (bytes) are hashed on every load; larger ones are checked for size

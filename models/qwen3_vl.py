@@ -5,15 +5,17 @@ Source: transformers ``models/qwen3_vl`` (4.57 and 5.x write the same architectu
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ModelConfig, Preprocessing, TextConfig, VisionConfig, Weight
-from .hfconfig import Reader
+from .config import ModelConfig, Preprocessing, TextConfig, VisionConfig, Weight, Yarn
+from .hfconfig import CLASS_DEFAULT, HARMLESS, Reader, defaults_of, known_keys
 
 MODEL_TYPE = "qwen3_vl"
 
-# Used where the checkpoint has no preprocessor_config.json; the values of Qwen/Qwen3-VL-*-Instruct.
+# Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen3-VL-*-Instruct.
 PREPROCESSING = Preprocessing(min_pixels=65536, max_pixels=16777216, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 # Used where the checkpoint has a tokenizer but no chat template.
@@ -27,27 +29,29 @@ CHAT_TEMPLATE = (
 )
 
 
-def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Read a ``config.json`` of this family.
+def parse_config(raw: Mapping[str, Any], notices: list[str] | None = None) -> ModelConfig:
+    """Read a ``config.json`` of this family; what is ignored of it is added to ``notices``.
 
-    Raises CheckpointError for a key that is missing, unknown or has a value that these graphs do not compute.
+    Raises CheckpointError for a key that is missing, or has a value that these graphs do not compute.
     """
-    top = Reader(raw, "config.json")
-    text = _parse_text(top.section("text_config"), top.get("tie_word_embeddings", bool, None))
-    vision = _parse_vision(top.section("vision_config"))
-    if vision.out_width != text[0].width:
-        top.fail(f"vision_config.out_hidden_size is {vision.out_width}, expected text hidden_size {text[0].width}")
-    if len(vision.deepstack) > text[0].layers:
-        top.fail(f"{len(vision.deepstack)} deepstack levels, expected at most {text[0].layers} (the decoder's layers)")
-    top.get("video_token_id", int, None, at_least=0)
+    ignored = ("video_token_id", "vision_start_token_id", "vision_end_token_id", *known_keys()["generation"])
+    harmless = [*HARMLESS, *ignored]
+    top = Reader(
+        raw, "config.json", [] if notices is None else notices, defaults_of(MODEL_TYPE, "config.json"), harmless
+    )
+    text_section = top.section("text_config", defaults_of(MODEL_TYPE, "text_config"), harmless)
+    text, text_eos = _parse_text(text_section, _is_tied(top))
+    vision = _parse_vision(top.section("vision_config", defaults_of(MODEL_TYPE, "vision_config"), harmless))
+    if vision.out_width != text.width:
+        top.fail(f"vision_config.out_hidden_size is {vision.out_width}, expected text hidden_size {text.width}")
+    if len(vision.deepstack) > text.layers:
+        top.fail(f"{len(vision.deepstack)} deepstack levels, expected at most {text.layers} (the decoder's layers)")
     config = ModelConfig(
         family=MODEL_TYPE,
         vision=vision,
-        text=text[0],
+        text=text,
         image_token=top.get("image_token_id", int, at_least=0),
-        vision_start=top.get("vision_start_token_id", int, at_least=0),
-        vision_end=top.get("vision_end_token_id", int, at_least=0),
-        eos_tokens=text[1],
+        eos_tokens=_end_tokens(top) or text_eos,
     )
     if config.image_token >= config.text.vocab:
         top.fail(f"image_token_id is {config.image_token}, expected under the vocabulary's {config.text.vocab}")
@@ -55,50 +59,111 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-def _parse_text(r: Reader, tied: bool | None) -> tuple[TextConfig, tuple[int, ...]]:
+def _is_tied(top: Reader) -> bool:
+    """Is the output head the embedding table?
+
+    transformers 5 asks the whole model's configuration, 4 that of its text part (and wrote both alike). What is said
+    for the text part only therefore counts in files that 4 has written.
+    """
+    tied = top.get("tie_word_embeddings", bool, None)
+    if tied is not None:
+        return bool(tied)
+    written_by = top.get("transformers_version", str, None) or ""
+    text = top.raw.get("text_config")
+    return written_by.startswith("4.") and isinstance(text, Mapping) and text.get("tie_word_embeddings") is True
+
+
+def _end_tokens(r: Reader) -> tuple[int, ...]:
+    """The end-of-sequence tokens that a section names."""
+    found = r.get("eos_token_id", (int, list), None, at_least=0)
+    if found is None:
+        return ()
+    return r.integers("eos_token_id") if isinstance(found, list) else (found,)
+
+
+def _parse_text(r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
     """The decoder's numbers and its end-of-sequence tokens."""
     r.expect("hidden_act", "silu")
-    r.expect("attention_bias", False, default=False)
-    rope = r.rope_parameters()
-    width, heads = r.get("hidden_size", int), r.get("num_attention_heads", int)
-    text_tied = r.get("tie_word_embeddings", bool, None)
-    eos = r.get("eos_token_id", (int, list), None)
-    if isinstance(eos, list):
-        eos = r.integers("eos_token_id")
+    r.expect("attention_bias", False)
+    r.get("tie_word_embeddings", bool, None)
+    context = r.get("max_position_embeddings", int)
+    rope = r.decoder_rope()
+    section = rope.integers("mrope_section", [24, 20, 20])
+    if len(section) != 3 or min(section) < 1:
+        rope.fail(f"mrope_section is {section!r}, expected three positive integers")
+    rope.expect("mrope_interleaved", True, default=True)
+    yarn = _parse_yarn(rope, context)
+    heads = r.get("num_attention_heads", int)
+    each_head_its_own = "num_key_value_heads" in r.raw  # as null; absent is the class's number
     config = TextConfig(
         layers=r.get("num_hidden_layers", int),
-        width=width,
+        width=r.get("hidden_size", int),
         ffn=r.get("intermediate_size", int),
         heads=heads,
-        kv_heads=r.get("num_key_value_heads", int, heads),
-        head_dim=r.get("head_dim", int, width // heads),
+        kv_heads=r.get("num_key_value_heads", int, heads if each_head_its_own else CLASS_DEFAULT),
+        head_dim=r.get("head_dim", int),
         vocab=r.get("vocab_size", int),
-        norm_eps=r.get("rms_norm_eps", float, 1e-6),
-        rope_theta=float(rope["rope_theta"]),
-        mrope_section=rope["mrope_section"],
-        context=r.get("max_position_embeddings", int),
-        tied_head=bool(tied if tied is not None else text_tied),
+        norm_eps=r.get("rms_norm_eps", float),
+        rope_theta=rope.get("rope_theta", float),
+        mrope_section=(section[0], section[1], section[2]),
+        context=context if yarn is None else max(context, int(yarn.factor * yarn.original_context)),
+        tied_head=tied,
+        yarn=yarn,
     )
+    rope.finish()
     if config.heads % config.kv_heads:
         r.fail(f"{config.heads} attention heads, expected a multiple of the {config.kv_heads} key/value heads")
     if 2 * sum(config.mrope_section) != config.head_dim:
         r.fail(f"mrope_section {list(config.mrope_section)}, expected a sum of head_dim / 2 = {config.head_dim // 2}")
+    end_tokens = _end_tokens(r)
     r.finish()
-    return config, eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+    return config, end_tokens
+
+
+def _parse_yarn(rope: Reader, context: int) -> Yarn | None:
+    """The rotary settings of YaRN, or None for those of the training. Raises CheckpointError for other kinds.
+
+    Source: transformers ``modeling_rope_utils._compute_yarn_parameters``.
+    """
+    kind = rope.get("rope_type", str, rope.raw.get("type", "default"))
+    if kind in ("default", "mrope"):  # "mrope" is the name that old files have
+        return None
+    if kind != "yarn":
+        rope.fail(f"rope_type is {kind!r}, expected 'default' or 'yarn'")
+    original = rope.get("original_max_position_embeddings", int, context)
+    factor = rope.get("factor", float, context / original)
+    scale, scale_all = rope.get("mscale", float, None), rope.get("mscale_all_dim", float, None)
+
+    def attention(times: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * times * math.log(factor) + 1.0
+
+    inferred = attention(scale) / attention(scale_all) if scale and scale_all else attention(1.0)
+    return Yarn(
+        factor=factor,
+        original_context=original,
+        attention_factor=rope.get("attention_factor", float, inferred),
+        beta_fast=rope.get("beta_fast", float, 32.0),
+        beta_slow=rope.get("beta_slow", float, 1.0),
+        truncate=rope.get("truncate", bool, True),
+    )
 
 
 def _parse_vision(r: Reader) -> VisionConfig:
     r.expect("hidden_act", "gelu_pytorch_tanh")
-    r.expect("in_channels", 3, default=3)
+    r.expect("in_channels", 3)
     theta = r.axial_rope_theta()
+    depth = r.get("depth", int)
+    heads = r.get("num_heads", int)
+    r.expect("num_hidden_layers", depth, default=depth)  # other names of the two
+    r.expect("num_attention_heads", heads, default=heads)
     config = VisionConfig(
-        depth=r.get("depth", int),
+        depth=depth,
         width=r.get("hidden_size", int),
-        heads=r.get("num_heads", int),
+        heads=heads,
         ffn=r.get("intermediate_size", int),
-        patch=r.get("patch_size", int),
+        patch=r.side("patch_size"),
         merge=r.get("spatial_merge_size", int),
-        temporal_patch=r.get("temporal_patch_size", int),
+        temporal_patch=r.side("temporal_patch_size"),
         positions=r.get("num_position_embeddings", int),
         out_width=r.get("out_hidden_size", int),
         deepstack=r.integers("deepstack_visual_indexes"),
@@ -121,9 +186,18 @@ def weights(config: ModelConfig) -> dict[str, dict[str, Weight]]:
     return {"vision": _vision_weights(config.vision), "language": _text_weights(config.text)}
 
 
-def ignored_weights(config: ModelConfig) -> frozenset[str]:
-    """Tensors that a checkpoint may hold and the graphs do not need."""
-    return frozenset({"lm_head.weight"} if config.text.tied_head else ())
+# Buffers that old versions of transformers saved: the graphs calculate them.
+BUFFERS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|(^|\.)position_ids$")
+HEAD = "lm_head.weight"
+
+
+def canonical_name(name: str) -> str:
+    """The present name of a tensor: checkpoints of older versions hold ``visual.*`` and ``model.layers.*``."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return f"model.language_model.{name.removeprefix('model.')}"
+    return name
 
 
 def _linear(table: dict[str, Weight], name: str, source: str, inner: int, outer: int, bias: bool = True) -> None:

@@ -1,3 +1,8 @@
 """The version of the package, in one place (setup.cfg and the bundle's record read it)."""
 
 __version__ = "0.1.0"
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: "10.15.1.29" -> (10, 15)."""
+    return tuple(int(part) for part in version.split(".")[:2])

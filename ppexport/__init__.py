@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         SpaceError,
     )
     from .runtime.answer import Answer, Step
-    from .runtime.language import Sampling
     from .runtime.pipeline import Encoded, Pipeline, load
     from .runtime.prune import Prune, Selection
+    from .runtime.sampling import Sampling
     from .runtime.selector import select, select_frames
     from .runtime.stats import Stats
 
@@ -38,7 +38,7 @@ _WHERE = {
     "runtime.prune": ("Prune", "Selection"),
     "runtime.selector": ("select", "select_frames"),
     "runtime.stats": ("Stats",),
-    "runtime.language": ("Sampling",),
+    "runtime.sampling": ("Sampling",),
     "models.errors": (
         "BackendError",
         "BundleError",

@@ -24,6 +24,7 @@ class GpuBackend:
     capacity: int | None = None
     max_pixels: int | None = None
     appends = True
+    byte_max = True  # engines and ``plain`` graphs calculate on floats
     cache_step = 128  # the used part of a cache by position grows in such steps, so that shapes seldom change
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Prompt and image features -> tokens: positions, prefill, decode with the cache in place, sampling."""
+"""Prompt and image features -> tokens: positions, prefill, decode with the cache in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..models.checks import integer, number
 from ..models.config import TextConfig
 from ..models.errors import RequestError
 from .cache import FORMS, Cache
@@ -80,38 +79,6 @@ def _image_starts(is_image: np.ndarray, totals: Sequence[int]) -> list[int]:
             f"{list(totals)} (the full grids of {len(totals)} images)"
         )
     return [int(where[end - total]) for end, total in zip(ends, totals, strict=True)]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 takes the most likely one (greedy)."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0  # smallest set of tokens that holds this much probability
-    top_k: int = 0  # at most this many tokens; 0: all
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        number("temperature", self.temperature, "0 (greedy) or more", 0)
-        number("top_p", self.top_p, "more than 0 and at most 1", 0, 1, above_low=True)
-        integer("top_k", self.top_k)
-        integer("seed", self.seed)
-
-    def rng(self) -> np.random.Generator:
-        """A generator that repeats itself for the same seed."""
-        return np.random.default_rng(self.seed)
-
-    def choose(self, logits: np.ndarray, rng: np.random.Generator) -> int:
-        """A token from logits float32 [V]."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")[: self.top_k or None]
-        best_first = logits[order].astype(np.float64)
-        p = np.exp((best_first - best_first[0]) / self.temperature)
-        p /= p.sum()
-        count = int(np.searchsorted(np.cumsum(p), self.top_p)) + 1
-        p = p[:count] / p[:count].sum()
-        return int(order[rng.choice(len(p), p=p)])
 
 
 class Language:

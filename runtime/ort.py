@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import BackendError
+from ..models.version import release
 from .session import NUMPY, Buffer
 
 
@@ -27,6 +28,7 @@ def import_onnxruntime(device: str) -> Any:
     return onnxruntime
 
 
+FIRST_WITH_BYTE_MAX = (1, 24)  # release of ONNX Runtime
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -100,7 +102,9 @@ class OrtCpu:
     appends = True
 
     def __init__(self, threads: int = 0):
-        self._ort, self._threads = import_onnxruntime("cpu"), threads
+        self._ort = import_onnxruntime("cpu")
+        self._threads = threads
+        self.byte_max = release(self._ort.__version__) >= FIRST_WITH_BYTE_MAX
 
     def session(self, path: Path) -> OrtSession:
         """See session.Backend. Raises BackendError quoting ONNX Runtime if it refuses the graph."""

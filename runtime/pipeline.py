@@ -19,9 +19,10 @@ from .answer import Answer, Step
 from .bundle import open_bundle
 from .devices import open_device
 from .image import ImageLike, prepare
-from .language import STEP, Language, Sampling, build_prompt
+from .language import STEP, Language, build_prompt
 from .prune import Prune, Selection, check_prune
 from .reuse import Digests, Reuse, digest
+from .sampling import Sampling
 from .selector import Selector
 from .session import Backend, Buffer
 from .stats import Stats, log_request
@@ -75,7 +76,7 @@ class Pipeline:
         self.chosen = chosen  # where it runs, and why there
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
-        self.selector = Selector(backend, directory, model.vision.block)
+        self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
         dialect = manifest.graphs["language"].dialect
         self.language = Language(  # first: loading the largest graph takes the most memory
             backend, graphs["language"], model.text, model.image_token, len(model.vision.deepstack), dtype, dialect

@@ -37,16 +37,23 @@ class Found:
 
 
 class Selector:
-    """The pruning graphs of a folder on a backend. ``block``: pixels per side of a merged token."""
+    """The pruning graphs of a folder on a backend.
 
-    def __init__(self, backend: Backend, folder: Path, block: int):
-        self.backend, self.folder, self.block = backend, folder, block
+    ``block``: pixels per side of a merged token; ``dialect``: what the graphs are written in (those of "ort" calculate
+    on bytes, and come in two forms).
+    """
+
+    def __init__(self, backend: Backend, folder: Path, block: int, dialect: str = "ort"):
+        self.backend = backend
+        self.folder = folder
+        self.block = block
+        self.byte_max = backend.byte_max or dialect != "ort"
         self._sessions: dict[str, Session] = {}
         self.session("pred_2d", "max")  # the usual one is loaded at once
 
     def session(self, method: str, metric: str) -> Session:
         """The graph of a method and a metric, loaded when it is first asked for."""
-        file = prune_file(method, metric)
+        file = prune_file(method, metric, self.byte_max)
         if file not in self._sessions:
             self._sessions[file] = self.backend.session(self.folder / file)
         return self._sessions[file]

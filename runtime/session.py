@@ -80,6 +80,7 @@ class Backend(Protocol):
     capacity: int | None  # tokens that a cache holds, where that is fixed
     max_pixels: int | None  # of images, where there is a limit
     cache_step: int  # a cache by position is read in multiples of this
+    byte_max: bool  # does it have Max and Min on bytes? (models.config.prune_file)
     appends: bool  # may the rest of a prompt, of any length, be run behind what a cache holds?
 
     def session(self, path: Path) -> Session:

@@ -11,6 +11,7 @@ from ..models.engines import Engine, EngineRecord
 from ..models.errors import BackendError, BundleError, RequestError
 from ..models.manifest import Manifest
 from ..models.profiles import fitting, outside
+from ..models.version import release
 from . import cuda, trt_api
 from .gpu import GpuBackend
 from .session import Buffer
@@ -243,7 +244,7 @@ class TrtBinding:
 def check_fits(record: EngineRecord, trt: Any, directory: Path) -> None:
     """Raise BundleError unless the installed module and the GPU run these engines."""
     todo = engines.rebuild(directory, record.target)
-    later = VERSION_COMPATIBLE in record.flags and _release(trt.__version__) >= _release(record.version)
+    later = VERSION_COMPATIBLE in record.flags and release(trt.__version__) >= release(record.version)
     if record.version != trt.__version__ and not later:
         raise BundleError(
             f"{directory}: the engines were compiled by {record.target} {record.version}, found {trt.__version__} "
@@ -256,8 +257,3 @@ def check_fits(record: EngineRecord, trt: Any, directory: Path) -> None:
             f"{directory}: the engines were compiled for compute capability {', '.join(made_for)}, found {here} here; "
             f"{todo}"
         )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """ "10.15.1.29" -> (10, 15)."""
-    return tuple(int(part) for part in version.split(".")[:2])

@@ -23,7 +23,8 @@ from ppexport.exporters.dialects import DIALECTS
 from ppexport.exporters.weights import attach
 from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.cache import FORMS, InPlace
-from ppexport.runtime.language import Sampling, build_prompt
+from ppexport.runtime.language import build_prompt
+from ppexport.runtime.sampling import Sampling
 
 IMAGE = 500
 LAYERS, KV, DH, M = 4, 2, 32, 64

@@ -177,6 +177,18 @@ def test_graphs_use_standard_operators_and_no_nonzero() -> None:
             assert "NonZero" not in {node.op_type for node in nodes}
 
 
+@pytest.mark.parametrize(("method", "metric"), PRUNE_GRAPHS)
+def test_the_form_for_older_onnxruntime_selects_the_same(method: str, metric: str) -> None:
+    """It has no Max and Min on bytes: 1.23 has not; tests in an environment with that one run it for real."""
+    newer, older = (Selector(OrtCpu(), DIRECTORY / "32", 32) for _ in range(2))
+    older.byte_max = False
+    for file in ("web_gnuplot.png", "gui_mousepad.png"):
+        image = newer.backend.upload(prepare(IMAGES / file, 32, 1, 1 << 24))
+        for tau in (0.0, 0.05) if method != "unique" else (0.0,):
+            found = [each.select(image, ppexport.Prune(method, metric, tau))[1].keep for each in (newer, older)]
+            np.testing.assert_array_equal(*found)
+
+
 def test_packaged_graphs_are_what_the_exporter_makes() -> None:
     expected = packaged()
     assert set(expected) == {p for p in DIRECTORY.rglob("*") if p.is_file()}
