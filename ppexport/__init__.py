@@ -11,7 +11,13 @@ Everything is imported when it is first used, so ``import ppexport`` costs nothi
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# In a clone the folder of this package shadows an installed one, and holds none of the folders that setup.cfg maps into
+# it: they lie beside it.
+if not (_FOLDER := Path(__file__).resolve().parent).joinpath("models").is_dir():
+    __path__.append(str(_FOLDER.parent))
 
 from .models.version import __version__
 

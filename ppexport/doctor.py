@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .models.engines import TARGETS
-from .models.errors import PpexportError
+from .models.errors import BackendError, PpexportError
 from .models.version import __version__
 from .runtime import cuda, trt_api
 from .runtime.bundle import open_bundle
+from .runtime.ort import import_onnxruntime
 from .runtime.pipeline import load
 
 PACKAGES = [
@@ -123,10 +124,9 @@ def _flavour(target: str) -> Finding:
 
 def _provider_names() -> list[str]:
     try:
-        import onnxruntime
-    except ImportError:
+        return list(import_onnxruntime("cpu").get_available_providers())
+    except BackendError:
         return []
-    return list(onnxruntime.get_available_providers())
 
 
 def _providers() -> Finding:

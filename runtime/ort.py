@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,14 @@ from .session import NUMPY, Buffer
 
 
 def import_onnxruntime(device: str) -> Any:
-    """The module; raises BackendError that names the extra to install for a device, "cpu" or "cuda"."""
+    """The module; raises BackendError that names the extra to install for a device, "cpu" or "cuda".
+
+    Nothing else imports it, since it stores an identifier of the device and sends reports from its first import on
+    (from 1.29 on; earlier on Windows only) unless it is told not to: by the environment, since its function for that
+    comes too late.
+    """
+    for variable in NO_TELEMETRY:
+        os.environ[variable] = "1"
     try:
         import onnxruntime
     except ImportError as err:
@@ -25,9 +33,11 @@ def import_onnxruntime(device: str) -> Any:
             f"onnxruntime is not installed, expected for device '{device}'; install it with: "
             f"pip install 'ppexport[{device}]'"
         ) from err
+    onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 
+NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")  # the name differs between releases
 FIRST_WITH_BYTE_MAX = (1, 24)  # release of ONNX Runtime
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 

@@ -79,9 +79,10 @@ def test_times_add_up(result: Result) -> None:
             first = sum(ms for stage, ms in request.stages.items() if stage != "decode")
             assert first <= request.ttft <= request.e2el
             assert len(request.itl) == request.output_tokens - 1
-            assert request.ttft + sum(request.itl) == pytest.approx(request.e2el, abs=2)
+            assert request.ttft + sum(request.itl) <= request.e2el + 1e-6
+            assert request.other == pytest.approx(request.e2el - sum(request.stages.values()))
             if request.tpot is not None:
-                assert request.tpot == pytest.approx(np.mean(request.itl), rel=0.5, abs=1)
+                assert request.tpot >= np.mean(request.itl) - 1e-6
         ttft = setting.metrics["ttft"]
         assert ttft.n == len(setting.requests)
         assert ttft.median.value == pytest.approx(np.median([r.ttft for r in setting.requests]))
@@ -90,7 +91,7 @@ def test_times_add_up(result: Result) -> None:
             assert found.low <= found.value * 1.001
             assert found.high >= found.value * 0.999
         seconds = sum(r.e2el for r in setting.requests) / 1e3
-        assert setting.request_throughput == pytest.approx(len(setting.requests) / seconds, rel=0.2)
+        assert 0 < setting.request_throughput <= len(setting.requests) / seconds * (1 + 1e-6)
 
 
 def test_settings_take_turns(result: Result) -> None:

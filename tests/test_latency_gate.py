@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,13 +147,13 @@ def test_each_verdict_and_exit_code() -> None:
 def test_what_cannot_be_told() -> None:
     for rounds in (1, 5):
         few = judged(result({"tau 0": still(1.2, rounds)}, QUIET))
-        assert (few.exit_code, {v.note for v in few.verdicts}) == (2, {"too few rounds"})
+        assert (few.exit_code, {v.note for v in few.verdicts}) == (3, {"too few rounds"})
         assert "Infinity" not in judge.dumps(few)
     gone = judged(result({"unpruned": still()}, QUIET))
     assert {v.note for v in gone.verdicts} == {"not measured now"}
     other = MACHINE.model_copy(update={"cpu": "another"})
     apart = judged(result({"tau 0": still(1.2, 25)}, QUIET, machine=other))
-    assert (apart.exit_code, len(apart.of(judge.UNSURE))) == (2, 8)
+    assert (apart.exit_code, len(apart.of(judge.UNSURE))) == (3, 8)
     assert "another now" in apart.notes[0]
     assert judged(result({"tau 0": still(1.2, 25)}, QUIET, machine=other), any_machine=True).exit_code == 1
 
@@ -160,7 +161,7 @@ def test_what_cannot_be_told() -> None:
 def test_a_machine_that_became_slower_is_not_blamed_on_the_bundle() -> None:
     slow = Speed(memory_gb_per_s=(30.0,) * 25, gflop_per_s=(150.0,) * 25)
     found = judged(result({"tau 0": still(1.2, 25)}, slow))
-    assert (found.exit_code, found.of(judge.REGRESSED)) == (2, [])
+    assert (found.exit_code, found.of(judge.REGRESSED)) == (3, [])
     assert "the machine itself multiplies 33% slower" in " ".join(found.notes)
     assert "vision.p10" in named(judged(result({"tau 0": still(1.8, 25)}, slow)), judge.REGRESSED)
 
@@ -182,9 +183,9 @@ def test_only_questions_with_values_on_both_sides_are_compared() -> None:
 def test_nothing_to_compare_is_no_success() -> None:
     nothing = np.zeros((24, ITEMS, len(STAGES)))
     new, base = result({"tau 0": nothing}, QUIET), result({"tau 0": nothing}, QUIET)
-    assert judged(new, base).exit_code == 2
+    assert judged(new, base).exit_code == 3
     named_one = judged(new, base, metrics=["decode.p50"])
-    assert (named_one.exit_code, named_one.verdicts[0].note) == (2, "it has no values here")
+    assert (named_one.exit_code, named_one.verdicts[0].note) == (3, "it has no values here")
     more = judged(result({"tau 0": still(1, 25), "unpruned": still()}, QUIET))
     assert (more.exit_code, more.notes) == (0, ("unpruned: not measured then",))
 
@@ -195,7 +196,41 @@ def test_a_small_stage_that_cannot_be_told_does_not_matter() -> None:
         times[:, :, STAGES.index("prune")] = 0.1 * np.random.default_rng(1).lognormal(0, 1, times.shape[:2])
     found = judged(result({"tau 0": new}, QUIET), result({"tau 0": base}, QUIET))
     assert found.exit_code == 0
-    assert [v.note for v in found.verdicts if v.metric == "prune.p10"] == ["at most 1% of the whole"]
+    (note,) = [v.note for v in found.verdicts if v.metric == "prune.p10"]
+    assert re.fullmatch(r"a change of 0\.\d\d ms at most, under 1% of e2el", note)
+
+
+def shifted(setting: Setting, milliseconds: float) -> Setting:
+    """More time outside of all stages, before the first token."""
+    longer = [
+        r.model_copy(update={"ttft": r.ttft + milliseconds, "e2el": r.e2el + milliseconds}) for r in setting.requests
+    ]
+    return setting.model_copy(update={"requests": tuple(longer)})
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.01, 20.0), (20.0, 0.01)])
+def test_time_outside_of_all_stages_is_named_and_no_verdict(then: float, now: float) -> None:
+    """Twenty milliseconds of forty that no stage took: they belong to the machine as much as to the bundle."""
+    base, new = (
+        result({}, QUIET).model_copy(update={"settings": (shifted(setting(still(1, 24 + i), 0.0), ms),)})
+        for i, ms in enumerate((then, now))
+    )
+    found = judged(new, base)
+    assert (found.exit_code, found.of(judge.REGRESSED), found.of(judge.IMPROVED)) == (judge.CANNOT_TELL, [], [])
+    assert named(found, judge.UNSURE) == {"ttft.p10", "e2el.p10", "other.p10"}
+    assert {v.note for v in found.of(judge.UNSURE)} == {"only the time outside of all stages (other) says so"}
+
+
+def test_an_improvement_within_the_tolerance_is_not_the_same() -> None:
+    """-11 .. -7 % at 10 % is neither an improvement by 10 % nor a change of at most 10 %."""
+    new = still(0.91, 25)
+    new[:, :, STAGES.index("vision")] *= np.random.default_rng(2).lognormal(0, 0.02, new[:, :, 0].shape)
+    found = judged(result({"tau 0": new}, QUIET), tolerance=0.1)
+    (vision,) = [v for v in found.verdicts if v.metric == "vision.p10"]
+    assert vision.low is not None
+    assert vision.high is not None
+    assert vision.low < 1 / 1.1 < vision.high < 1
+    assert (vision.verdict, found.exit_code) == (judge.UNSURE, judge.CANNOT_TELL)
 
 
 def with_answers(*said: str) -> Result:
@@ -226,7 +261,7 @@ def test_a_fast_wrong_answer_is_a_regression(before: str, after: str, verdict: s
 def test_answers_without_a_right_one() -> None:
     found = judged(result({"tau 0": still(1, 25)}, QUIET), accuracy=True)
     assert "no expected answers; 0 of 3 answers changed" in [v.note for v in found.verdicts]
-    assert found.exit_code == 2
+    assert found.exit_code == 3
 
 
 def test_other_questions_and_options_are_no_comparison() -> None:

@@ -142,7 +142,9 @@ def run(
 
 def summary(result: Any) -> list[str]:
     """A result in a few lines."""
-    metrics = ("ttft", "tpot", "e2el", "preprocess", "prune", "vision", "prefill", "decode")
+    from .schema import STAGES
+
+    metrics = ("ttft", "tpot", "e2el", *STAGES, "other")
     rows = [["ms, medians", "kept", *metrics, "requests/s", "tokens/s"]]
     for s in result.settings:
         cells = [f"{s.metrics[name].median.value:.1f}" if name in s.metrics else "" for name in metrics]
@@ -150,6 +152,11 @@ def summary(result: Any) -> list[str]:
             [s.name, f"{s.kept}/{s.total}", *cells, f"{s.request_throughput:.2f}", f"{s.output_throughput:.1f}"]
         )
     lines = aligned(rows)
+    longest = max(r.output_tokens for s in result.settings for r in s.requests)
+    if result.options.ignore_eos and longest < result.options.max_new_tokens:
+        lines.append(
+            f"answers have {longest} tokens, not the {result.options.max_new_tokens} asked for: the context ends there"
+        )
     if result.cold:
         lines.append(f"first token of a new process: {result.cold.median.value:.0f} ms (median of {result.cold.n})")
     lines.append(f"peak RSS {result.peak_rss_bytes / 1e6:.0f} MB; {result.rounds} rounds; {result.bundle.device}")
@@ -179,9 +186,12 @@ def compare(
 ) -> None:
     """Judge the result NEW by the result BASE.
 
-    Exits with 0 if nothing regressed, with 1 if something did, and with 2 if something cannot be told.
+    Exits with 0 if nothing regressed, with 1 if something did, with 3 if something cannot be told, and with 2 if files
+    cannot be compared at all.
     """
     try:
+        if markdown:  # empty where $GITHUB_STEP_SUMMARY is: not on GitHub
+            writable(markdown)
         from . import compare as judge
         from . import schema
 
@@ -189,9 +199,9 @@ def compare(
         found = judge.compare(before, after, tolerance, metrics or None, accuracy, any_machine)
     except PpexportError as err:
         click.echo(f"Error: {err}", err=True)
-        ctx.exit(2)  # nothing can be told; 1 would be a regression
+        ctx.exit(2)  # 1 would be a regression
     click.echo(judge.dumps(found) if as_json else "\n".join(judge.text(found)))
-    if markdown is not None:
+    if markdown:
         try:
             judge.append(judge.markdown(found, before, after), markdown)
         except OSError as err:

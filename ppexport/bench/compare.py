@@ -19,12 +19,14 @@ from .statistics import QUANTILE, ratio, statistic
 
 # What a request takes when the machine lets it: moments in which the machine is slow come and go between measurements,
 # and make medians scatter ten times as much (bench/latency_noise.py). Promises about p50 or p95 are judged by --metric.
-DEFAULT = tuple(f"{name}.p10" for name in ("ttft", "tpot", "e2el", *STAGES))
+DEFAULT = tuple(f"{name}.p10" for name in ("ttft", "tpot", "e2el", *STAGES, "other"))
+WHOLE = ("ttft", "tpot", "e2el")  # metrics that stages add up to, but for what no stage took
 SHIFT = 0.25  # a smaller difference between the machine's speeds then and now says nothing about times
 RESOLUTION = 0.01  # milliseconds by which a stage differs from process to process
 WRONG = 0.05  # chance that any verdict of a comparison is wrong where nothing changed
 SMALL = 0.01  # of the end-to-end latency: what is not known of a smaller stage does not matter
 IMPROVED, SAME, REGRESSED, UNSURE = "improved", "same", "regressed", "cannot tell"
+CANNOT_TELL = 3  # exit code; 2 is that of wrong options and files that cannot be read
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All verdicts. ``exit_code``: 1 if anything regressed, else 2 if anything cannot be told, else 0."""
+    """All verdicts. ``exit_code``: 1 if anything regressed, else CANNOT_TELL if anything cannot be told, else 0."""
 
     tolerance: float
     verdicts: tuple[Verdict, ...]
@@ -54,7 +56,7 @@ class Comparison:
     def exit_code(self) -> int:
         """For a shell."""
         found = {each.verdict for each in self.verdicts}
-        return 1 if REGRESSED in found else 2 if UNSURE in found or not found else 0
+        return 1 if REGRESSED in found else CANNOT_TELL if UNSURE in found or not found else 0
 
     def of(self, verdict: str) -> list[Verdict]:
         """Those with that verdict."""
@@ -156,24 +158,36 @@ def _judge(
     tables = common(base, new, metric) if metric != "prune" or base.tau is not None else None
     if tables is None or not all(values.size and (values > 0).all() for values in tables):
         return None if by_default else _unsure(base, f"{metric}.{name}", "it has no values here")
-    value, low, high = ratio(tables[0], tables[1], name, confidence, np.random.default_rng(0))
     before, after = (_typical(values, name) for values in tables)
-    apart = 0 if metric in ("tpot", "itl") else RESOLUTION / before
-    low, high = low / slower - apart, high / faster + apart
-    note = ""
-    if low > 1 + tolerance:
-        verdict = REGRESSED
-    elif high < 1 / (1 + tolerance):
-        verdict = IMPROVED
-    elif low >= 1 / (1 + tolerance) and high <= 1 + tolerance:
-        verdict = SAME
-    elif by_default and metric in STAGES and (high - 1) * before < SMALL * _typical(table(base, "e2el")[0], name):
-        verdict, note = SAME, f"at most {SMALL:.0%} of the whole"
-    else:
-        verdict, note = UNSURE, "more rounds, or a quieter machine, would tell"
+
+    def interval(tables: tuple[np.ndarray, np.ndarray]) -> tuple[float, float, float]:
+        value, low, high = ratio(tables[0], tables[1], name, confidence, np.random.default_rng(0))
+        apart = 0 if metric in ("tpot", "itl") else RESOLUTION / before
+        return value, low / slower - apart, high / faster + apart
+
+    value, low, high = interval(tables)
     if not np.isfinite(high):
         return _unsure(base, f"{metric}.{name}", "too few rounds")
+    verdict, note = _word(low, high, tolerance), ""
+    if verdict in (REGRESSED, IMPROVED) and metric in (*WHOLE, "other"):
+        in_stages = common(base, new, metric, in_stages=True) if metric in WHOLE else None
+        if in_stages is None or _word(*interval(in_stages)[1:], tolerance) != verdict:
+            verdict, note = UNSURE, "only the time outside of all stages (other) says so"
+    elif verdict == UNSURE:
+        note = "more rounds, or a quieter machine, would tell"
+        most = max(high - 1, 1 - low) * before
+        if by_default and metric in (*STAGES, "other") and most < SMALL * _typical(table(base, "e2el")[0], name):
+            verdict, note = SAME, f"a change of {most:.2f} ms at most, under {SMALL:.0%} of e2el"
     return Verdict(base.name, f"{metric}.{name}", before, after, value, low, high, verdict, note)
+
+
+def _word(low: float, high: float, tolerance: float) -> str:
+    """The verdict on an interval of new over base. At 10 %: 0.84 .. 0.97 is no improvement, and not the same either."""
+    if low > 1 + tolerance:
+        return REGRESSED
+    if high < 1 / (1 + tolerance):
+        return IMPROVED
+    return SAME if low >= 1 / (1 + tolerance) and high <= 1 + tolerance else UNSURE
 
 
 def _typical(values: np.ndarray, name: str) -> float:
@@ -181,23 +195,24 @@ def _typical(values: np.ndarray, name: str) -> float:
     return float(np.exp(np.log(statistic(values, name, 0)).mean()))
 
 
-def common(base: Setting, new: Setting, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+def common(base: Setting, new: Setting, metric: str, in_stages: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
     """Both tables, of the questions that have values in both; None if there are none."""
-    (before, first), (after, second) = table(base, metric), table(new, metric)
+    (before, first), (after, second) = table(base, metric, in_stages), table(new, metric, in_stages)
     both = [item for item in first if item in second]
     if not both:
         return None
     return before[:, [first.index(i) for i in both]], after[:, [second.index(i) for i in both]]
 
 
-def table(setting: Setting, metric: str) -> tuple[np.ndarray, list[int]]:
+def table(setting: Setting, metric: str, in_stages: bool = False) -> tuple[np.ndarray, list[int]]:
     """Milliseconds [rounds, items], the mean where a question was asked several times in a round; and the items.
 
+    ``in_stages`` as for measure.values_of.
     Questions without a value (the tpot of an answer of one token), and rounds that lack one, are left out.
     """
     cells: dict[tuple[int, int], list[float]] = {}
     for request in setting.requests:
-        cells.setdefault((request.round, request.item), []).extend(values_of(request, metric))
+        cells.setdefault((request.round, request.item), []).extend(values_of(request, metric, in_stages))
     means = {key: float(np.mean(values)) for key, values in cells.items() if values}
     items = sorted({item for _, item in means})
     rounds = sorted({number for number, _ in means})

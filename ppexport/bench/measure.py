@@ -228,13 +228,16 @@ def setting_of(tau: float | None, concurrency: int, block: Block, items: Sequenc
     )
 
 
-def values_of(request: Request, metric: str) -> Sequence[float]:
-    """One number of a request, several for itl, none for the tpot of a single token."""
+def values_of(request: Request, metric: str, in_stages: bool = False) -> Sequence[float]:
+    """One number of a request, several for itl, none for the tpot of a single token.
+
+    ``in_stages``: what of a ttft, e2el or tpot the stages took.
+    """
     if metric == "itl":
         return request.itl
     if metric in schema.STAGES:
         return [request.stages[metric]]
-    found = getattr(request, metric)
+    found = request.in_stages(metric) if in_stages else getattr(request, metric)
     return [] if found is None else [found]
 
 

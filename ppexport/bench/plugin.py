@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+SKIPPED = "latency"  # what the reasons of skipped checks begin with
+
 if TYPE_CHECKING:
     from .compare import Comparison
 
@@ -23,6 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The option that writes baselines."""
     group = parser.getgroup("ppexport")
     group.addoption("--latency-update", action="store_true", help="Write the baselines of latency checks anew.")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say why latency checks were skipped, also where pytest was not asked for reasons (-rs)."""
+    for report in terminalreporter.getreports("skipped"):
+        if isinstance(report.longrepr, tuple) and report.longrepr[2].startswith(f"Skipped: {SKIPPED}"):
+            terminalreporter.section(f"{report.nodeid} was skipped")
+            terminalreporter.line(report.longrepr[2].removeprefix("Skipped: "))
 
 
 @pytest.fixture
@@ -96,7 +106,9 @@ class Latency:
         base = schema.read(path)
         judge.parse(metrics)
         if apart := machine.differences(base.machine, machine.describe()):
-            pytest.skip(f"{path.name} is of another machine ({'; '.join(apart)}); write one with --latency-update")
+            pytest.skip(
+                f"{SKIPPED}: {path.name} is of another machine ({'; '.join(apart)}); write one with --latency-update"
+            )
         judged, found = accuracy and any(setting.answered for setting in base.settings), []
         for _ in range(attempts):
             result = measure(str(where), name, questions, asked)
@@ -108,4 +120,4 @@ class Latency:
             pytest.fail(
                 f"slower than {path.name}, or wrong, in each of {attempts} measurements:\n{table}", pytrace=False
             )
-        pytest.skip(f"cannot be told:\n{table}")
+        pytest.skip(f"{SKIPPED}: it cannot be told, in {attempts} measurements, the last of which is:\n{table}")

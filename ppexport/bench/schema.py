@@ -1,7 +1,8 @@
 """What ``ppexport bench`` writes, and a reader that refuses what it does not know.
 
 Times are milliseconds and metrics have the names of ``vllm bench``: ttft (time to first token), tpot (time per output
-token after the first), itl (inter-token latency), e2el (end-to-end latency); beside them the stages.
+token after the first), itl (inter-token latency), e2el (end-to-end latency); beside them the stages, and "other", the
+time of a request that no stage took.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ except ImportError as err:
 
 VERSION = 1
 STAGES = ("preprocess", "prune", "vision", "prefill", "decode")
-METRICS = ("ttft", "tpot", "itl", "e2el", *STAGES)
+METRICS = ("ttft", "tpot", "itl", "e2el", *STAGES, "other")
 STATISTICS = ("mean", "median", "p90", "p95", "p99")
 
 
@@ -122,6 +123,18 @@ class Request(Model):
     def tpot(self) -> float | None:
         """Mean time per output token after the first; None for an answer of one token."""
         return (self.e2el - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def other(self) -> float:
+        """What of the end-to-end latency lies outside of every stage."""
+        return max(0.0, self.e2el - sum(self.stages.values()))
+
+    def in_stages(self, metric: str) -> float | None:
+        """What of "ttft", "e2el" or "tpot" the stages took."""
+        decode = self.stages["decode"]
+        if metric == "tpot":
+            return decode / (self.output_tokens - 1) if self.output_tokens > 1 else None
+        return sum(self.stages.values()) - (decode if metric == "ttft" else 0.0)
 
 
 class Interval(Model):
