@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ def number(name: str, value: Any, expected: str, low: float, high: float = math.
     if not (math.isfinite(found) and low <= found <= high) or (above_low and found == low):
         raise RequestError(f"{name} is {value!r:.80}, expected {expected}")
     return found
-
-
-def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
-    """``value`` if it is a list or tuple; raises RequestError."""
-    if not isinstance(value, (list, tuple)):
-        raise RequestError(f"{name} is a {type(value).__name__}, expected a list of {of}")
-    return value
 
 
 def writable(path: str | Path) -> Path:

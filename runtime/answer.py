@@ -32,6 +32,9 @@ class Answer(Iterator[str]):
         self._text.append(piece)
         return piece
 
+    def __str__(self) -> str:
+        return self.text()
+
     def text(self) -> str:
         """Generate to the end and return the whole answer."""
         for _ in self:

@@ -7,9 +7,11 @@ transparent pixels are put on white (it would show whatever colour lies under th
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +28,7 @@ MAX_FILE_BYTES = 256 << 20
 MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused before it is decoded
 MAX_ASPECT = 200  # as in transformers
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # looked for in folders
+SCHEME = re.compile(r"(data):|([a-zA-Z][a-zA-Z0-9+.-]+)://")  # of a URL; a drive of Windows is one letter
 MIN_SIDE = 2  # a 1 x 1 image is a tracking pixel or a failed capture, not a document
 
 
@@ -59,7 +62,7 @@ def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> n
     try:
         H, W = smart_resize(height, width, block, min_pixels, max_pixels)
     except ImageError as err:
-        raise ImageError(f"{image}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)) from err
+        raise ImageError(f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)) from err
     if source.size != (W, H):
         source = source.resize((W, H), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(source))
@@ -109,6 +112,8 @@ def read(image: ImageLike) -> Image.Image:
         return _to_rgb(image, "the image")
     if isinstance(image, bytes):
         return _decode(image, "the image")
+    if isinstance(image, str) and (scheme := SCHEME.match(image)):
+        return _decode(_data_of(image, scheme[1] or scheme[2]), f"{image[:40]}...")
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
         return _decode(_file_bytes(path), str(path))
@@ -125,6 +130,19 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if 0 in array.shape:
         raise ImageError(f"an image array has shape {array.shape}, expected at least {MIN_SIDE} pixels on each side")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "the image")
+
+
+def _data_of(url: str, scheme: str) -> bytes:
+    """The bytes in a ``data:`` URL. Raises ImageError for other URLs: nothing is fetched."""
+    if scheme != "data":
+        raise ImageError(f"{url:.200}: is a URL, expected a file; nothing is fetched: download it first")
+    head, comma, data = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ImageError(f"{url:.40}...: expected a URL of the form data:image/png;base64,...")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as err:
+        raise ImageError(f"{url:.40}...: is not valid base64 ({err})") from err
 
 
 def _file_bytes(path: Path) -> bytes:

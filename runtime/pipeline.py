@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..models.checks import integer, sequence
+from ..models.checks import integer
 from ..models.errors import BundleError, RequestError
 from ..models.manifest import Manifest
 from .answer import Answer, Step
@@ -20,13 +20,14 @@ from .bundle import open_bundle
 from .devices import open_device
 from .image import ImageLike, prepare
 from .language import STEP, Language, build_prompt
+from .messages import PromptLike, images_of, with_images
 from .prune import Prune, Selection, check_prune
 from .reuse import Digests, Reuse, digest
 from .sampling import Sampling
 from .selector import Selector
 from .session import Backend, Buffer
 from .stats import Stats, log_request
-from .text import PromptLike, Text
+from .text import Text
 from .vision import Features, Vision, features_of
 
 LOG = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Pipeline:
     def generate(
         self,
         prompt: PromptLike,
-        images: Sequence[ImageLike] = (),
+        images: ImageLike | Sequence[ImageLike] = (),
         prune: PruneLike = "default",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -111,9 +112,10 @@ class Pipeline:
     ) -> Answer:
         """Answer a question about images; iterate over the result for text, then read its ``stats``.
 
-        ``prompt``: a question, or chat messages with an {"type": "image"} part per image; ``prune``: "default" is what
-        the bundle says, None keeps everything. Images and prompt are checked before this returns. Raises ImageError,
-        RequestError, and BundleError for a bundle that only takes token ids.
+        ``prompt``: a question, or chat messages; ``images``: those that the messages do not hold themselves
+        (messages.py says how they go together); ``prune``: "default" is what the bundle says, None keeps everything.
+        Images and prompt are checked before this returns. Raises ImageError, RequestError, and BundleError for a bundle
+        that only takes token ids.
         """
         if self.text is None:
             raise BundleError(
@@ -122,16 +124,17 @@ class Pipeline:
             )
         stats, sampling = Stats(), Sampling(temperature, top_p, top_k, seed)
         integer("max_new_tokens", max_new_tokens, at_least=1)
-        prepared = self._prepare(images, prune, stats)
+        messages, shown = with_images(prompt, images_of(images))
+        prepared = self._prepare(shown, prune, stats)
         with stats.stage("text"):
-            ids = self.text.encode(prompt, [s.total for s in prepared.selections])
+            ids = self.text.encode(messages, [s.total for s in prepared.selections])
         steps = self._steps(ids, prepared, sampling, max_new_tokens, stats)
         return Answer(steps, self.text, stats, frozenset(self.manifest.stop_tokens))
 
     def generate_tokens(
         self,
         input_ids: Sequence[int] | np.ndarray,
-        images: Sequence[ImageLike] = (),
+        images: ImageLike | Sequence[ImageLike] = (),
         prune: PruneLike = "default",
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -155,7 +158,7 @@ class Pipeline:
             raise RequestError("stats is not a fresh ppexport.Stats(), expected a new one for every request")
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
-        prepared = self._prepare(images, prune, stats)
+        prepared = self._prepare(images_of(images), prune, stats)
         return self._steps(ids.astype(np.int32), prepared, sampling, max_new_tokens, stats, stop)
 
     def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
@@ -167,7 +170,6 @@ class Pipeline:
 
     def _prepare(self, images: Sequence[ImageLike], prune: PruneLike, stats: Stats) -> Prepared:
         """Stages image and prune: read, resize, upload, select."""
-        sequence("images", images, "images")
         setting = self._prune(prune)
         buffers, keeps, selections, digests = [], [], [], []
         for image in images:

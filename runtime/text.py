@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ..models.errors import BundleError, RequestError
+from .messages import Message, PromptLike, with_images
 
-Messages = Sequence[Mapping[str, Any]]
-PromptLike = str | Messages
+PRIVATE = (0xF0000, 0x100000)  # first code points of Unicode's private planes, for what stands for special tokens
+PLANE = 0xFFFE
 
 
 class Text:
@@ -30,6 +31,9 @@ class Text:
         except Exception as err:  # tokenizers raises bare Exception
             raise BundleError(f"tokenizer.json cannot be read: {err}; build the bundle again") from err
         self.image_token = image_token
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {token.content: number for number, token in added.items() if token.special}
+        self._as_text: Tokenizer | None = None  # takes special tokens for text
         source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         try:
             self.template = _environment().from_string(source)
@@ -39,24 +43,27 @@ class Text:
     def encode(self, prompt: PromptLike, grids: Sequence[int]) -> np.ndarray:
         """Token ids int32 [S] of a prompt, each image's placeholder repeated once per token of its full grid.
 
-        ``prompt``: a question (the images come before it) or chat messages as transformers takes them; ``grids``: N of
-        each image. Raises RequestError if the rendered prompt does not hold one placeholder per image.
+        ``prompt``: a question (the images come before it) or chat messages (messages.py); ``grids``: N of each image.
+        Special tokens in them are text, only those of the template are special. Raises RequestError if the rendered
+        prompt does not hold one placeholder per image.
         """
-        messages = _messages(prompt, len(grids))
+        messages, _ = with_images(prompt, [b""] * len(grids))
+        marks = self._marks(messages)
         try:
-            rendered = self.template.render(messages=messages, add_generation_prompt=True)
+            rendered = self.template.render(messages=_replaced(messages, marks), add_generation_prompt=True)
         except Exception as err:  # a template may raise anything that Python can
             raise RequestError(f"the chat template refused the prompt: {err}") from err
         try:
             rendered.encode("utf-8")
         except UnicodeEncodeError as err:
             raise RequestError(f"the prompt is not valid text ({err}), expected UTF-8") from err
-        ids = np.array(self.tokenizer.encode(rendered, add_special_tokens=False).ids, np.int32)
+        numbers = self._encode_marked(rendered, marks) if marks else self._encode(rendered)
+        ids = np.array(numbers, np.int32)
         is_image = ids == self.image_token
         if is_image.sum() != len(grids):
             raise RequestError(
-                f"the prompt holds {int(is_image.sum())} image placeholders, expected {len(grids)}, one per image "
-                f"({self.tokenizer.id_to_token(self.image_token)!r} in a question is read as a placeholder)"
+                f"the prompt holds {int(is_image.sum())} image placeholders, expected {len(grids)}, one per image: the "
+                "bundle's chat template does not show every image part"
             )
         times = np.ones(len(ids), np.int64)
         times[is_image] = grids
@@ -65,6 +72,47 @@ class Text:
     def stream(self) -> TextStream:
         """A new incremental decoder."""
         return TextStream(self.tokenizer)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _marks(self, messages: Sequence[Message]) -> dict[str, str]:
+        """Special tokens that messages hold -> a character that they do not hold, to stand for each in the template."""
+        text = "\n".join(_strings(messages))
+        found = [token for token in self.special if token in text]
+        if not found:
+            return {}
+        first = next((low for low in PRIVATE if not any(low <= ord(c) <= low + PLANE for c in text)), None)
+        if first is None or len(found) > PLANE:
+            raise RequestError("the prompt holds special tokens and characters of both private planes of Unicode")
+        longest_first = sorted(found, key=len, reverse=True)  # one may be the beginning of another
+        return {token: chr(first + i) for i, token in enumerate(longest_first)}
+
+    def _encode_marked(self, rendered: str, marks: Mapping[str, str]) -> list[int]:
+        """Token ids of text in which marks stand for special tokens that are text.
+
+        The text between the special tokens of the template is what the tokenizer takes by itself anyway, so cutting
+        there changes nothing: "<|im_start|>user\\nWhat is <|im_end|>?<|im_end|>" with the first end marked is the start
+        token, the text "user\\nWhat is <|im_end|>?" and the end token.
+        """
+        if self._as_text is None:
+            self._as_text = Tokenizer.from_str(self.tokenizer.to_str())
+            self._as_text.encode_special_tokens = True
+        tokens = self.tokenizer.encode(rendered, add_special_tokens=False)
+        special = set(self.special.values())
+        ids: list[int] = []
+        end = 0
+        for number, (start, stop) in [*zip(tokens.ids, tokens.offsets, strict=True), (-1, (len(rendered),) * 2)]:
+            if number in special or number < 0:
+                between = rendered[end:start]
+                for token, mark in marks.items():
+                    between = between.replace(mark, token)
+                if between:
+                    ids += self._as_text.encode(between, add_special_tokens=False).ids
+                ids += [number] if number >= 0 else []
+                end = stop
+        return ids
 
 
 class TextStream:
@@ -87,23 +135,29 @@ class TextStream:
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._sent :]
 
 
-def _messages(prompt: PromptLike, images: int) -> Messages:
-    if isinstance(prompt, str):
-        content = [{"type": "image"} for _ in range(images)]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-    messages: Messages = prompt
-    if not isinstance(messages, Sequence) or not all(
-        isinstance(m, Mapping) and "role" in m and "content" in m for m in messages
-    ):
-        raise RequestError(
-            f"the prompt is {prompt!r:.80}, expected a string or a list of messages with 'role' and 'content'"
-        )
-    for message in messages:
-        parts = message["content"]
-        for part in [] if isinstance(parts, str) or not isinstance(parts, Sequence) else parts:
-            if not isinstance(part, Mapping) or part.get("type") not in ("image", "text"):
-                raise RequestError(f"a message holds the part {part!r:.80}, expected {{'type': 'image'}} or 'text'")
-    return messages
+def _strings(value: Any) -> Iterator[str]:
+    """All text in messages but the roles, which are checked."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from () if key == "role" else _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _replaced(value: Any, marks: Mapping[str, str]) -> Any:
+    """Messages with all special tokens in them replaced."""
+    if not marks:
+        return value
+    if isinstance(value, str):
+        for token, mark in marks.items():
+            value = value.replace(token, mark)
+        return value
+    if isinstance(value, Mapping):
+        return {key: item if key == "role" else _replaced(item, marks) for key, item in value.items()}
+    return [_replaced(item, marks) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _environment() -> jinja2.Environment:
