@@ -20,7 +20,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe
 
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.calibration import Calibration
 from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
 from ppexport.models.precision import Wanted

@@ -17,7 +17,7 @@ import numpy as np
 from ppexport.bench.measure import Plan, measure
 from ppexport.bench.schema import STAGES
 from ppexport.bench.workload import open_workload
-from ppexport.build import build
+from ppexport.build_bundle import build
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 

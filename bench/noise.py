@@ -24,7 +24,7 @@ from machine import describe
 from selector import photo_like
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"

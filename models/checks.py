@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,14 @@ def writable(path: str | Path) -> Path:
     except (OSError, ValueError) as err:
         raise SpaceError(f"{path}: cannot be written: {err}") from err
     return target
+
+
+def utf8(path: str | Path) -> str:
+    """A path for libraries that take UTF-8 only, also where the locale made Python read it as ASCII.
+
+    Raises SpaceError for a name that is not UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise SpaceError(f"{str(path)!r}: the name is not valid UTF-8 ({err}), expected a name that is") from err

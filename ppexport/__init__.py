@@ -22,6 +22,7 @@ if not (_FOLDER := Path(__file__).resolve().parent).joinpath("models").is_dir():
 from .models.version import __version__
 
 if TYPE_CHECKING:
+    from .build_bundle import build
     from .models.errors import (
         BackendError,
         BundleError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .runtime.stats import Stats
 
 _WHERE = {
+    "build_bundle": ("build",),
     "runtime.answer": ("Answer", "Step"),
     "runtime.pipeline": ("Encoded", "Pipeline", "load"),
     "runtime.prune": ("Prune", "Selection"),
@@ -74,6 +76,7 @@ __all__ = [
     "Stats",
     "Step",
     "__version__",
+    "build",
     "load",
     "select",
     "select_frames",

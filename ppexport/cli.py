@@ -11,6 +11,7 @@ import click
 
 from . import logs
 from .bench.commands import bench
+from .interrupts import Interrupts
 from .models.config import MOST_SEED, PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
 from .models.precision import BITS, BYTES, Wanted
@@ -29,33 +30,48 @@ from .options import (
 
 
 class Group(click.Group):
-    """Prints the errors users can cause as one line and exits with 1."""
+    """Prints the errors users can cause as one line and exits with 1; with 128 and its number after a signal."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Parse and run; what cannot even print its help says so."""
+        try:
+            return super().main(*args, **extra)
+        except OSError as err:
+            click.echo(f"Error: the output cannot be written: {err}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except PpexportError as err:
-            raise click.ClickException(str(err)) from err
-        except OSError as err:
-            if err.errno == errno.EPIPE:
-                raise
-            raise click.ClickException(f"the output cannot be written: {err}") from err
-        except KeyboardInterrupt:
-            # One that has passed through exec(), as torch uses it, makes CPython end the process with SIGINT, whatever
-            # catches it. The next exec() makes it forget that.
-            exec("")
-            raise
+        with Interrupts() as ctx.obj:
+            try:
+                return super().invoke(ctx)
+            except PpexportError as err:
+                raise click.ClickException(str(err)) from err
+            except OSError as err:
+                if err.errno == errno.EPIPE:
+                    raise
+                raise click.ClickException(f"the output cannot be written: {err}") from err
+            except KeyboardInterrupt:
+                # One that has passed through exec(), as torch uses it, makes CPython end the process with SIGINT,
+                # whatever catches it. The next exec() makes it forget that.
+                exec("")
+                click.echo("Aborted!", err=True)
+                ctx.exit(ctx.obj.exit_code)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Every command takes the options of logs, too."""
+        for command in cmd.commands.values() if isinstance(cmd, click.Group) else [cmd]:
+            command.params += logs.options()
+        super().add_command(cmd, name)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--log-level", type=click.Choice(logs.LEVELS), help="Log to stderr from this level on.")
-@click.option("--log-format", type=click.Choice(logs.FORMATS), help="json: an object per line.  [default: text]")
-def main(log_level: str | None, log_format: str | None) -> None:
+def main() -> None:
     """Export vision-language models with pixel-space token pruning inside, and run them without torch."""
-    if log_level or log_format:
-        logs.configure(log_level or "info", log_format or "text")
+
+
+main.params += logs.options()
 
 
 @main.command()
@@ -88,11 +104,20 @@ def main(log_level: str | None, log_format: str | None) -> None:
 )
 @engine_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no notices.")
-def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...], quiet: bool, **options: Any) -> None:
+@click.pass_context
+def build(
+    ctx: click.Context,
+    source: str,
+    output: str | None,
+    dialect: str,
+    targets: tuple[str, ...],
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Make a bundle from a Hugging Face CHECKPOINT directory, or compile engines for a BUNDLE in place."""
     from . import progress
-    from .build import build as build_bundle
-    from .build import compile_in_place
+    from .build_bundle import build as build_bundle
+    from .build_bundle import compile_in_place
 
     wanted, calibration = weights_of(options), calibration_of(options)
     if output is None and (not targets or wanted != Wanted() or dialect != "auto" or calibration):
@@ -100,7 +125,7 @@ def build(source: str, output: str | None, dialect: str, targets: tuple[str, ...
     sizes, engine = engines_of(**options)
     if not targets and (sizes is not None or engine != type(engine)()):
         raise click.UsageError("sizes and options of engines go with --target")
-    with progress.Bar(quiet) as bar:
+    with progress.Bar(quiet, ctx.obj) as bar:
         if output is None:
             compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:

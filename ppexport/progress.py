@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .engines import memory
+from .interrupts import Interrupts
 from .models.config import ModelConfig
 from .models.manifest import Manifest
 from .models.profiles import Profiles
@@ -19,38 +18,25 @@ if TYPE_CHECKING:
     from .exporters.bundle import Plan
 
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # all of them as Ctrl-C: clean up; Windows has no SIGHUP
-
-
 class Bar:
-    """One line per stage on stderr, plain text where that is no terminal. Inside, signals become KeyboardInterrupt."""
+    """One line per stage on stderr, plain text where that is no terminal. ``interrupts``: those that end the work."""
 
-    def __init__(self, quiet: bool):
-        self.quiet, self.console = quiet, Console(stderr=True)
+    def __init__(self, quiet: bool, interrupts: Interrupts | None = None):
+        self.quiet = quiet
+        self.interrupts = interrupts or Interrupts()
+        self.console = Console(stderr=True)
         columns = (TextColumn("{task.description:<18}"), BarColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
         self.tasks: dict[str, object] = {}
-        self.interrupted = False
-        self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Bar:
-        for name in SIGNALS:
-            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
-                number = getattr(signal, name)
-                self.handlers[number] = signal.signal(number, self._interrupt)
         self.progress.__enter__()
         return self
-
-    def _interrupt(self, *_: object) -> None:
-        self.interrupted = True
-        raise KeyboardInterrupt
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.__exit__(kind, value, trace)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
     def plan(self, plan: Plan, sizes: Profiles | None) -> None:
         """Say what will be done, and what the engines for ``sizes`` will need."""
@@ -84,10 +70,9 @@ class Bar:
     def update(self, stage: str, done: int, total: int) -> None:
         """Show ``done`` of ``total`` steps of a stage; "stage: phase" shows the phase it is in, too.
 
-        Raises KeyboardInterrupt once more after a signal: Python drops one that arrives in a destructor.
+        Raises KeyboardInterrupt after a signal.
         """
-        if self.interrupted:
-            raise KeyboardInterrupt
+        self.interrupts.check()
         name = stage.partition(": ")[0]
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(name, total=total)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .inspect import check_picture, write_overlay
+from .logs import EndsLine
 from .models.checks import writable
+from .models.errors import RequestError
+from .models.manifest import FILE
 from .runtime.pipeline import REUSE, PruneLike, load
 from .runtime.stats import Stats
 from .trace import write as write_trace
@@ -40,13 +45,21 @@ def run(
         check_picture(overlay, images)
     if trace is not None:
         writable(trace)
+    if not Path(bundle).is_dir() and (swapped := [prompt for prompt in prompts if (Path(prompt) / FILE).is_file()]):
+        raise RequestError(
+            f"found {bundle!r:.80} first and the bundle {swapped[0]!r:.80} after it, expected BUNDLE PROMPT"
+        )
+    prompts = [_as_utf8(prompt) for prompt in prompts]
     asked: list[tuple[str, Stats]] = []
     pipe = load(bundle, device, min_pixels, max_pixels, threads, verify, 0 if no_reuse else REUSE)
     for i, prompt in enumerate(prompts):
         answer = pipe.generate(prompt, images, prune, **generation)
-        for piece in answer:
-            if not as_json:
-                click.echo(piece, nl=False)
+        with EndsLine() as out:
+            out.open = not as_json  # an empty answer is a line, too
+            for piece in answer:
+                if not as_json:
+                    out.write(piece)
+            out.end()
         asked.append((prompt, answer.stats))
         if overlay:
             write_overlay(images[0], answer.stats.images[0], overlay)
@@ -55,13 +68,20 @@ def run(
             found = {"answer": answer.text(), "device": pipe.chosen, **as_dict(answer.stats)}
             click.echo(json.dumps(found, ensure_ascii=False))
             continue
-        click.echo()
         if not quiet:
             lines = [] if i else [f"device  {pipe.chosen}"]
             for line in [*lines, *summary(answer.stats)]:
                 click.echo(line, err=True)
     if trace is not None:
         write_trace(asked, trace)
+
+
+def _as_utf8(argument: str) -> str:
+    """An argument of a command line as UTF-8, also where the locale says that it is ASCII."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError:
+        return argument  # told when it is encoded
 
 
 def as_dict(stats: Stats) -> dict[str, Any]:

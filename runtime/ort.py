@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..models.errors import BackendError
+from ..models.checks import utf8
+from ..models.errors import BackendError, PpexportError
 from ..models.version import release
 from .session import NUMPY, Buffer
 
@@ -127,7 +128,9 @@ class OrtCpu:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         try:
             with _thrifty():
-                session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                session = self._ort.InferenceSession(utf8(path), options, providers=["CPUExecutionProvider"])
+        except PpexportError:
+            raise
         except Exception as err:
             raise BackendError(
                 f"ONNX Runtime {self._ort.__version__} cannot load {path.name}: {err}; "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models.checks import utf8
 from ..models.errors import BackendError
 from .gpu import GpuBackend
 from .ort import import_onnxruntime
@@ -37,8 +38,9 @@ class OrtCuda(GpuBackend):
         options = self.ort.SessionOptions()
         options.log_severity_level = 3  # errors only
         provider = (PROVIDER, {"device_id": "0", "user_compute_stream": str(self.stream)})
+        file = utf8(path)
         try:
-            session = self.ort.InferenceSession(str(path), options, providers=[provider, "CPUExecutionProvider"])
+            session = self.ort.InferenceSession(file, options, providers=[provider, "CPUExecutionProvider"])
         except Exception as err:
             raise BackendError(f"ONNX Runtime {self.ort.__version__} cannot load {path.name} on CUDA: {err}") from err
         if PROVIDER not in session.get_providers():

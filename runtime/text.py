@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from ..models.checks import utf8
 from ..models.errors import BundleError, RequestError
 from .messages import Message, PromptLike, with_images
 
@@ -27,7 +28,7 @@ class Text:
 
     def __init__(self, directory: Path, image_token: int):
         try:
-            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self.tokenizer = Tokenizer.from_file(utf8(directory / "tokenizer.json"))
         except Exception as err:  # tokenizers raises bare Exception
             raise BundleError(f"tokenizer.json cannot be read: {err}; build the bundle again") from err
         self.image_token = image_token

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.exporters import graphs
 from ppexport.exporters.dialects import Dialect
 from ppexport.models.config import ModelConfig

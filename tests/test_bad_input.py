@@ -14,8 +14,8 @@ from conftest import write_json
 from safetensors.torch import load_file, save_file
 
 import ppexport
-from ppexport import build as build_module
-from ppexport.build import build
+from ppexport import build_bundle as build_module
+from ppexport.build_bundle import build
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def test_images_without_placeholders(golden_pipe: ppexport.Pipeline, screen: np.
     [
         ({"prune": 0.1}, "prune is 0.1, expected ppexport.Prune"),
         ({"prune": np.zeros(2)}, "prune is array"),
-        ({"images": "a.png"}, "a.png: no such file"),
+        ({"images": {"a.png"}}, "images is a set, expected a list of images"),
         ({"images": None}, "images is a NoneType, expected a list of images"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
         ({"max_new_tokens": "5"}, "max_new_tokens is '5', expected a whole number"),
@@ -369,7 +369,10 @@ def test_images_without_placeholders(golden_pipe: ppexport.Pipeline, screen: np.
         ({"seed": -1}, "seed is -1, expected at least 0"),
         ({"prompt": "\udcff"}, "the prompt is not valid text"),
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "holds the part .'type': 'video'., expected"),
-        ({"prompt": [{"role": "user", "content": 5}]}, "a message has content of type int, expected text or a list of parts"),
+        (
+            {"prompt": [{"role": "user", "content": 5}]},
+            "a message has content of type int, expected text or a list of parts",
+        ),
     ],
 )
 def test_wrong_arguments(tiny_pipe: ppexport.Pipeline, screen: np.ndarray, arguments: dict, message: str) -> None:

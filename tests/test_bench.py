@@ -21,7 +21,7 @@ from ppexport.bench.power import Meter, rails
 from ppexport.bench.schema import METRICS, STAGES, Result
 from ppexport.bench.statistics import interval, ratio
 from ppexport.bench.workload import BUILT_IN, QUESTION, open_workload
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"

@@ -13,7 +13,7 @@ from conftest import IMAGES
 from test_precision import MODEL, POCKET, matrix
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.calibration import Calibration
 from ppexport.cli import main
 from ppexport.exporters.calibrated import Moments, quantize_calibrated

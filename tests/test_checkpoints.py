@@ -19,7 +19,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.exporters import bundle as exporter
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.language import Decoder, constants

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import ppexport
-from ppexport.build import build, compile_in_place
+from ppexport.build_bundle import build, compile_in_place
 from ppexport.cli import main
 from ppexport.compiler import Options
 from ppexport.engines import compile_bundle

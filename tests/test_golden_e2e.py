@@ -10,7 +10,7 @@ from conftest import E2E_PIXELS, GOLDEN, IMAGES
 from invariants import relative_error
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
 CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.compiler import Options
 from ppexport.models.config import PRUNE_GRAPHS
 from ppexport.models.errors import PpexportError

@@ -14,7 +14,7 @@ from conftest import GOLDEN, IMAGES
 from invariants import relative_error
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.dialects import DIALECTS, lower

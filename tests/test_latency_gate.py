@@ -23,7 +23,7 @@ from ppexport.bench import compare as judge
 from ppexport.bench import schema
 from ppexport.bench.plugin import Latency
 from ppexport.bench.schema import STAGES, Bundle, Item, Machine, Options, Request, Result, Setting, Speed
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.runtime.ort import OrtBinding
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, IMAGES
 
-from ppexport.build import build
+from ppexport.build_bundle import build
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPORT_ONLY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes"}
@@ -121,7 +121,7 @@ def test_missing_package_names_the_extra(
 import sys, re
 sys.modules[{blocked!r}] = None
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 bundle, checkpoint = {str(tiny_bundle)!r}, {str(tiny_checkpoint)!r}
 try:
     {code}

@@ -13,7 +13,7 @@ from invariants import relative_error
 from safetensors.torch import load_file, save_file
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.exporters import numeric
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.models import qwen3_vl

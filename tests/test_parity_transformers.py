@@ -14,7 +14,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 
 IMAGE, START, END = 90, 91, 92
 

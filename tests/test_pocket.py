@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import ppexport
 from ppexport import eval as evaluation
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.exporters import ops
 from ppexport.exporters.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.eval import evaluate
 from ppexport.models.bytelevel import IDS
 from ppexport.models.pocket.screens import HELD_OUT, sample

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from invariants import relative_error
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.compiler import Options
 from ppexport.exporters.quantize import dequantize, integer_type, quantize

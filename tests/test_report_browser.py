@@ -13,7 +13,7 @@ import pytest
 from ppexport.bench.measure import Plan, measure
 from ppexport.bench.report import render
 from ppexport.bench.workload import open_workload
-from ppexport.build import build
+from ppexport.build_bundle import build
 
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

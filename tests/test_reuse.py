@@ -13,7 +13,7 @@ from conftest import E2E_PIXELS, GOLDEN, IMAGES
 from PIL import Image
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.runtime import language
 from ppexport.runtime.reuse import digest, shared

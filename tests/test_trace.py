@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from conftest import E2E_PIXELS, GOLDEN, IMAGES
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.compiler import Options
 from ppexport.engines import compile_bundle

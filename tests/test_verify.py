@@ -13,7 +13,7 @@ from conftest import GOLDEN, IMAGES
 from safetensors.torch import load_file, save_file
 
 import ppexport
-from ppexport.build import build
+from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.verify import compare, divergence, finite, table, verify
 

@@ -131,7 +131,8 @@ def run(
         writable(output)
     name, questions = open_workload(workload, images, prompt)
     plan = Plan(rounds=rounds or Plan.rounds, duration=duration, pictures=not no_pictures, **options)
-    with Bar(quiet) as bar:
+    interrupts = click.get_current_context().find_root().obj
+    with Bar(quiet, interrupts) as bar:
         result = measure(bundle, name, questions, plan, bar.update)
     for line in summary(result):
         click.echo(line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +12,12 @@ from typing import TYPE_CHECKING
 from .calibration import Calibration
 from .compiler import Options, prepare
 from .engines import check_dialect, compile_bundle, plan_sizes
+from .memory import available_memory
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
 from .models.manifest import Manifest
 from .models.precision import Wanted
 from .models.profiles import Profiles
+from .partial import partial_directory
 from .runtime.bundle import open_bundle
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ def build(
     "fp16", "bf16", "int8", "int4" or "w8a8"; a Wanted says it part by part (models/precision.py). ``targets``: what to
     compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes`` and ``options`` are theirs). ``dialect``
     "auto" is "standard" with a target and "ort" without. ``calibration``: images that int4 is fitted to. ``on_plan`` is
-    told what will be done before that is written.
+    told what will be done before that is written. An existing empty directory may be the output.
     Raises CheckpointError, SpaceError (disk or memory would not suffice), BundleError (the output exists), BackendError
     (packages are not installed, or a compiler refuses), RequestError (sizes that do not fit). On any error or
     interruption nothing is left behind.
     """
     output = Path(output)
     try:
-        taken = output.exists() or output.is_symlink()
+        taken = (output.exists() and not _is_empty(output)) or output.is_symlink()
     except (OSError, ValueError) as err:
         raise BundleError(f"{output}: cannot be used as an output directory: {err}") from err
     if taken:
@@ -69,19 +70,13 @@ def build(
     _check_space(plan, output, len(targets))
     created = _make_parents(output.parent)
     try:
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-        try:
+        with partial_directory(output) as work:
             exporter.export(plan, work, progress, lambda d: calibration.samples(plan, d) if calibration else ())
             _check_text(work)
             for target in targets:
                 compile_bundle(work, target, sizes, options, progress)
-            work.chmod(0o755)
-            if output.exists():
+            if output.exists() and not _is_empty(output):
                 raise BundleError(f"{output}: appeared while the bundle was being built; choose another name")
-            work.rename(output)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
     except BaseException as err:
         with contextlib.suppress(OSError):  # somebody else may have put something there meanwhile
             for parent in created:
@@ -114,6 +109,10 @@ def compile_in_place(
     _check_disk(directory, len(targets) * weights, "engines")
     for target in targets:
         compile_bundle(bundle, target, sizes, options, progress)
+
+
+def _is_empty(directory: Path) -> bool:
+    return directory.is_dir() and not any(directory.iterdir())
 
 
 def _check_text(work: Path) -> None:
@@ -165,15 +164,6 @@ def _check_disk(directory: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise SpaceError(f"{directory}: {_mb(free)} free, expected at least {_mb(needed)} for the {what}; make room")
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _make_parents(directory: Path) -> list[Path]:
