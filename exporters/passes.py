@@ -69,8 +69,9 @@ def skip_norm(op: Ops, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Valu
     found = op.multi(
         "SkipSimplifiedLayerNormalization", 4, *add.inputs, weight, domain="com.microsoft", epsilon=epsilon
     )
-    for value in found[1:]:
-        value.type, value.shape = x.type, x.shape
+    found[3].type, found[3].shape = x.type, x.shape
+    for statistic in found[1:3]:  # mean and inverse deviation of each row, which nobody reads
+        statistic.type, statistic.shape = x.type, ir.Shape([*x.shape[:-1], 1])
     ir.convenience.replace_all_uses_with(x, found[3])
     return found[0]
 

@@ -131,7 +131,8 @@ def run(
         writable(output)
     name, questions = open_workload(workload, images, prompt)
     plan = Plan(rounds=rounds or Plan.rounds, duration=duration, pictures=not no_pictures, **options)
-    interrupts = click.get_current_context().find_root().obj
+    context = click.get_current_context()
+    interrupts = context.find_root().obj
     with Bar(quiet, interrupts) as bar:
         result = measure(bundle, name, questions, plan, bar.update)
     for line in summary(result):
@@ -139,6 +140,9 @@ def run(
     if output is not None:
         schema.write(result, output)
         click.echo(f"wrote {output}")
+    if interrupts.number is not None:
+        click.echo(f"interrupted: the {result.rounds} rounds until then are kept", err=True)
+        context.exit(interrupts.exit_code)
 
 
 def summary(result: Any) -> list[str]:

@@ -84,7 +84,10 @@ def measure(
     plan: Plan = Plan(),
     progress: Progress = lambda stage, done, total: None,
 ) -> Result:
-    """Measure a bundle. Raises BackendError, BundleError, ImageError, RequestError."""
+    """Measure a bundle. Raises BackendError, BundleError, ImageError, RequestError.
+
+    After KeyboardInterrupt the rounds that were finished are the result, if there are any.
+    """
     open_bundle(bundle)  # before processes are started
     cold = _cold(bundle, questions[0], plan, progress)
     with load(bundle, plan.device, plan.min_pixels, plan.max_pixels, plan.threads, reuse=0) as pipe:
@@ -95,18 +98,27 @@ def measure(
             progress("warm up", i, plan.warmup)
             runner.round(i, {setting: Block() for setting in plan.settings})
         progress("warm up", 1, 1)
-        done, found = 0, None
+        done, found, interrupted = 0, None, False
         with Meter() as meter:
             runner.begin = time.perf_counter()
-            while not runner.finished(done):
-                probe.run()
-                runner.round(done, blocks)
-                done += 1
-                found = found or machine.describe()  # clocks while at work
-                progress("measure", *runner.progress(done))
+            try:
+                while not runner.finished(done):
+                    probe.run()
+                    fresh = {setting: Block() for setting in plan.settings}
+                    runner.round(done, fresh)
+                    for setting, block in fresh.items():
+                        blocks[setting].requests += block.requests
+                        blocks[setting].seconds += block.seconds
+                    done += 1
+                    found = found or machine.describe()  # clocks while at work
+                    progress("measure", *runner.progress(done))
+            except KeyboardInterrupt:
+                if found is None:
+                    raise
+                interrupted = True
             probe.run()
-        progress("measure", 1, 1)
-        assert found is not None
+        if not interrupted:
+            progress("measure", 1, 1)
         return Result(
             version=1,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
