@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -32,7 +33,9 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 FILES = {"prune": prune_file("pred_2d", "max"), "vision": "vision.onnx", "language": "language.onnx"}
 HEAD_DIM_STEP = 8  # of GroupQueryAttention; it loads graphs with other widths, and fails when they run
-FIXED_RAM = 900 << 20  # torch, the exporter and one traced graph
+FIXED_RAM = 680_000_000  # bytes: torch, the exporter and one traced graph
+CALIBRATION_RAM = 12  # bytes for each value of the largest tensor: the layers run in float32
+GRAPHS_DISK = 2_000_000  # bytes of all graphs without their weights
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def plan(
     if (checkpoint.optional_json("generation_config.json") or {}).get("do_sample"):
         notices.append("generation_config.json asks for sampling: requests are greedy unless they ask for it too")
     weights = weight_bytes(checkpoint, precision)
-    disk = int(weights * 1.01) + (32 << 20)
+    tokenizer = checkpoint.path / "tokenizer.json"
+    disk = int(weights * 1.01) + GRAPHS_DISK + (tokenizer.stat().st_size if tokenizer.is_file() else 0)
     if calibrated:  # moments: while building
         tables = checkpoint.family.weights(checkpoint.config)
         matrices = [w.shape for graph in _fitted(precision) for w in tables[graph].values() if len(w.shape) == 2]
@@ -109,6 +113,7 @@ def plan(
     tables = checkpoint.family.weights(checkpoint.config).values()
     largest = max(math.prod(weight.shape) for table in tables for weight in table.values())
     ram = FIXED_RAM + largest * (2 * 4 if checkpoint.dtype == "F32" else 2 * 2) + largest * BYTES[precision.base]
+    ram += CALIBRATION_RAM * largest if calibrated else 0
     return Plan(checkpoint, precision, dialect, pre, weights, disk, ram, tuple(notices))
 
 
@@ -169,7 +174,7 @@ def _manifest(
     return manifest.Manifest(
         schema=manifest.SCHEMA,
         family=config.family,
-        source=manifest.Source(plan.checkpoint.path.resolve().name, hashes),
+        source=manifest.Source(os.fsencode(plan.checkpoint.path.resolve().name).decode("utf-8", "replace"), hashes),
         precision=plan.precision,
         compute=plan.compute,
         wide=wide,

@@ -17,7 +17,7 @@ from .config import ModelConfig
 from .errors import RequestError
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 1
+SCHEMA = 2
 Range = tuple[int, int, int]  # smallest, the one to be fastest at, largest
 Profile = dict[str, Range]  # axis -> sizes
 
@@ -35,9 +35,9 @@ MEANING = {
     "M": "tokens in the cache",
 }
 IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"
-FLAG = {**dict.fromkeys("HWK", IMAGES), "S": "--capacity or --profiles", "B": "--batch", "M": "--capacity"}
-MOST_BATCH, MOST_SIDE, MOST_PIXELS = 1024, 1 << 17, 100_000_000
-# Axes of each graph that a profile gives. B (batch) and M (cache capacity) are set once for all profiles.
+FLAG = {**dict.fromkeys("HWK", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
+MOST_SIDE, MOST_PIXELS = 1 << 17, 100_000_000
+# Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
 
@@ -48,13 +48,12 @@ class Profiles:
     schema: int
     max_pixels: int  # larger images are shrunk to this, unless a request says otherwise
     capacity: int  # M: tokens of prompt and answer together that fit the cache of one sequence
-    batch: int  # most sequences at a time
     prune: tuple[Profile, ...]
     vision: tuple[Profile, ...]
     prefill: tuple[Profile, ...]
 
 
-def defaults(model: ModelConfig, context: int, max_pixels: int, capacity: int, batch: int = 1) -> Profiles:
+def defaults(model: ModelConfig, context: int, max_pixels: int, capacity: int) -> Profiles:
     """Profiles for images of up to ``max_pixels`` with sides up to 4 : 1, nothing known of what they show.
 
     Raises RequestError for a capacity or image size that no request could use.
@@ -73,7 +72,6 @@ def defaults(model: ModelConfig, context: int, max_pixels: int, capacity: int, b
         SCHEMA,
         max_pixels,
         capacity,
-        batch,
         prune=({"H": sides, "W": sides},),
         vision=({"H": sides, "W": sides, "K": kept},),
         prefill=({"S": prompt, "K": images},),
@@ -91,7 +89,6 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
     if profiles.schema != SCHEMA:
         raise RequestError(f"schema is {profiles.schema}, expected {SCHEMA}")
     _check_capacity(profiles.capacity, context)
-    integer("batch", profiles.batch, 1, MOST_BATCH)
     integer("max_pixels", profiles.max_pixels, block**2, MOST_PIXELS)
     for graph in ("prune", "vision", "prefill"):
         listed: tuple[Profile, ...] = getattr(profiles, graph)
@@ -127,8 +124,8 @@ def engine_profiles(profiles: Profiles, graph: str, dialect: str, merged: bool) 
     if graph != "language":
         found = [dict(p) for p in getattr(profiles, graph)]
         return [_merge(found)] if merged else found
-    batch, capacity = profiles.batch, profiles.capacity
-    common = {"B": (1, 1, batch), "P": (1, 1, 1)}
+    capacity = profiles.capacity
+    common = {"B": (1, 1, 1), "P": (1, 1, 1)}
     start, used = common.copy(), common.copy()
     if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
         start["M"], used["M"] = (1, 1, 1), (1, max(1, capacity // 2), capacity)  # a prompt finds nothing in the cache

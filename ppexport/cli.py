@@ -15,7 +15,6 @@ from .interrupts import Interrupts
 from .models.config import MOST_SEED, PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
 from .models.precision import BITS, BYTES, Wanted
-from .models.profiles import MOST_BATCH
 from .models.version import __version__
 from .options import (
     calibration_of,
@@ -203,7 +202,6 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 @prune_options
 @click.option("--no-prune", is_flag=True, help="Plan for images that are not pruned.")
 @click.option("--capacity", type=click.IntRange(2), default=4096, show_default=True, help="Tokens in a cache.")
-@click.option("--batch", type=click.IntRange(1, MOST_BATCH), default=1, show_default=True, help="Sequences at a time.")
 @click.option("--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question.")
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
 @click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")

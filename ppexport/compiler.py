@@ -23,7 +23,6 @@ class Options:
 
     max_pixels: int | None = None  # default profiles only; None: profiles.MAX_PIXELS of the dialect
     capacity: int | None = None  # default profiles only: tokens in the cache of a sequence; None: profiles.CAPACITY
-    batch: int = 1  # default profiles only
     workspace: int | None = None  # bytes of scratch memory the compiler may plan with; None: no limit
     version_compatible: bool = False  # tensorrt: run on later versions of TensorRT too
     hardware_compatible: bool = False  # tensorrt: run on other GPUs from Ampere on

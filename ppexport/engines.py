@@ -115,7 +115,7 @@ def plan_sizes(
     if sizes is None:
         pixels = min(options.max_pixels or profiles.MAX_PIXELS[dialect], preprocessing.max_pixels)
         capacity = options.capacity or min(profiles.CAPACITY[dialect], context)
-        sizes = profiles.defaults(model, context, pixels, capacity, options.batch)
+        sizes = profiles.defaults(model, context, pixels, capacity)
     if sizes.max_pixels < preprocessing.min_pixels:
         raise RequestError(
             f"max_pixels is {sizes.max_pixels}, expected at least {preprocessing.min_pixels}: the model enlarges "
@@ -134,7 +134,7 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
     prompt = max(profile["S"][2] for profile in sizes.prefill)
     layer = max(patches * (4 * v.width + 2 * v.ffn), prompt * (4 * c.width + 3 * c.ffn)) * width
     pairs = max(v.heads * patches**2, c.heads * prompt**2) * width if dialect == "plain" else 0
-    cache = sizes.batch * sizes.capacity * c.kv_heads * c.head_dim * width
+    cache = sizes.capacity * c.kv_heads * c.head_dim * width
     caches = [rounded(2 * c.layers * cache)] if dialect == "plain" else [rounded(cache)] * (2 * c.layers)
     return {
         "weights": weights,
@@ -142,7 +142,7 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
         "activations": layer + 2 * pairs,
         "image": rounded(min(3 * pixels, 3 * sizes.max_pixels)),
         "features": rounded((1 + len(v.deepstack)) * kept * c.width * width),
-        "logits": rounded(4 * sizes.batch * c.vocab),
+        "logits": rounded(4 * c.vocab),
     }
 
 

@@ -9,7 +9,6 @@ import click
 
 from .models.config import PRUNE_METHODS, PRUNE_METRICS
 from .models.precision import BITS, BLOCKS, BYTES, Wanted
-from .models.profiles import MOST_BATCH
 
 
 def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,9 +119,6 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--max-pixels", type=click.IntRange(1), help="Of an image.  [default: 2097152; plain: 1048576]"
             ),
-            click.option(
-                "--batch", type=click.IntRange(1, MOST_BATCH), help="Sequences at a time; 'run' needs 1.  [default: 1]"
-            ),
             click.option("--workspace", type=click.IntRange(1, 1 << 20), help="Scratch memory of an engine, in MB."),
             click.option("--version-compatible", is_flag=True, help="tensorrt: for later versions, too."),
             click.option("--hardware-compatible", is_flag=True, help="tensorrt: for all GPUs from Ampere on."),
@@ -147,7 +143,7 @@ def engines_of(profiles: str | None, workspace: int | None, timing_cache: str | 
     from .models import profiles as files
 
     given = {name: value for name, value in given.items() if value not in (None, ())}
-    if profiles and (clash := sorted({"capacity", "max_pixels", "batch"} & set(given))):
+    if profiles and (clash := sorted({"capacity", "max_pixels"} & set(given))):
         raise click.UsageError(f"--{clash[0].replace('_', '-')} is in the profile file; expected it there only")
     options = Options(
         workspace=None if workspace is None else workspace << 20,

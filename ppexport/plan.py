@@ -34,7 +34,6 @@ def plan(
     min_pixels: int = 65536,
     max_pixels: int = profiles.MAX_PIXELS["standard"],
     capacity: int = profiles.CAPACITY["standard"],
-    batch: int = 1,
     text_tokens: int = 256,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
@@ -70,7 +69,7 @@ def plan(
         images_of_prompt = edge if edge != edges[-1] else capacity
         prefill.append({"S": (1, min(usual + 64, longest), longest), "K": (1, usual, images_of_prompt)})
         served.append(len(inside) / len(kept))
-    sizes = Profiles(profiles.SCHEMA, max_pixels, capacity, batch, ({**sides},), tuple(vision), tuple(prefill))
+    sizes = Profiles(profiles.SCHEMA, max_pixels, capacity, ({**sides},), tuple(vision), tuple(prefill))
     return Plan(sizes, kept, tuple(s.total for s in selections), tuple(served))
 
 

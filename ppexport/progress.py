@@ -61,7 +61,7 @@ class Bar:
         kept = max(profile["K"][2] for profile in sizes.vision)
         parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in need.items())
         self.console.print(
-            f"engines for {sizes.batch} x {sizes.capacity} tokens, images of up to {kept} kept tokens: "
+            f"engines for {sizes.capacity} tokens, images of up to {kept} kept tokens: "
             f"about {sum(need.values()) / 1e6:.0f} MB on the device ({parts})",
             highlight=False,
             soft_wrap=True,

@@ -12,7 +12,10 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,8 @@ MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused befo
 MAX_ASPECT = 200  # as in transformers
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # looked for in folders
 SCHEME = re.compile(r"(data):|([a-zA-Z][a-zA-Z0-9+.-]+)://")  # of a URL; a drive of Windows is one letter
+SAYS_ON_STDERR = ("TIFF",)  # formats whose libraries write there by themselves
+QUIET = threading.Lock()
 MIN_SIDE = 2  # a 1 x 1 image is a tracking pixel or a failed capture, not a document
 
 
@@ -163,12 +168,31 @@ def _decode(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ImageError(f"{name}: is empty (0 bytes), expected an image file")
     try:
-        image = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as err:
         raise ImageError(f"{name}: is not an image that Pillow can read, expected PNG, JPEG, WebP, ...") from err
     except Exception as err:  # damaged files raise nearly anything in Pillow's decoders
         raise ImageError(f"{name}: cannot be opened: {err}") from err
     return _to_rgb(image, name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, what a decoder writes to the process's standard error is dropped: what is wrong becomes an exception."""
+    with QUIET, open(os.devnull, "wb") as nowhere:
+        try:
+            before = os.dup(2)
+        except OSError:  # there is no standard error
+            yield
+            return
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -179,7 +203,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name}: has {width} x {height} pixels, expected at most {MAX_SOURCE_PIXELS}; scale it down first"
         )
     try:
-        image.load()
+        with _quiet() if image.format in SAYS_ON_STDERR else nullcontext():
+            image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8_bits(image)

@@ -166,3 +166,87 @@ def test_build_says_what_it_will_do(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert "generation_config.json asks for sampling" in said
     for stage in ("trace", "vision weights", "language weights", "hash bundle", "hash checkpoint"):
         assert stage in said
+
+
+ESTIMATE = """
+import re, sys
+from pathlib import Path
+from ppexport.build_bundle import build
+plans = []
+output = build(sys.argv[1], sys.argv[2], sys.argv[3], on_plan=lambda plan, sizes: plans.append(plan))
+used = sum(file.stat().st_size for file in Path(output).iterdir())
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+print(plans[0].disk / used, plans[0].ram / peak)
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+def test_estimates_are_near_what_is_used(precision: str, tmp_path: Path) -> None:
+    """In a process of its own; the same at the 300M and 2B shapes is in bench/build.py."""
+    pocket = Path(__file__).parent.parent / "models" / "pocket"
+    command = [sys.executable, "-c", ESTIMATE, str(pocket), str(tmp_path / "out"), precision]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    disk, memory = map(float, out.split())
+    assert 1 <= disk < 1.5
+    assert 1 <= memory < 1.5
+
+
+def test_a_full_disk_is_told_whatever_is_written() -> None:
+    for arguments in (["--help"], ["run", "--help"], ["inspect", str(SCREEN)]):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "ppexport", *arguments]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: the output cannot be written: [Errno 28] No space left on device\n")
+        assert "Traceback" not in done.stderr
+
+
+def test_names_and_questions_beyond_ascii_in_any_locale(tmp_path: Path) -> None:
+    """Where Python takes the system for ASCII, as in minimal containers; from the build to the picture."""
+    folder = tmp_path / "bündel 漢"
+    folder.mkdir()
+    shutil.copytree(Path(__file__).parent.parent / "models" / "pocket", folder / "mödel")
+    shutil.copy(SCREEN, folder / "ü.png")
+    ascii_only = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ppexport", *map(str, arguments)]
+        return subprocess.run(command, env=ascii_only, capture_output=True, text=True, encoding="utf-8")
+
+    built = run("build", folder / "mödel", "-o", folder / "b")
+    assert built.returncode == 0, built.stderr
+    files = ("-i", folder / "ü.png", "--overlay", folder / "ö.png", "--trace", folder / "ß.json")
+    asked = run("run", folder / "b", *files, "-n", 3, "--json", "Wo ist 漢?")
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["generated_tokens"] >= 1
+    assert {"ö.png", "ß.json"} <= {path.name for path in folder.iterdir()}
+    missing = run("inspect", folder / "fehlt é.png")
+    assert (missing.returncode, missing.stderr) == (1, f"Error: {folder / 'fehlt é.png'}: no such file\n")
+
+
+def test_swapped_arguments_and_options_of_logs_after_the_command(tiny_bundle: Path) -> None:
+    code, _, err = invoke("run", "What is this?", tiny_bundle)
+    assert (code, err) == (
+        1,
+        f"Error: found 'What is this?' first and the bundle '{tiny_bundle}' after it, expected BUNDLE PROMPT\n",
+    )
+    for arguments in (["--log-format", "json", "run", tiny_bundle], ["run", tiny_bundle, "--log-format", "json"]):
+        command = [sys.executable, "-m", "ppexport", *map(str, arguments), "-q", "-n", "3", "hi"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines = done.stdout.splitlines()
+        events = [json.loads(line)["event"] for line in lines if line.startswith('{"time"')]
+        assert events == ["loaded", "request"]  # each on a line of its own, also where an answer was being written
+    assert "--log-level" in invoke("bench", "compare", "--help")[1]
+
+
+def test_targets_are_checked_before_the_work(tiny_bundle: Path, tmp_path: Path) -> None:
+    for option, target in (("--trace", tmp_path), ("--overlay", tmp_path / "no" / "o.png"), ("--trace", "/no/t.json")):
+        code, out, err = invoke("run", tiny_bundle, "-i", SCREEN, "hi", option, target)
+        assert (code, out) == (1, "")
+        assert "written" in err
+
+
+def test_building_from_python(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = ppexport.build(tiny_checkpoint, tmp_path / "bundle", precision="int4")
+    assert str(ppexport.load(bundle).manifest.precision).startswith("int4")
+    assert "build" in dir(ppexport)

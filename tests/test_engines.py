@@ -56,8 +56,8 @@ def bundle(bundles: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
 
 
 def several(manifest: Manifest) -> profiles.Profiles:
-    """Two buckets for vision and prefill, and a batch of two."""
-    one = profiles.defaults(manifest.model, manifest.context, 256 * 256, 256, 2)
+    """Two buckets for vision and prefill."""
+    one = profiles.defaults(manifest.model, manifest.context, 256 * 256, 256)
     vision = one.vision[0]
     return dataclasses.replace(
         one,
@@ -85,7 +85,7 @@ def test_every_graph_compiles(bundles: dict[tuple[str, str], Path], kind: tuple[
     expected = {"one": [1, 1, 2], "several": [1, 2, 3], "merged": [1, 1, 1]}
     assert counts == expected[buckets]  # the last one of language is decode
     assert record.engines["language"].profiles[-1]["S"] == ((1, 24, 256) if buckets == "merged" else (1, 1, 1))
-    assert record.engines["language"].profiles[0]["B"] == (1, 1, 1 if buckets == "one" else 2)
+    assert record.engines["language"].profiles[0]["B"] == (1, 1, 1)
     assert ("M" in record.engines["language"].profiles[0]) == (kind[0] == "plain")
     assert (record.target, record.dialect, record.precision) == (RTX, *kind)
     assert record.version.startswith("1.")
@@ -111,15 +111,15 @@ def test_build_from_a_checkpoint_with_options(tiny_checkpoint: Path, tmp_path: P
     """One command exports and compiles; the options are in the record."""
     output = tmp_path / "bundle"
     arguments = ["build", str(tiny_checkpoint), "-o", str(output), "--target", RTX, "--capacity", "128"]
-    arguments += ["--max-pixels", "65536", "--workspace", "64", "--batch", "2", "--compute-capability", "8.9"]
+    arguments += ["--max-pixels", "65536", "--workspace", "64", "--compute-capability", "8.9"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "engines for 2 x 128 tokens, images of up to 64 kept tokens" in result.stderr
+    assert "engines for 128 tokens, images of up to 64 kept tokens" in result.stderr
     assert "on the device (weights" in result.stderr
     _, manifest = open_bundle(output)
     record = engines.read(output, manifest, RTX)
     assert {graph.dialect for graph in manifest.graphs.values()} == {"standard"}
-    assert (record.profiles.capacity, record.profiles.batch, record.workspace) == (128, 2, 64 << 20)
+    assert (record.profiles.capacity, record.workspace) == (128, 64 << 20)
     assert record.compute_capabilities == ("8.9",)
     assert not [p for p in tmp_path.iterdir() if p != output]
 
@@ -131,9 +131,9 @@ def test_profiles_from_a_file(bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert engines.read(bundle, open_bundle(bundle)[1], RTX).profiles == sizes
-    result = CliRunner().invoke(main, [*arguments, "--batch", "3"])
+    result = CliRunner().invoke(main, [*arguments, "--capacity", "64"])
     assert result.exit_code == 2
-    assert "--batch is in the profile file" in result.output
+    assert "--capacity is in the profile file" in result.output
 
 
 def test_a_float32_checkpoint_is_compiled_in_bf16(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import ppexport
 from ppexport.runtime import image as images
+from ppexport.runtime.image import read
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in IMAGES.iterdir()))
@@ -162,3 +164,23 @@ def test_empty_array() -> None:
 def test_impossible_pixel_limits(limits: tuple[int, int], screen: np.ndarray) -> None:
     with pytest.raises(ppexport.RequestError, match=f"min_pixels is {limits[0]}"):
         ppexport.select(screen, min_pixels=limits[0], max_pixels=limits[1])
+
+
+def test_a_decoder_that_complains_by_itself_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libtiff writes "Using code not yet in table" to standard error; what is wrong is in the error."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.tif", compression="tiff_lzw")
+    data = bytearray((tmp_path / "whole.tif").read_bytes())
+    data[200:260] = b"\xff" * 60
+    (tmp_path / "damaged.tif").write_bytes(bytes(data))
+    with pytest.raises(ppexport.ImageError, match=r"damaged.tif: cannot be decoded, it may be damaged or cut off"):
+        read(tmp_path / "damaged.tif")
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"heard")  # standard error is what it was
+    assert capfd.readouterr().err == "heard"
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "http://x/y.jpg", "file:///tmp/a.png", "s3://b/a.png"])
+def test_urls_are_told_that_nothing_is_fetched(url: str) -> None:
+    with pytest.raises(ppexport.ImageError, match="is a URL, expected a file; nothing is fetched: download it first"):
+        read(url)
