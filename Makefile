@@ -1,5 +1,6 @@
 # make demo   builds a bundle from the checkpoint in the repository and asks it about a screen
 # make test   linters, types and tests
+# make test-oldest   run-time tests with the oldest packages that are promised
 # Each sets up what it needs in .venv by itself. PYTHON chooses the interpreter (3.10 or later).
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-
 TORCH ?= torch==2.13.0
 OUT ?= demo-out
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 $(VENV)/runs:
 	$(PYTHON) -m venv $(VENV)
@@ -36,11 +37,15 @@ demo: $(VENV)/exports
 test: lint
 	$(BIN)/python -m pytest
 
+# with the lowest version of every run-time dependency; OLDEST_PYTHON: the interpreter, such as python3.10
+test-oldest: $(VENV)/tests
+	$(BIN)/python tests/oldest.py $(OLDEST_PYTHON)
+
 # mypy does not see the mapped packages in an editable install, so it checks an installed copy
 lint: $(VENV)/tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build && $(PIP) --no-deps --target build/installed .
+	rm -rf build/installed build/lib && $(PIP) --no-deps --target build/installed .
 	cd build/installed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ppexport
 
 # REFERENCE: a checkout of PixelPrune; REFERENCE_PYTHON: a Python with transformers 4.57.6, to measure side by side

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import bundles
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 import ppexport
-from ppexport.build_bundle import build
-from ppexport.exporters import graphs
-from ppexport.exporters.dialects import Dialect
-from ppexport.models.config import ModelConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = Path(__file__).parent.parent / "ppexport" / "bench" / "images"  # real ones, which ship with the package
 E2E_PIXELS = 600000  # max_pixels of the e2e cases
 
 
-@pytest.fixture(scope="session", autouse=True)
-def traces() -> Iterator[dict[str, ir.Model]]:
-    """Graphs by what they were traced from: that takes most of a build. Clear it to trace anew."""
-    traced: dict[str, ir.Model] = {}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bundles", type=Path, help="Bundles that tests/bundles.py built, where there is no exporter.")
 
-    def once(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
-        def traced_once(
-            config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()
-        ) -> ir.Model:
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Graphs by what they were traced from: that takes most of a build. Clear it to trace anew."""
+    traced: dict[str, Any] = {}
+    if request.config.getoption("--bundles"):
+        yield traced
+        return
+    from ppexport.exporters import graphs
+
+    def once(trace: Callable[..., Any]) -> Callable[..., Any]:
+        def traced_once(config: Any, dialect: Any, precision: str = "fp32", wide: Sequence[str] = ()) -> Any:
             key = repr((trace.__name__, config, dialect.name, precision, sorted(wide)))
             if key not in traced:
                 traced[key] = trace(config, dialect, precision, wide)
@@ -44,9 +48,29 @@ def traces() -> Iterator[dict[str, ir.Model]]:
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A bundle by its name (bundles.NAMES), built when it is first asked for."""
+    given = request.config.getoption("--bundles")
+
+    @functools.cache
+    def one(name: str) -> Path:
+        if given:
+            return Path(given).absolute() / name
+        return bundles.build_one(name, tmp_path_factory.mktemp(name) / "bundle")
+
+    return one
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(bundle_of: Callable[[str], Path]) -> Path:
     """The golden checkpoint, built in float32 for ONNX Runtime."""
-    return build(GOLDEN / "e2e" / "model", tmp_path_factory.mktemp("golden") / "bundle")
+    return bundle_of("golden")
+
+
+@pytest.fixture(scope="session")
+def pocket_bundle(bundle_of: Callable[[str], Path]) -> Path:
+    """The pocket model, as ``ppexport build`` makes it."""
+    return bundle_of("pocket")
 
 
 @pytest.fixture(scope="session")
@@ -57,18 +81,13 @@ def golden_pipe(golden_bundle: Path) -> ppexport.Pipeline:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random checkpoint with tokenizer, chat template and preprocessor configuration."""
-    from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
-
-    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    write_random(qwen3_vl_config("tiny"), directory)
-    write_text_files(directory)
-    return directory
+    return bundles.tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tiny_checkpoint, tmp_path_factory.mktemp("tiny-bundle") / "bundle")
+def tiny_bundle(bundle_of: Callable[[str], Path]) -> Path:
+    """The tiny checkpoint, as ``ppexport build`` makes it."""
+    return bundle_of("tiny")
 
 
 @pytest.fixture(scope="session")

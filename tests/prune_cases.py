@@ -5,14 +5,10 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 from hypothesis import strategies as st
 from invariants import check_order
 
-from ppexport.exporters.dialects import DIALECTS
-from ppexport.exporters.selectors import pruning_graphs
 from ppexport.models.config import PREDICTORS, PRUNE_GRAPHS, prune_file
 
 BLOCK = 4  # small tokens, so that grids of 12 x 12 are small pictures
@@ -21,6 +17,12 @@ PAIRS = [(method, metric) for method, metric in PRUNE_GRAPHS if method in PREDIC
 
 @functools.cache
 def session(dialect: str, method: str, metric: str, block: int = BLOCK) -> ort.InferenceSession:
+    import onnx
+    import onnx_ir as ir
+
+    from ppexport.exporters.dialects import DIALECTS
+    from ppexport.exporters.selectors import pruning_graphs
+
     model = ir.to_proto(pruning_graphs(block, DIALECTS[dialect])[prune_file(method, metric)])
     onnx.checker.check_model(model, full_check=True)
     options = ort.SessionOptions()

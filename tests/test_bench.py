@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
+from terminal import runner
 
 import ppexport
 from ppexport.bench import schema
@@ -21,15 +21,14 @@ from ppexport.bench.power import Meter, rails
 from ppexport.bench.schema import METRICS, STAGES, Result
 from ppexport.bench.statistics import interval, ratio
 from ppexport.bench.workload import BUILT_IN, QUESTION, open_workload
-from ppexport.build_bundle import build
 from ppexport.cli import main
 
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(POCKET, tmp_path_factory.mktemp("bench") / "pocket.bundle")
+def bundle(pocket_bundle: Path) -> Path:
+    return pocket_bundle
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +36,10 @@ def result_file(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the command line, with a second concurrency."""
     path = tmp_path_factory.mktemp("bench") / "result.json"
     options = ["--workload", "screens", "--runs", "3", "--warmup", "1", "--cold", "1", "--concurrency", "1,2"]
-    done = CliRunner().invoke(main, ["bench", str(bundle), *options, "-q", "-o", str(path)])
+    done = runner().invoke(main, ["bench", str(bundle), *options, "-q", "-o", str(path)])
     assert done.exit_code == 0, done.output
-    assert "tau 0, concurrency 2" in done.output
-    assert "first token of a new process" in done.output
+    assert "tau 0, concurrency 2" in done.stdout
+    assert "first token of a new process" in done.stdout
     return path
 
 
@@ -170,11 +169,12 @@ def test_other_files_are_refused(change: object, message: str, result_file: Path
         path.write_text(change if isinstance(change, str) else json.dumps(change))
     with pytest.raises(ppexport.RequestError, match=message):
         schema.read(path)
-    done = CliRunner().invoke(main, ["bench", "compare", str(result_file), str(path)])
+    done = runner().invoke(main, ["bench", "compare", str(result_file), str(path)])
     assert done.exit_code == 2
-    assert str(path) in done.output
+    assert str(path) in done.stderr
 
 
+@pytest.mark.newest
 def test_the_published_schema_is_that_of_the_code() -> None:
     published = Path(__file__).parent.parent / "docs" / "bench-result.schema.json"
     assert json.loads(published.read_text(encoding="utf-8")) == Result.model_json_schema()
@@ -233,9 +233,9 @@ def test_workload_files_that_are_wrong(text: str, message: str, tmp_path: Path) 
     ],
 )
 def test_measurements_that_cannot_be(options: list[str], message: str, bundle: Path) -> None:
-    done = CliRunner().invoke(main, ["bench", str(bundle), *options])
+    done = runner().invoke(main, ["bench", str(bundle), *options])
     assert done.exit_code != 0
-    assert message in done.output
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("package", ["pydantic", "psutil", "matplotlib"])
@@ -296,7 +296,7 @@ def test_rails_of_a_jetson(tmp_path: Path) -> None:
 
 def test_a_report_stands_alone(result_file: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    done = CliRunner().invoke(main, ["bench", "report", str(result_file), str(result_file), "-o", str(page)])
+    done = runner().invoke(main, ["bench", "report", str(result_file), str(result_file), "-o", str(page)])
     assert done.exit_code == 0, done.output
     text = page.read_text(encoding="utf-8")
     assert "result: unpruned, concurrency 2" in text  # results are told apart by the names of their files
@@ -312,6 +312,6 @@ def test_a_report_stands_alone(result_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_needs_a_place(result_file: Path) -> None:
-    done = CliRunner().invoke(main, ["bench", "report", str(result_file), "-o", "missing/report.html"])
+    done = runner().invoke(main, ["bench", "report", str(result_file), "-o", "missing/report.html"])
     assert done.exit_code == 1
-    assert "missing/report.html: cannot be written" in done.output
+    assert "missing/report.html: cannot be written" in done.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import IMAGES
+from terminal import runner
 from test_precision import MODEL, POCKET, matrix
 
 import ppexport
@@ -105,7 +105,7 @@ def test_calibration_that_cannot_be(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["build", str(POCKET), "-o", "bundle", *options])
+    result = runner().invoke(main, ["build", str(POCKET), "-o", "bundle", *options])
     assert result.exit_code != 0
     assert message in result.output
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from click.testing import CliRunner
+from terminal import runner
 
 import ppexport
 from ppexport.build_bundle import build, compile_in_place
@@ -112,7 +112,7 @@ def test_build_from_a_checkpoint_with_options(tiny_checkpoint: Path, tmp_path: P
     output = tmp_path / "bundle"
     arguments = ["build", str(tiny_checkpoint), "-o", str(output), "--target", RTX, "--capacity", "128"]
     arguments += ["--max-pixels", "65536", "--workspace", "64", "--compute-capability", "8.9"]
-    result = CliRunner().invoke(main, arguments)
+    result = runner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert "engines for 128 tokens, images of up to 64 kept tokens" in result.stderr
     assert "on the device (weights" in result.stderr
@@ -128,10 +128,10 @@ def test_profiles_from_a_file(bundle: Path, tmp_path: Path) -> None:
     sizes = several(open_bundle(bundle)[1])
     profiles.write(sizes, tmp_path / "profiles.json")
     arguments = ["build", str(bundle), "--target", RTX, "--profiles", str(tmp_path / "profiles.json"), "-q"]
-    result = CliRunner().invoke(main, arguments)
+    result = runner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert engines.read(bundle, open_bundle(bundle)[1], RTX).profiles == sizes
-    result = CliRunner().invoke(main, [*arguments, "--capacity", "64"])
+    result = runner().invoke(main, [*arguments, "--capacity", "64"])
     assert result.exit_code == 2
     assert "--capacity is in the profile file" in result.output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,15 @@ from conftest import E2E_PIXELS, GOLDEN, IMAGES
 from invariants import relative_error
 
 import ppexport
-from ppexport.build_bundle import build
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
 CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]
 
 
-@pytest.fixture(scope="module", params=["ort", "plain"])
-def golden_pipe(
-    request: pytest.FixtureRequest, golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ppexport.Pipeline:
+@pytest.fixture(scope="module", params=["golden", "golden-plain"])
+def golden_pipe(request: pytest.FixtureRequest, bundle_of: Callable[[str], Path]) -> ppexport.Pipeline:
     """The golden checkpoint in each dialect that ONNX Runtime runs."""
-    bundle = golden_bundle
-    if request.param != "ort":
-        directory = tmp_path_factory.mktemp(request.param)
-        bundle = build(GOLDEN / "e2e" / "model", directory / "bundle", dialect=request.param)
-    return ppexport.load(bundle, max_pixels=E2E_PIXELS, reuse=0)
+    return ppexport.load(bundle_of(request.param), max_pixels=E2E_PIXELS, reuse=0)
 
 
 @pytest.mark.parametrize("case", CASES)

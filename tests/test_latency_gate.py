@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from conftest import GOLDEN
+from terminal import runner
 
 import ppexport
 from ppexport.bench import compare as judge
 from ppexport.bench import schema
 from ppexport.bench.plugin import Latency
 from ppexport.bench.schema import STAGES, Bundle, Item, Machine, Options, Request, Result, Setting, Speed
-from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.runtime.ort import OrtBinding
 
@@ -284,8 +283,8 @@ def test_a_summary_for_github() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(ROOT / "models" / "pocket", tmp_path_factory.mktemp("gate") / "pocket.bundle")
+def bundle(pocket_bundle: Path) -> Path:
+    return pocket_bundle
 
 
 def test_a_sleep_in_the_vision_session_is_found(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +292,7 @@ def test_a_sleep_in_the_vision_session_is_found(bundle: Path, tmp_path: Path, mo
 
     def run(name: str) -> str:
         options = ["--workload", "screens", "--tau", "0", "--runs", "14", "--cold", "0", "--no-pictures", "-q"]
-        done = CliRunner().invoke(main, ["bench", str(bundle), *options, "-o", str(tmp_path / name)])
+        done = runner().invoke(main, ["bench", str(bundle), *options, "-o", str(tmp_path / name)])
         assert done.exit_code == 0, done.output
         return str(tmp_path / name)
 
@@ -305,7 +304,7 @@ def test_a_sleep_in_the_vision_session_is_found(bundle: Path, tmp_path: Path, mo
         run_graph(binding)
 
     monkeypatch.setattr(OrtBinding, "run", slowly)
-    done = CliRunner().invoke(main, ["bench", "compare", base, run("new.json"), "--json", "--accuracy"])
+    done = runner().invoke(main, ["bench", "compare", base, run("new.json"), "--json", "--accuracy"])
     assert done.exit_code == 1, done.output
     verdicts = {v["metric"]: v for v in json.loads(done.stdout)["verdicts"]}
     print(done.stdout)

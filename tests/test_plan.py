@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from conftest import GOLDEN, IMAGES
 from PIL import Image
+from terminal import runner
 
 import ppexport
 from ppexport import plan as planner
@@ -106,7 +106,7 @@ def test_bucket_edges() -> None:
 
 def test_plan_command(tmp_path: Path, model: ModelConfig) -> None:
     images = sorted(str(p) for p in IMAGES.glob("*.png"))
-    result = CliRunner().invoke(main, ["plan", *images, "-o", str(tmp_path / "p.json"), "--max-pixels", "600000"])
+    result = runner().invoke(main, ["plan", *images, "-o", str(tmp_path / "p.json"), "--max-pixels", "600000"])
     assert result.exit_code == 0, result.output
     sizes = profiles.check(profiles.read(tmp_path / "p.json"), model, 32768)
     kept = sorted(ppexport.select(image, max_pixels=600000).kept for image in images)
@@ -125,10 +125,10 @@ def test_plan_errors(tmp_path: Path) -> None:
     with pytest.raises(ppexport.RequestError, match="engines prune with pred_2d and max only, found raster and max"):
         planner.plan([str(tmp_path / "a.png")], ppexport.Prune("raster"))
     command = ["plan", str(tmp_path / "a.png"), "-o", str(tmp_path / "p.json"), "--capacity", "300"]
-    result = CliRunner().invoke(main, command)
+    result = runner().invoke(main, command)
     assert result.exit_code == 1
     assert "an unpruned image of 400 tokens and 256 of text do not fit a capacity of 300" in result.output
-    result = CliRunner().invoke(main, ["plan", str(tmp_path / "none.png"), "-o", str(tmp_path / "p.json")])
+    result = runner().invoke(main, ["plan", str(tmp_path / "none.png"), "-o", str(tmp_path / "p.json")])
     assert result.exit_code == 1
     assert not (tmp_path / "p.json").exists()
 
@@ -144,12 +144,12 @@ def test_plan_replaces_nothing_but_plans(tmp_path: Path) -> None:
         (notes, "is not a profile file"),
         (tmp_path, "expected"),
     ):
-        result = CliRunner().invoke(main, ["plan", str(picture), "-o", str(target)])
+        result = runner().invoke(main, ["plan", str(picture), "-o", str(target)])
         assert result.exit_code == 1
         assert message in result.output
     assert (picture.read_bytes(), notes.read_text()) == (before, "{}")
     for _ in range(2):  # a plan may be made again
-        assert CliRunner().invoke(main, ["plan", str(picture), "-o", str(tmp_path / "p.json")]).exit_code == 0
+        assert runner().invoke(main, ["plan", str(picture), "-o", str(tmp_path / "p.json")]).exit_code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "notes.json", "p.json"]
 
 
@@ -182,7 +182,7 @@ def test_outside_names_the_axis() -> None:
 
 
 def test_doctor(tiny_bundle: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["doctor", str(tiny_bundle)])
+    result = runner().invoke(main, ["doctor", str(tiny_bundle)])
     assert result.exit_code == 0, result.output
     lines = {line[:18].strip(): line[18:] for line in result.stdout.splitlines()}
     assert "onnxruntime" in lines["packages"]
@@ -192,8 +192,8 @@ def test_doctor(tiny_bundle: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_bundle, broken)
     (broken / "vision.onnx").write_bytes(b"")
-    assert CliRunner().invoke(main, ["doctor", str(broken)]).exit_code == 1
+    assert runner().invoke(main, ["doctor", str(broken)]).exit_code == 1
     assert "has no engines for tensorrt-rtx; its graphs are for ONNX Runtime only" in lines["on tensorrt-rtx"]
     assert json.dumps(lines)
-    result = CliRunner().invoke(main, ["doctor", str(tiny_bundle / "nothing")])
+    result = runner().invoke(main, ["doctor", str(tiny_bundle / "nothing")])
     assert result.exit_code == 1

@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from terminal import runner
 
 import ppexport
 from ppexport import eval as evaluation
@@ -120,7 +120,7 @@ def test_intervals() -> None:
 
 def test_eval_command(tiny_bundle: Path) -> None:
     arguments = ["eval", str(tiny_bundle), "-n", "2", "--skills", "read,yesno", "--no-prune", "--tau", "0", "--json"]
-    result = CliRunner().invoke(main, arguments)
+    result = runner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["results"]
     assert [(r["skill"], r["setting"]) for r in found] == [
@@ -132,7 +132,7 @@ def test_eval_command(tiny_bundle: Path) -> None:
     assert found[0]["kept_share"] == 1
     assert found[2]["kept_share"] < 0.7
     assert len(found[0]["answers"]) == 2
-    result = CliRunner().invoke(main, ["eval", str(tiny_bundle), "--skills", "dance"])
+    result = runner().invoke(main, ["eval", str(tiny_bundle), "--skills", "dance"])
     assert result.exit_code == 1
     assert "skill is 'dance', expected one of: read" in result.output
 

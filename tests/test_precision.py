@@ -11,11 +11,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import E2E_PIXELS, GOLDEN, IMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import relative_error
+from terminal import runner
 
 import ppexport
 from ppexport.build_bundle import build
@@ -213,7 +213,7 @@ def test_what_goes_with_what() -> None:
 
 def test_matrices_that_blocks_do_not_divide_are_told(tmp_path: Path) -> None:
     """Width 192: of every layer all but the down projection, and the table, which is the head, too."""
-    result = CliRunner().invoke(
+    result = runner().invoke(
         main, ["build", str(POCKET), "-o", str(tmp_path / "b"), "--precision", "int4", "--block", "128"]
     )
     assert result.exit_code == 0, result.output
@@ -223,8 +223,8 @@ def test_matrices_that_blocks_do_not_divide_are_told(tmp_path: Path) -> None:
 
 def test_options_of_the_command(tmp_path: Path) -> None:
     options = ["--precision", "int4", "--vision-precision", "bf16", "--head-precision", "int4", "--block", "64"]
-    result = CliRunner().invoke(main, ["build", str(POCKET), "-o", str(tmp_path / "b"), *options])
+    result = runner().invoke(main, ["build", str(POCKET), "-o", str(tmp_path / "b"), *options])
     assert result.exit_code == 0, result.output
     assert "int4, vision bf16, embedding int8, blocks of 64" in " ".join(result.stderr.split())
-    answer = CliRunner().invoke(main, ["run", str(tmp_path / "b"), "What is the Region?", "-i", "docs/settings.png"])
+    answer = runner().invoke(main, ["run", str(tmp_path / "b"), "What is the Region?", "-i", "docs/settings.png"])
     assert answer.stdout == "Porto\n"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from conftest import E2E_PIXELS, GOLDEN, IMAGES
+from conftest import E2E_PIXELS, IMAGES
 from PIL import Image
+from terminal import runner
 
 import ppexport
-from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.runtime import language
 from ppexport.runtime.reuse import digest, shared
@@ -22,11 +22,9 @@ IMAGE = 500
 PICTURES = [IMAGES / "web_gnuplot.png", IMAGES / "gui_mousepad.png"]
 
 
-@pytest.fixture(scope="module", params=["ort", "plain"])
-def bundle(request: pytest.FixtureRequest, golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "ort":
-        return golden_bundle
-    return build(GOLDEN / "e2e" / "model", tmp_path_factory.mktemp("plain") / "bundle", dialect="plain")
+@pytest.fixture(scope="module", params=["golden", "golden-plain"])
+def bundle(request: pytest.FixtureRequest, bundle_of: Callable[[str], Path]) -> Path:
+    return bundle_of(request.param)
 
 
 @pytest.fixture
@@ -275,11 +273,11 @@ def test_further_questions_on_the_command_line(tiny_bundle: Path) -> None:
     picture = str(IMAGES / "web_gnuplot.png")
     command = ["run", str(tiny_bundle), "-i", picture, "-n", "4", "--json", "What is this?", "What is that, then?"]
     found, anew = (
-        [json.loads(line) for line in CliRunner().invoke(main, [*command, *more]).stdout.splitlines()]
+        [json.loads(line) for line in runner().invoke(main, [*command, *more]).stdout.splitlines()]
         for more in ([], ["--no-reuse"])
     )
     assert [row["answer"] for row in found] == [row["answer"] for row in anew]
     assert found[0]["reused_tokens"] == 0 < found[0]["kept"] < found[1]["reused_tokens"] < found[1]["prompt_tokens"]
     assert [row["reused_tokens"] for row in anew] == [0, 0]
-    result = CliRunner().invoke(main, [part for part in command if part != "--json"])
+    result = runner().invoke(main, [part for part in command if part != "--json"])
     assert f"{found[1]['reused_tokens']} reused)" in result.stderr

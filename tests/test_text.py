@@ -24,6 +24,7 @@ def text(tiny_bundle: Path) -> Text:
     return Text(tiny_bundle, PAD)
 
 
+@pytest.mark.newest
 def test_prompt_equals_transformers(text: Text, tiny_checkpoint: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 

@@ -8,23 +8,22 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from terminal import runner
 
-from ppexport.build_bundle import build
 from ppexport.cli import main
 
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(POCKET, tmp_path_factory.mktemp("trace") / "pocket.bundle")
+@pytest.fixture
+def bundle(pocket_bundle: Path) -> Path:
+    return pocket_bundle
 
 
 def test_a_trace_has_every_stage_and_token(bundle: Path, tmp_path: Path) -> None:
     path, screen = tmp_path / "trace.json", POCKET.parent.parent / "docs" / "settings.png"
     questions = ["What is the Region?", "What is the Brightness?"]
-    done = CliRunner().invoke(main, ["run", str(bundle), *questions, "-i", str(screen), "--trace", str(path), "--json"])
+    done = runner().invoke(main, ["run", str(bundle), *questions, "-i", str(screen), "--trace", str(path), "--json"])
     assert done.exit_code == 0, done.output
     trace = json.loads(path.read_text(encoding="utf-8"))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
@@ -39,15 +38,15 @@ def test_a_trace_has_every_stage_and_token(bundle: Path, tmp_path: Path) -> None
             total[event["name"]] = total.get(event["name"], 0) + event["dur"] / 1e3
         assert total == pytest.approx(found["milliseconds"], abs=0.01)
         assert sum(e["name"] == "decode" for e in inside) == found["generated_tokens"] - 1
-    done = CliRunner().invoke(main, ["run", str(bundle), "Hi", "--trace", "missing/trace.json"])
-    assert "missing/trace.json: cannot be written" in done.output
+    done = runner().invoke(main, ["run", str(bundle), "Hi", "--trace", "missing/trace.json"])
+    assert "missing/trace.json: cannot be written" in done.stderr
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_logs(form: str, bundle: Path) -> None:
     screen = POCKET.parent.parent / "docs" / "settings.png"
     try:
-        done = CliRunner().invoke(
+        done = runner().invoke(
             main, ["--log-format", form, "run", str(bundle), "What is the Region?", "-i", str(screen), "-q"]
         )
     finally:

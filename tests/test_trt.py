@@ -14,8 +14,8 @@ from pathlib import Path
 import emulator
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from conftest import E2E_PIXELS, GOLDEN, IMAGES
+from terminal import runner
 
 import ppexport
 from ppexport.build_bundle import build
@@ -296,12 +296,12 @@ def test_engines_that_were_changed(bundle: Path, target: str, tmp_path: Path) ->
     file.write_bytes(raw)
     with pytest.raises(ppexport.BundleError, match="is not the engine that was compiled"):
         ppexport.load(copy, target, verify=True)
-    result = CliRunner().invoke(main, ["doctor", str(copy)])
+    result = runner().invoke(main, ["doctor", str(copy)])
     assert re.search(rf"on {target} +does not run: .*is not the engine that was compiled", result.output)
 
 
 def test_doctor_sees_the_gpu(bundle: Path, target: str) -> None:
-    result = CliRunner().invoke(main, ["doctor", str(bundle)])
+    result = runner().invoke(main, ["doctor", str(bundle)])
     assert result.exit_code == 0, result.output
     assert "Emulated, 8.6 GB, compute capability 8." in result.output
     assert "its driver takes CUDA up to 12.6" in result.output

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from conftest import GOLDEN, IMAGES
 from safetensors.torch import load_file, save_file
+from terminal import runner
 
 import ppexport
 from ppexport.build_bundle import build
@@ -38,13 +38,13 @@ def test_a_bundle_in_the_checkpoint_s_precision_is_the_checkpoint(bundles: dict[
 
 def test_precisions_side_by_side(bundles: dict[str, Path]) -> None:
     arguments = ["verify", *(str(path) for path in bundles.values()), "--against", str(POCKET), "-i", str(SCREEN)]
-    result = CliRunner().invoke(main, [*arguments, "--json"])
+    result = runner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     found = {Path(r["bundle"]).name: r for r in json.loads(result.stdout)}
     assert found["bf16"]["megabytes"] > found["int8"]["megabytes"] > found["int4"]["megabytes"]
     assert found["bf16"]["kl"] < found["int8"]["kl"] < found["int4"]["kl"] < 0.05
     assert all(r["problems"] == [] and r["agreement"] > 0.9 for r in found.values())
-    result = CliRunner().invoke(main, [*arguments, "--no-prune"])
+    result = runner().invoke(main, [*arguments, "--no-prune"])
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["bundle", "bf16", "int8", "int4"]
     assert lines[0].split()[1:] == [
@@ -78,7 +78,7 @@ def test_a_broken_weight_is_caught(weight: str, problem: str, tmp_path: Path) ->
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     path = build(checkpoint, tmp_path / "bundle")
-    result = CliRunner().invoke(main, ["verify", str(path), "--against", str(POCKET), "-i", str(SCREEN)])
+    result = runner().invoke(main, ["verify", str(path), "--against", str(POCKET), "-i", str(SCREEN)])
     assert result.exit_code == 1
     assert f"{path}: {problem}" in result.stderr
     assert f"{path}: was not built from these files of {POCKET}: model.safetensors" in result.stderr
