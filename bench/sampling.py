@@ -2,8 +2,8 @@
 
     python bench/sampling.py -o bench/results/sampling.json
 
-Memory is kept by the C library as it is after a bundle was loaded (runtime/ort.py): otherwise each of the arrays, over a
-megabyte each, is taken from the system anew, for either way.
+Memory is kept by the C library as it is after a bundle was loaded (runtime/ort.py): otherwise each array, of over a
+megabyte, is taken from the system anew, for either way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from statistics import median
 import click
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe
 from test_sampling import by_full_sort
 

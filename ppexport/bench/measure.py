@@ -119,6 +119,7 @@ def measure(
             probe.run()
         if not interrupted:
             progress("measure", 1, 1)
+        assert found is not None
         return Result(
             version=1,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
