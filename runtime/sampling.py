@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +53,15 @@ class Sampling:
         if self.temperature == 0:
             return best
         ranking = Ranking(logits, self.temperature)
-        total = ranking.mass_of_first(self.top_k) if self.top_k else ranking.total
+        if self.top_k and self.top_k < len(logits):
+            tokens = ranking.first(self.top_k)
+            cumulated = np.cumsum(np.exp(ranking.below[tokens]))
+            total = cumulated[-1]
+            if self.top_p < 1:
+                total = cumulated[np.searchsorted(cumulated, self.top_p * total, "left")]
+            rank = int(np.searchsorted(cumulated, rng.random() * total, "right"))
+            return int(tokens[min(rank, len(tokens) - 1)])
+        total = ranking.total
         if self.top_p < 1:
             total = ranking.at_mass(self.top_p * total, "left")[1]
         return ranking.at_mass(rng.random() * total, "right")[0]
@@ -68,25 +77,34 @@ class Ranking:
 
     def __init__(self, logits: np.ndarray, temperature: float):
         self.logits = logits
-        below = logits.astype(np.float64)
-        below -= below.max()
-        below /= temperature  # [V], 0 for the best one
-        self.weights = np.exp(below)  # [V], probabilities but for their sum
-        self.total = float(self.weights.sum())
-        np.maximum(below, -NEGLIGIBLE, out=below)  # the last bucket holds all that is farther
-        below *= -BUCKETS / (-below.min() or 1.0)
-        self.bucket_of = below.astype(np.intp)
-        masses = np.bincount(self.bucket_of, self.weights, BUCKETS + 1)
-        self.mass_until = np.concatenate([[0.0], np.cumsum(masses)])  # [BUCKETS + 2], of all buckets before each
+        self.below = logits.astype(np.float64)
+        self.below -= self.below.max()
+        self.below /= temperature  # [V], how far below the best one, in temperatures
+        near = np.maximum(self.below, -NEGLIGIBLE)  # the last bucket holds all that is farther
+        near *= -BUCKETS / (-near.min() or 1.0)
+        self.bucket_of = near.astype(np.intp)  # [V]
 
-    def mass_of_first(self, count: int) -> float:
-        """The weight of the first ``count`` tokens (of all, if there are no more)."""
-        if count >= len(self.logits):
-            return self.total
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """Probabilities but for their sum, [V]."""
+        return np.exp(self.below)
+
+    @functools.cached_property
+    def total(self) -> float:
+        """The sum of all weights."""
+        return float(self.weights.sum())
+
+    @functools.cached_property
+    def mass_until(self) -> np.ndarray:
+        """The weight of all buckets before each, [BUCKETS + 2]."""
+        return np.concatenate([[0.0], np.cumsum(np.bincount(self.bucket_of, self.weights, BUCKETS + 1))])
+
+    def first(self, count: int) -> np.ndarray:
+        """The first ``count`` tokens, the best first; count is at most V."""
         limit = FEW
         while len(inside := np.flatnonzero(self.bucket_of < limit)) < count:
             limit *= 4
-        return float(self.weights[self._best_first(inside)[:count]].sum())
+        return self._best_first(inside)[:count]
 
     def at_mass(self, mass: float, side: Literal["left", "right"]) -> tuple[int, float]:
         """The first token at which the cumulated weight reaches ("left") or exceeds ("right") ``mass``.
