@@ -231,9 +231,9 @@ def test_existing_output(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_no_space(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage("/")._replace(free=10_000_000)
+    usage = shutil.disk_usage("/")._replace(free=1_000_000)
     monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: usage)
-    check_refused(checkpoint, "10 MB free, expected at least .* MB for the bundle; make room", ppexport.SpaceError)
+    check_refused(checkpoint, "1 MB free, expected at least .* MB for the bundle; make room", ppexport.SpaceError)
 
 
 def test_no_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,8 +236,9 @@ def test_image_processor_without_numbers_has_those_of_the_class(pocket: Path) ->
 # ----------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("precision", ["bf16", "int4", "w8a8"])
+@pytest.mark.parametrize(
+    ("value", "precision"), [(math.nan, "bf16"), (math.nan, "int4"), (math.inf, "w8a8"), (-math.inf, "bf16")]
+)
 def test_weight_that_is_not_finite(value: float, precision: str, pocket: Path, tmp_path: Path) -> None:
     name = "model.language_model.layers.3.mlp.up_proj.weight"
     edit_weights(pocket, lambda tensors: tensors[name].view(-1)[7:9].fill_(value))

@@ -279,6 +279,8 @@ def test_every_graph_passes_the_checker_and_opens_without_a_warning(
     """As a user who opens a file of the bundle sees it: ONNX Runtime with its default settings."""
     files = sorted(build(tiny_checkpoint, tmp_path / "bundle", precision=precision, dialect=dialect).glob("*.onnx"))
     assert len(files) > 15
+    if precision != "fp32":  # the pruning graphs are the same in all
+        files = [file for file in files if not file.name.startswith("prune.")]
     for file in files:
         onnx.checker.check_model(str(file), full_check=True)
     if dialect != "ort" and precision in ("bf16", "int4"):
