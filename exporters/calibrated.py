@@ -30,6 +30,7 @@ class Sample:
     image: np.ndarray  # uint8 [H, W, 3], resized
     keep: np.ndarray  # int32 [K], which of its tokens are kept
     ids: np.ndarray  # int32 [S] without the placeholders of dropped tokens
+    feature_rows: np.ndarray  # int32 [S], the kept token that stands there, -1 for text
     positions: np.ndarray  # int32 [3, S]
 
 
@@ -83,7 +84,8 @@ def collect(
         progress("calibrate", i, len(samples))
         features = reference.features([sample.image], [sample.keep])
         if "language" in graphs:
-            reference.logits(sample.ids, np.ascontiguousarray(sample.positions), features, 1)
+            positions = np.ascontiguousarray(sample.positions)
+            reference.logits(sample.ids, sample.feature_rows, positions, features, 1)
     progress("calibrate", len(samples), len(samples))
     return moments
 

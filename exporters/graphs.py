@@ -33,7 +33,7 @@ def compute_precision(precision: str, dialect: Dialect) -> str:
 
 
 def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()) -> ir.Model:
-    """The vision tower: inputs image, keep; outputs embeds, deepstack_0 ... (see VisionTower.forward).
+    """The vision tower: inputs image, keep; output features (see VisionTower.forward).
 
     ``wide``: kinds of values to calculate in float32 whatever the precision (exporters/numeric.py).
     """
@@ -42,8 +42,7 @@ def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32",
         tower = vision.VisionTower(c, dialect.cast_first, TORCH[compute_precision(precision, dialect)], set(wide))
         args = (torch.empty(3 * c.block, 4 * c.block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
     shapes = ({0: c.block * Dim("rows", max=4096), 1: c.block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
-    outputs = ["embeds", *(f"deepstack_{i}" for i in range(len(c.deepstack)))]
-    model = _export(tower, args, shapes, ["image", "keep"], outputs, dialect)
+    model = _export(tower, args, shapes, ["image", "keep"], ["features"], dialect)
     model.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
     return model
 
@@ -59,20 +58,20 @@ def language_graph(
     dtype = TORCH[compute_precision(precision, dialect)]
     B, S, P, K, M = (Dim(name, min=1, max=1 << 20) for name in "BSPKM")
     with FakeTensorMode():
-        decoder = language.Decoder(c, config.image_token, dtype, set(wide))
+        decoder = language.Decoder(c, dtype, set(wide))
         caches = [torch.empty(2, c.kv_heads, 11, c.head_dim, dtype=dtype) for _ in range(2 * c.layers)]
         args = (
             torch.empty(2, 7, dtype=torch.int32),
-            torch.empty(5, c.width, dtype=dtype),
-            torch.empty(levels, 5, c.width, dtype=dtype),
+            torch.empty(1 + levels, 5, c.width, dtype=dtype),
+            torch.empty(2, 7, dtype=torch.int32),
             torch.empty(3, 2, 7, dtype=torch.int32),
             torch.empty(2, dtype=torch.int32),
             torch.empty(2, 3, dtype=torch.int32),
             caches,
         )
-    shapes = ({0: B, 1: S}, {0: K}, {1: K}, {1: B, 2: S}, {0: B}, {0: B, 1: P}, [{0: B, 2: M} for _ in caches])
+    shapes = ({0: B, 1: S}, {1: K}, {0: B, 1: S}, {1: B, 2: S}, {0: B}, {0: B, 1: P}, [{0: B, 2: M} for _ in caches])
     names = [f"{kind}_{i}" for i in range(c.layers) for kind in ("key", "value")]
-    inputs = ["input_ids", "embeds", "deepstack", "position_ids", "start", "logits_at", *names]
+    inputs = ["input_ids", "features", "feature_rows", "position_ids", "start", "logits_at", *names]
     return _export(decoder, args, shapes, inputs, ["logits", *(f"new_{n}" for n in names)], dialect)
 
 

@@ -1,4 +1,4 @@
-"""The Qwen3-VL decoder: one graph for prefill and decode, with image embeddings put in by token id.
+"""The Qwen3-VL decoder: one graph for prefill and decode, with the features of images put in where they stand.
 
 Source of the architecture: transformers ``models/qwen3_vl`` (interleaved mRoPE, q/k norm, deepstack).
 """
@@ -54,13 +54,11 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids and image embeddings in, logits at the wanted positions out, caches updated."""
+    """Token ids and features of images in, logits at the wanted positions out, caches updated."""
 
-    def __init__(
-        self, c: TextConfig, image_token: int, dtype: torch.dtype = torch.float32, wide: Set[str] = frozenset()
-    ):
+    def __init__(self, c: TextConfig, dtype: torch.dtype = torch.float32, wide: Set[str] = frozenset()):
         super().__init__()
-        self.c, self.image_token, self.dtype = c, image_token, dtype
+        self.c, self.dtype = c, dtype
         self.residual = torch.float32 if "residual" in wide else dtype
         self.token_table = nn.Parameter(torch.empty(c.vocab, c.width))
         self.layers = nn.ModuleList(Layer(c, dtype, wide) for _ in range(c.layers))
@@ -73,8 +71,8 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        embeds: Tensor,
-        deepstack: Tensor,
+        features: Tensor,
+        feature_rows: Tensor,
         position_ids: Tensor,
         start: Tensor,
         logits_at: Tensor,
@@ -82,22 +80,20 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Run S more tokens of each row.
 
-        input_ids int32 [B, S]; embeds [K, D] and deepstack [L, K, D]: the k-th image placeholder of this call (in
-        row order) takes entry k, so K is at least their number (and at least 1: a row of zeros where there is no
-        image); position_ids int32 [3, B, S] (temporal, height, width); start int32 [B], entries already in the cache;
-        logits_at int32 [B, P], positions in S; caches: key, value per layer, [B, kv_heads, M, Dh] each.
-        Returns logits float32 [B, P, V] and the caches in the same order.
+        input_ids int32 [B, S]; features [1 + L, K, D], K at least 1: embeddings and deepstack levels of images;
+        feature_rows int32 [B, S]: which of the K stands at a position, -1 where a token does; position_ids int32
+        [3, B, S] (temporal, height, width); start int32 [B], entries already in the cache; logits_at int32 [B, P],
+        positions in S; caches: key, value per layer, [B, kv_heads, M, Dh] each. Returns logits float32 [B, P, V] and
+        the caches in the same order.
         """
         B, S = input_ids.shape
-        is_image = input_ids == self.image_token
-        entry = torch.cumsum(is_image.reshape(-1).to(torch.int32), 0, dtype=torch.int32) - 1
-        entry = torch.minimum(entry.clamp(min=0), torch.full_like(entry, embeds.shape[0] - 1))
-        is_image = is_image.unsqueeze(2)
+        is_image = (feature_rows >= 0).unsqueeze(2)
+        row = feature_rows.clamp(min=0).reshape(-1)
 
-        def placed(table: Tensor) -> Tensor:
-            return table.index_select(0, entry).reshape(B, S, -1)
+        def placed(level: int) -> Tensor:
+            return features.select(0, level).index_select(0, row).reshape(B, S, -1)
 
-        x = torch.where(is_image, placed(embeds), F.embedding(input_ids, self.token_table)).to(self.residual)
+        x = torch.where(is_image, placed(0), F.embedding(input_ids, self.token_table)).to(self.residual)
         image_gate = is_image.to(self.residual)
         cos, sin = self.rotary_tables(position_ids)
         own = start.unsqueeze(1) + torch.arange(S, device=start.device, dtype=torch.int32)
@@ -106,8 +102,8 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, cos, sin, caches[2 * i], caches[2 * i + 1], own, entries)
             new_caches += [k, v]
-            if i < deepstack.shape[0]:
-                x = ops.watch("residual", x + placed(deepstack.select(0, i)).to(self.residual) * image_gate)
+            if i + 1 < features.shape[0]:
+                x = ops.watch("residual", x + placed(i + 1).to(self.residual) * image_gate)
         return self.logits(x, logits_at), *new_caches
 
     def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def measure(
         largest[graph][kind] = max(largest[graph][kind], float(x.abs().max()))
 
     with torch.device("meta"):
-        tower, decoder = vision.VisionTower(c.vision), language.Decoder(c.text, c.image_token)
+        tower, decoder = vision.VisionTower(c.vision), language.Decoder(c.text)
     steps = c.vision.depth + c.text.layers
     done = 0
 
@@ -84,10 +84,10 @@ def measure(
     total = image.shape[0] * image.shape[1] // c.vision.block**2
     with ops.watching(watcher):
         with streamed(checkpoint, tower, "vision", "blocks", vision.constants(c.vision, pre), step):
-            embeds, *levels = tower(image, torch.arange(total, dtype=torch.int32))
+            features = tower(image, torch.arange(total, dtype=torch.int32))
         graph = "language"
         with streamed(checkpoint, decoder, "language", "layers", language.constants(c.text), step):
-            _prefill(decoder, embeds, levels)
+            _prefill(decoder, features)
     return {name: dict(kinds) for name, kinds in largest.items()}
 
 
@@ -103,14 +103,14 @@ def _screens(block: int) -> np.ndarray:
     return np.array(canvas)
 
 
-def _prefill(decoder: language.Decoder, embeds: Tensor, levels: list[Tensor]) -> None:
+def _prefill(decoder: language.Decoder, features: Tensor) -> None:
     """An image and some text through the decoder."""
-    c, K = decoder.c, len(embeds)
+    c, K = decoder.c, features.shape[1]
     text = torch.arange(0, 32, dtype=torch.int32) * max(1, c.vocab // 33)
-    ids = torch.cat((torch.full((K,), decoder.image_token, dtype=torch.int32), text))[None]
+    ids = torch.cat((torch.zeros(K, dtype=torch.int32), text))[None]
+    rows = torch.cat((torch.arange(K, dtype=torch.int32), torch.full_like(text, -1)))[None]
     S = ids.shape[1]
     positions = torch.arange(S, dtype=torch.int32).expand(3, 1, S)
-    stack = torch.stack(levels) if levels else embeds.new_zeros(0, K, c.width)
     start, at = torch.zeros(1, dtype=torch.int32), torch.full((1, 1), S - 1, dtype=torch.int32)
     caches = [torch.zeros(1, c.kv_heads, S, c.head_dim) for _ in range(2 * c.layers)]
-    decoder(ids, embeds, stack, positions, start, at, caches)
+    decoder(ids, features, rows, positions, start, at, caches)

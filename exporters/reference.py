@@ -38,7 +38,7 @@ class Reference:
 
     @torch.no_grad()
     def features(self, images: Sequence[np.ndarray], keeps: Sequence[np.ndarray]) -> np.ndarray:
-        """Images uint8 [H, W, 3], resized, and their kept indices -> embeds and deepstack, float32 [1 + L, K, D]."""
+        """Images uint8 [H, W, 3], resized, and their kept indices -> features, float32 [1 + L, K, D]."""
         c = self.checkpoint.config.vision
         with torch.device("meta"):
             tower = vision.VisionTower(c)
@@ -50,17 +50,21 @@ class Reference:
                 self._shown("vision", tower),
                 streamed(self.checkpoint, tower, "vision", "blocks", constants, steps),
             ):
-                levels = tower(torch.from_numpy(np.array(image)), torch.from_numpy(np.array(keep)))
-            found.append(torch.stack(levels).numpy())
+                features = tower(torch.from_numpy(np.array(image)), torch.from_numpy(np.array(keep)))
+            found.append(features.numpy())
         return np.concatenate(found, axis=1)
 
     @torch.no_grad()
-    def logits(self, ids: np.ndarray, positions: np.ndarray, features: np.ndarray, last: int) -> np.ndarray:
-        """ids int32 [S] without dropped placeholders, positions int32 [3, S], features as above; [last, V]."""
+    def logits(
+        self, ids: np.ndarray, feature_rows: np.ndarray, positions: np.ndarray, features: np.ndarray, last: int
+    ) -> np.ndarray:
+        """ids, feature_rows int32 [S] without dropped placeholders, positions int32 [3, S], features as above.
+
+        Returns the logits of the ``last`` positions, float32 [last, V].
+        """
         c, S = self.checkpoint.config.text, len(ids)
         with torch.device("meta"):
-            decoder = language.Decoder(c, self.checkpoint.config.image_token)
-        stack = torch.from_numpy(features)
+            decoder = language.Decoder(c)
         start, at = torch.zeros(1, dtype=torch.int32), torch.arange(S - last, S, dtype=torch.int32)[None]
         constants, steps = language.constants(c), self._steps("language", c.layers)
         with (
@@ -70,8 +74,8 @@ class Reference:
             caches = [torch.zeros(1, c.kv_heads, S, c.head_dim) for _ in range(2 * c.layers)]
             found, *_ = decoder(
                 torch.from_numpy(ids)[None],
-                stack[0],
-                stack[1:],
+                torch.from_numpy(features),
+                torch.from_numpy(feature_rows)[None],
                 torch.from_numpy(positions)[:, None],
                 start,
                 at,

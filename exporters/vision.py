@@ -65,7 +65,7 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Image and kept indices in, embeddings and deepstack levels out.
+    """Image and kept indices in, features out: the embeddings, and with them the deepstack levels.
 
     Constants (``scale``, ``shift``, ``inv_freq``) are buffers filled by ``constants``: on the meta device, where
     exports run, they have no values.
@@ -92,10 +92,10 @@ class VisionTower(nn.Module):
         for parameter in self.parameters():  # the constants stay float32
             parameter.data = parameter.data.to(dtype)
 
-    def forward(self, image: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, keep: Tensor) -> Tensor:
         """image uint8 [H, W, 3], H and W multiples of the block; keep int32 [K], rising indices into the N blocks.
 
-        Returns embeds [K, D] and one [K, D] per deepstack level.
+        Returns features [1 + L, K, D]: the embeddings, then the deepstack levels.
         """
         c = self.c
         rows, cols = image.shape[0] // c.block, image.shape[1] // c.block
@@ -114,14 +114,14 @@ class VisionTower(nn.Module):
         height: int | Tensor,
         width: int | Tensor,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         """Patches of one image, or of several padded to one length (training).
 
         pixels float32 [B * T, patch * patch * 3], 0..255; y, x float32 [B, T], places in a grid of height x width
         patches (numbers, or [B, 1] for different grids); mask bool [B, T], which patches are real. Returns as forward.
         """
         hidden, levels = self.trunk(pixels, y, x, height, width, mask)
-        return self.merger(hidden), *levels
+        return torch.stack((self.merger(hidden), *levels))
 
     def trunk(
         self, pixels: Tensor, y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor, mask: Tensor | None

@@ -51,7 +51,7 @@ class Calibration:
             selection = select(image, Prune(), patch, merge, *sizes)
             ids = prompt_ids(text, model, self.question, [selection.total])
             prompt = build_prompt(ids, model.image_token, [selection])
-            found.append(Sample(image, selection.keep, prompt.ids, prompt.positions))
+            found.append(Sample(image, selection.keep, prompt.ids, prompt.feature_rows, prompt.positions))
         return found
 
 

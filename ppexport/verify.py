@@ -127,16 +127,14 @@ def verify(
     keeps = [selection.keep for selection in stats.images]
     D, L = model.text.width, len(model.vision.deepstack)
     features = reference.features(resized, keeps) if images else np.zeros((1 + L, 1, D), np.float32)
-    mine = np.concatenate([np.concatenate([e.embeds[None], e.deepstack]) for e in encoded], 1) if images else features
-    # a placeholder that was generated is text to the bundle, which the reference cannot be told
-    until = next((i + 1 for i, step in enumerate(steps) if step.token == model.image_token), len(steps))
-    steps = steps[:until]
+    mine = np.concatenate([each.features for each in encoded], axis=1) if images else features
     said = np.array([step.token for step in steps], np.int32)
     prompt = build_prompt(ids, model.image_token, stats.images)
     after = prompt.next_position + np.arange(len(said) - 1, dtype=np.int32)
     whole = np.concatenate([prompt.ids, said[:-1]])
     positions = np.concatenate([prompt.positions, np.broadcast_to(after, (3, len(after)))], axis=1)
-    expected = reference.logits(whole, np.ascontiguousarray(positions), features, len(said))
+    rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1, np.int32)])
+    expected = reference.logits(whole, rows, np.ascontiguousarray(positions), features, len(said))
     logits = np.stack([step.logits for step in steps])
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     return Report(

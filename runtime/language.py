@@ -13,7 +13,6 @@ from ..models.errors import RequestError
 from .cache import FORMS, Cache
 from .prune import Selection
 from .session import Backend, Binding, Buffer, Session
-from .vision import Features, features_of
 
 STEP = 256  # tokens that a cache has room for at least, beyond what is known to be needed
 
@@ -25,6 +24,7 @@ class Prompt:
     ids: np.ndarray  # int32 [S]
     positions: np.ndarray  # int32 [3, S]: temporal, height, width
     image_of: np.ndarray  # int32 [S]: the image that a placeholder stands for, counted from 0; -1 for text
+    feature_rows: np.ndarray  # int32 [S]: the row of the features that stands there, all images in a row; -1 for text
     next_position: int  # of the first generated token, as if nothing had been pruned
     full_length: int  # tokens before pruning
 
@@ -34,8 +34,16 @@ class Prompt:
         return np.vstack([self.ids, self.image_of, self.positions])
 
     def after(self, count: int) -> Prompt:
-        """Without its first ``count`` tokens."""
-        return replace(self, ids=self.ids[count:], positions=self.positions[:, count:], image_of=self.image_of[count:])
+        """Without its first ``count`` tokens, which hold whole images only; rows count from the first image left."""
+        rows = self.feature_rows[count:]
+        first = rows[rows >= 0].min(initial=np.iinfo(np.int32).max)
+        return replace(
+            self,
+            ids=self.ids[count:],
+            positions=self.positions[:, count:],
+            image_of=self.image_of[count:],
+            feature_rows=np.where(rows >= 0, rows - first, -1).astype(np.int32),
+        )
 
 
 def build_prompt(input_ids: np.ndarray, image_token: int, selections: Sequence[Selection]) -> Prompt:
@@ -62,7 +70,9 @@ def build_prompt(input_ids: np.ndarray, image_token: int, selections: Sequence[S
         done = start + length
     positions[:, done:] = position + np.arange(S - done)
     next_position = position + S - done
-    return Prompt(input_ids[keep].astype(np.int32), positions[:, keep], image_of[keep], next_position, S)
+    image_of = image_of[keep]
+    rows = np.where(image_of >= 0, np.cumsum(image_of >= 0) - 1, -1).astype(np.int32)
+    return Prompt(input_ids[keep].astype(np.int32), positions[:, keep], image_of, rows, next_position, S)
 
 
 def _image_starts(is_image: np.ndarray, totals: Sequence[int]) -> list[int]:
@@ -89,16 +99,14 @@ class Language:
         backend: Backend,
         graph: Path,
         config: TextConfig,
-        image_token: int,
         levels: int,
         dtype: str,
         dialect: str,
     ):
-        self.backend, self.config, self.image_token, self.dtype = backend, config, image_token, dtype
+        self.backend, self.config, self.dtype = backend, config, dtype
         self.session: Session = backend.session(graph)
         self.cache_form = FORMS[dialect]
-        zeros = backend.zeros((1 + levels, 1, config.width), dtype)
-        self.no_features = features_of(zeros)  # of a run without images, which takes none of them
+        self.no_features = backend.zeros((1 + levels, 1, config.width), dtype)  # of a run without images
 
     def start(self, tokens: int) -> Decoding:
         """A new sequence with room for ``tokens`` tokens, and more as it gets longer."""
@@ -129,38 +137,28 @@ class Decoding:
         """Go on after the first ``length`` tokens; the entries behind them are written anew."""
         self._held, self.length = [self.held[:, :length]], length
 
-    def _features(self, features: Features) -> None:
-        self.binding.input("embeds", features.embeds)
-        if features.deepstack is not None:
-            self.binding.input("deepstack", features.deepstack)
-
-    def prefill(self, prompt: Prompt, features: Features) -> np.ndarray:
-        """Run the prompt, or what is left of it; ``features`` of the images in there.
+    def prefill(self, prompt: Prompt, features: Buffer) -> np.ndarray:
+        """Run the prompt, or what is left of it; ``features`` [1 + L, K, D] of the images in there.
 
         Returns the logits float32 [V] after its last token (valid until the next call).
         """
-        self._features(features)
+        self.binding.input("features", features)
         try:
-            return self._run(prompt.columns)
+            return self._run(prompt.columns, prompt.feature_rows)
         finally:
-            self._features(self.language.no_features)
+            self.binding.input("features", self.language.no_features)
 
     def decode(self, token: int, position: int) -> np.ndarray:
-        """Run one more token at ``position`` (all three axes); returns logits as ``prefill`` does.
+        """Run one more token, which is text, at ``position`` (all three axes); returns logits as ``prefill`` does."""
+        return self._run(np.array([[token], [-1], *[[position]] * 3], np.int32), np.array([-1], np.int32))
 
-        A generated image placeholder is text. Counted from the end of the vocabulary it reads the same embedding
-        (ONNX Gather), but the graph does not take it for an image.
-        """
-        if token == self.language.image_token:
-            token -= self.language.config.vocab
-        return self._run(np.array([[token], [-1], *[[position]] * 3], np.int32))
-
-    def _run(self, columns: np.ndarray) -> np.ndarray:
+    def _run(self, columns: np.ndarray, feature_rows: np.ndarray) -> np.ndarray:
         S = columns.shape[1]
         if self.length + S > self.capacity:
             self._grow(self.length + S)
         values = {
             "input_ids": columns[:1],
+            "feature_rows": feature_rows[None],
             "position_ids": columns[2:].reshape(3, 1, S),
             "start": np.array([self.length], np.int32),
             "logits_at": np.array([[S - 1]], np.int32),

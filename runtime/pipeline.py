@@ -28,7 +28,7 @@ from .selector import Selector
 from .session import Backend, Buffer
 from .stats import Stats, log_request
 from .text import Text
-from .vision import Features, Vision, features_of
+from .vision import Vision
 
 LOG = logging.getLogger(__name__)
 WORTH = 0.02  # pruning that would drop less than this share of an image's tokens is left out
@@ -40,10 +40,23 @@ PruneLike = Prune | Literal["default"] | None
 class Encoded:
     """One image after the vision tower."""
 
-    keep: np.ndarray  # int32 [K]
-    embeds: np.ndarray  # [K, D]
-    deepstack: np.ndarray  # [L, K, D]
+    features: np.ndarray  # [1 + L, K, D]
     selection: Selection
+
+    @property
+    def keep(self) -> np.ndarray:
+        """Which tokens are kept, int32 [K]."""
+        return self.selection.keep
+
+    @property
+    def embeds(self) -> np.ndarray:
+        """Their embeddings [K, D]."""
+        return self.features[0]
+
+    @property
+    def deepstack(self) -> np.ndarray:
+        """What the first language layers take besides, [L, K, D]."""
+        return self.features[1:]
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Pipeline:
         self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
         dialect = manifest.graphs["language"].dialect
         self.language = Language(  # first: loading the largest graph takes the most memory
-            backend, graphs["language"], model.text, model.image_token, len(model.vision.deepstack), dtype, dialect
+            backend, graphs["language"], model.text, len(model.vision.deepstack), dtype, dialect
         )
         self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
         self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
@@ -162,11 +175,10 @@ class Pipeline:
         return self._steps(ids.astype(np.int32), prepared, sampling, max_new_tokens, stats, stop)
 
     def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
-        """One image through prune and vision: keep indices, embeds [K, D] and deepstack [L, K, D]."""
+        """One image through prune and vision: which tokens are kept, and their features [1 + L, K, D]."""
         prepared = self._prepare([image], prune, Stats())
         features = self.backend.download(self.vision.encode(prepared.images[0], prepared.keeps[0]))
-        selection = prepared.selections[0]
-        return Encoded(selection.keep, features[0], features[1:], selection)
+        return Encoded(features, prepared.selections[0])
 
     def _prepare(self, images: Sequence[ImageLike], prune: PruneLike, stats: Stats) -> Prepared:
         """Stages image and prune: read, resize, upload, select."""
@@ -191,7 +203,7 @@ class Pipeline:
             return self.prune
         return check_prune(prune, " or 'default'")
 
-    def _encode(self, prepared: Prepared, first: int) -> Features:
+    def _encode(self, prepared: Prepared, first: int) -> Buffer:
         """Stage vision: features of the images from ``first`` on, on the backend; computed where they are not kept."""
         found = []
         for i in range(first, len(prepared.images)):
@@ -202,7 +214,7 @@ class Pipeline:
                     self.reuse.keep_features(prepared.digests[i], features)
             found.append(features)
         self.backend.wait()
-        return features_of(self.vision.join(found)) if found else self.language.no_features
+        return self.vision.join(found) if found else self.language.no_features
 
     def _steps(
         self,

@@ -1,26 +1,14 @@
-"""Kept blocks of an image -> embeddings and deepstack levels, written side by side for all images of a prompt."""
+"""Kept blocks of an image -> features, side by side for all images of a prompt.
+
+Features are one tensor [1 + L, K, D]: the embeddings of the kept tokens, then the deepstack levels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .session import Backend, Buffer, Session, run
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the language model takes of the images of a prompt: views of one buffer [1 + L, K, D]."""
-
-    embeds: Buffer  # [K, D]
-    deepstack: Buffer | None  # [L, K, D]; None where the model has no deepstack levels
-
-
-def features_of(buffer: Buffer) -> Features:
-    """The parts of a feature buffer [1 + L, K, D], by name."""
-    parts, K, D = buffer.shape
-    return Features(buffer.rows(0, 1).reshape(K, D), buffer.rows(1, parts) if parts > 1 else None)
 
 
 class Vision:
@@ -37,10 +25,7 @@ class Vision:
     def encode(self, image: Buffer, keep: Buffer) -> Buffer:
         """image uint8 [H, W, 3], keep int32 [K] -> features [1 + L, K, D]."""
         features = self.features(keep.shape[0])
-        _, K, D = features.shape
-        names = ["embeds", *(f"deepstack_{level}" for level in range(self.levels))]
-        outputs = {name: features.rows(i, i + 1).reshape(K, D) for i, name in enumerate(names)}
-        run(self.session, {"image": image, "keep": keep}, outputs)
+        run(self.session, {"image": image, "keep": keep}, {"features": features})
         return features
 
     def join(self, features: Sequence[Buffer]) -> Buffer:

@@ -174,7 +174,7 @@ def test_rotary_frequencies_equal_transformers(rope: dict[str, Any]) -> None:
     text = Qwen3VLConfig(**{k: v for k, v in json.loads(json.dumps(raw)).items() if k != "model_type"}).text_config
     theirs = Qwen3VLTextRotaryEmbedding(text)
     ours = qwen3_vl.parse_config(raw)
-    decoder = Decoder(ours.text, ours.image_token)
+    decoder = Decoder(ours.text)
     decoder.axis_freq = torch.from_numpy(constants(ours.text)["axis_freq"])
     positions = torch.randint(0, 4000, (3, 1, 50), dtype=torch.int32)
     cos, sin = theirs(torch.zeros(1), positions)

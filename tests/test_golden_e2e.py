@@ -58,11 +58,10 @@ def test_two_images_in_one_request_equal_each_alone(golden_pipe: ppexport.Pipeli
     """The features of all images of a prompt lie side by side."""
     images = [IMAGES / name for name in NAMES["two"]]
     prepared = golden_pipe._prepare(images, ppexport.Prune(), ppexport.Stats())
-    together = golden_pipe._encode(prepared, 0)
+    together = golden_pipe.backend.download(golden_pipe._encode(prepared, 0))
     alone = [golden_pipe.encode(image, ppexport.Prune()) for image in images]
-    embeds, deepstack = golden_pipe.backend.download(together.embeds), golden_pipe.backend.download(together.deepstack)
-    np.testing.assert_array_equal(embeds, np.concatenate([e.embeds for e in alone]))
-    np.testing.assert_array_equal(deepstack, np.concatenate([e.deepstack for e in alone], axis=1))
+    np.testing.assert_array_equal(together[0], np.concatenate([e.embeds for e in alone]))
+    np.testing.assert_array_equal(together[1:], np.concatenate([e.deepstack for e in alone], axis=1))
 
 
 def test_keep_all_equals_unpruned(golden_pipe: ppexport.Pipeline) -> None:

@@ -74,13 +74,14 @@ def feed(
     """Inputs of the decoder; image placeholders take random but fixed embeddings."""
     rng = np.random.default_rng(2)
     ids = np.array(rows, np.int32)
-    K = max(1, int((ids == IMAGE).sum()))
+    is_image = ids == IMAGE
+    K = max(1, int(is_image.sum()))
     positions = np.array(start, np.int32)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
     names = [f"{kind}_{i}" for i in range(LAYERS) for kind in ("key", "value")]
     return {
         "input_ids": ids,
-        "embeds": rng.normal(size=(K, 128)).astype(np.float32),
-        "deepstack": rng.normal(size=(3, K, 128)).astype(np.float32),
+        "features": rng.normal(size=(4, K, 128)).astype(np.float32),
+        "feature_rows": np.where(is_image, np.cumsum(is_image).reshape(ids.shape) - 1, -1).astype(np.int32),
         "position_ids": np.stack([positions, positions, positions]),
         "start": np.array(start, np.int32),
         "logits_at": np.array(logits_at, np.int32),

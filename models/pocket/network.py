@@ -38,7 +38,8 @@ class Pocket(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.tower = vision.VisionTower(config.vision)
-        self.decoder = language.Decoder(config.text, config.image_token)
+        self.decoder = language.Decoder(config.text)
+        self.image_token = config.image_token
         self.patch_head = nn.Sequential(
             nn.LayerNorm(config.vision.width), nn.Linear(config.vision.width, CELLS * CLASSES)
         )
@@ -126,19 +127,21 @@ class Pocket(nn.Module):
         height, width = (torch.tensor([[float(i.grid[a])] for i in items]) for a in (0, 1))
         hidden, levels = self.tower.trunk(pixels.reshape(-1, 768), y, x, height, width, mask)
         real = mask[:, ::4].reshape(-1)
-        embeds, *deepstack = (level[real] for level in (self.tower.merger(hidden), *levels))
+        features = torch.stack([level[real] for level in (self.tower.merger(hidden), *levels)])
+        is_image = ids == self.image_token
+        rows = torch.where(is_image, is_image.reshape(-1).cumsum(0).reshape(ids.shape) - 1, -1).to(torch.int32)
         c = self.decoder.c
         cache = torch.zeros(B, c.kv_heads, S, c.head_dim)
         at = torch.arange(S, dtype=torch.int32).expand(B, S)
         start = torch.zeros(B, dtype=torch.int32)
-        logits, *_ = self.decoder(ids, embeds, torch.stack(deepstack), positions, start, at, [cache] * (2 * c.layers))
+        logits, *_ = self.decoder(ids, features, rows, positions, start, at, [cache] * (2 * c.layers))
         losses = F.cross_entropy(
             logits.reshape(-1, c.vocab), targets.reshape(-1), ignore_index=IGNORE, reduction="none"
         )
         loss = (losses * worth.reshape(-1)).sum() / worth.sum()
         cells = torch.from_numpy(np.concatenate([i.cells for i in items]))
         places = torch.from_numpy(np.concatenate([places_of(i.y, i.x, i.grid) for i in items]))
-        auxiliary = self.auxiliary_loss(hidden[mask.reshape(-1)], embeds, cells, places)
+        auxiliary = self.auxiliary_loss(hidden[mask.reshape(-1)], features[0], cells, places)
         return loss, auxiliary, self.looking_loss(items), logits.argmax(-1)
 
 
