@@ -251,7 +251,8 @@ def _stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     stop = [raw] if isinstance(raw, int) else raw or checkpoint.config.eos_tokens
     vocab = checkpoint.config.text.vocab
     if not isinstance(stop, (list, tuple)) or not all(type(n) is int and 0 <= n < vocab for n in stop):
-        raise CheckpointError(f"generation_config.json: eos_token_id is {raw!r}, expected token ids under {vocab}")
+        where = "generation_config.json" if raw else "config.json"
+        raise CheckpointError(f"{where}: eos_token_id is {(raw or stop)!r:.80}, expected token ids under {vocab}")
     return tuple(stop)
 
 

@@ -24,6 +24,8 @@ ADAPTER = (
     "found an adapter (LoRA) that is not merged, expected a whole model; merge it first, with peft: "
     "model.merge_and_unload().save_pretrained(...), or with the export command of the tool that trained it"
 )
+ADAPTED = (".lora_", ".base_layer.", ".modules_to_save.")  # in names of what PEFT has not merged
+WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 ROWS_AT_ONCE = 4096
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -161,8 +163,13 @@ def _named(entries: Mapping[str, Entry], family: ModuleType) -> dict[str, Entry]
     """The tensors of a model by their present names, without buffers. Raises CheckpointError for adapters."""
     found: dict[str, Entry] = {}
     for stored, entry in entries.items():
-        if stored.startswith("base_model.model.") or ".lora_" in stored:
+        if stored.startswith("base_model.model.") or any(part in stored for part in ADAPTED):
             raise CheckpointError(f"{entry.file.name}: holds '{stored}': {ADAPTER}")
+        if stored.startswith(WRAPPERS):
+            raise CheckpointError(
+                f"{entry.file.name}: holds '{stored}', expected names without '{stored.partition('.')[0]}.' in front; "
+                "save the model itself, not what wraps it for training (model.module, or model._orig_mod)"
+            )
         if family.BUFFERS.search(stored):
             continue
         name = family.canonical_name(stored)
@@ -228,7 +235,14 @@ def _check(entries: Mapping[str, Entry], family: ModuleType, config: ModelConfig
     table = {w.source: w for graph in family.weights(config).values() for w in graph.values()}
     missing = sorted(set(table) - set(entries))
     if missing:
-        raise CheckpointError(f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'")
+        hint = ""
+        if missing == [family.HEAD]:
+            hint = (
+                "; if the embedding table is the output head, set tie_word_embeddings to true at the top of config.json"
+            )
+        raise CheckpointError(
+            f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'{hint}"
+        )
     extra = sorted(set(entries) - set(table) - ({family.HEAD} if config.text.tied_head else set()))
     if extra:
         raise CheckpointError(

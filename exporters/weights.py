@@ -160,8 +160,9 @@ def _reader(checkpoint: Checkpoint, weight: Weight, dtype: ir.DataType) -> Calla
 
     def read() -> ir.TensorProtocol:
         tensor: Tensor = checkpoint.read(weight).to(torch_dtype)
-        if torch_dtype == torch.float16 and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"weight '{weight.source}' does not fit float16; build with --precision bf16")
+        if torch_dtype != torch.float32 and not bool(torch.isfinite(tensor).all()):
+            name, wider = ("float16", "bf16") if torch_dtype == torch.float16 else ("bfloat16", "fp32")
+            raise CheckpointError(f"weight '{weight.source}' does not fit {name}; build with --precision {wider}")
         if torch_dtype == torch.bfloat16:
             return ir.Tensor(tensor.view(torch.uint16).numpy().view(dtype.numpy()), dtype=dtype)
         return ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def writable(path: str | Path) -> Path:
     try:
         if not str(path) or target.is_dir() or not target.absolute().parent.is_dir():
             raise SpaceError(f"{path}: cannot be written, expected the name of a file in an existing directory")
+        if target.exists():
+            if not os.access(target, os.W_OK):
+                raise SpaceError(f"{path}: cannot be written, expected a file that may be")
+        else:
+            with tempfile.TemporaryFile(dir=target.absolute().parent):
+                pass
     except (OSError, ValueError) as err:
         raise SpaceError(f"{path}: cannot be written: {err}") from err
     return target

@@ -53,6 +53,7 @@ HARMLESS = frozenset(
 # Keys that no configuration class declares, but that transformers' caches and masks ask every configuration for.
 ASKED_FOR = ("layer_types", "sliding_window", "attention_chunk_size")
 
+NAMES = {Mapping: "an object", list: "a list", (int, list): "a whole number or a list of them"}
 QUANTIZED = (
     "the checkpoint is quantized already ({method}), expected weights in F32, F16 or BF16; build from the checkpoint "
     "that it was made of, and let ppexport quantize: --precision int4, int8 or w8a8"
@@ -120,7 +121,7 @@ class Reader:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.fail(f"'{key}' is {value!r}, expected {getattr(kind, '__name__', kind)}")
+            self.fail(f"'{key}' is {value!r:.80}, expected {NAMES.get(kind, getattr(kind, '__name__', kind))}")
         if kind is int and value < at_least:
             self.fail(f"'{key}' is {value}, expected at least {at_least}")
         if kind is float and not (math.isfinite(value) and value > 0):
@@ -185,7 +186,7 @@ class Reader:
 
     def finish(self) -> None:
         """Tell what is ignored; raise CheckpointError for a key that transformers knows and that nobody read."""
-        if self.get("quantization_config", Mapping, None):
+        if self.defaults is not None and self.get("quantization_config", Mapping, None):
             self.fail(QUANTIZED.format(method=self.raw["quantization_config"].get("quant_method", "unknown method")))
         for key in sorted(set(self.raw) - self.seen):
             value = self.raw[key]

@@ -92,6 +92,7 @@ def _parse_text(r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
     if len(section) != 3 or min(section) < 1:
         rope.fail(f"mrope_section is {section!r}, expected three positive integers")
     rope.expect("mrope_interleaved", True, default=True)
+    rope.expect("partial_rotary_factor", 1.0, default=1.0)
     yarn = _parse_yarn(rope, context)
     heads = r.get("num_attention_heads", int)
     each_head_its_own = "num_key_value_heads" in r.raw  # as null; absent is the class's number
@@ -132,6 +133,8 @@ def _parse_yarn(rope: Reader, context: int) -> Yarn | None:
         rope.fail(f"rope_type is {kind!r}, expected 'default' or 'yarn'")
     original = rope.get("original_max_position_embeddings", int, context)
     factor = rope.get("factor", float, context / original)
+    if factor * original > LONGEST:
+        rope.fail(f"factor {factor:g} times {original} tokens, expected at most {LONGEST}")
     scale, scale_all = rope.get("mscale", float, None), rope.get("mscale_all_dim", float, None)
 
     def attention(times: float) -> float:
@@ -189,6 +192,9 @@ def weights(config: ModelConfig) -> dict[str, dict[str, Weight]]:
 # Buffers that old versions of transformers saved: the graphs calculate them.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|(^|\.)position_ids$")
 HEAD = "lm_head.weight"
+
+
+LONGEST = 1 << 30  # tokens of a sequence; positions are int32
 
 
 def canonical_name(name: str) -> str:

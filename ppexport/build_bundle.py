@@ -14,10 +14,10 @@ from .compiler import Options, prepare
 from .engines import check_dialect, compile_bundle, plan_sizes
 from .memory import available_memory
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
-from .models.manifest import Manifest
+from .models.manifest import FILE, Manifest
 from .models.precision import Wanted
 from .models.profiles import Profiles
-from .partial import partial_directory
+from .partial import is_free, partial_directory
 from .runtime.bundle import open_bundle
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def build(
     output: str | Path,
     precision: str | Wanted = "auto",
     dialect: str = "auto",
-    targets: Sequence[str] = (),
+    targets: str | Sequence[str] = (),
     sizes: Profiles | None = None,
     options: Options = Options(),  # noqa: B008 (frozen)
     calibration: Calibration | None = None,
@@ -47,9 +47,12 @@ def build(
     (packages are not installed, or a compiler refuses), RequestError (sizes that do not fit). On any error or
     interruption nothing is left behind.
     """
-    output = Path(output)
+    if not isinstance(output, (str, os.PathLike)):
+        raise BundleError(f"the output is {output!r:.80}, expected the path of a directory to make")
+    targets = [targets] if isinstance(targets, str) else targets
+    output = Path(os.path.abspath(output))
     try:
-        taken = (output.exists() and not _is_empty(output)) or output.is_symlink()
+        taken = not is_free(output)
     except (OSError, ValueError) as err:
         raise BundleError(f"{output}: cannot be used as an output directory: {err}") from err
     if taken:
@@ -70,13 +73,11 @@ def build(
     _check_space(plan, output, len(targets))
     created = _make_parents(output.parent)
     try:
-        with partial_directory(output) as work:
+        with partial_directory(output, FILE) as work:
             exporter.export(plan, work, progress, lambda d: calibration.samples(plan, d) if calibration else ())
             _check_text(work)
             for target in targets:
                 compile_bundle(work, target, sizes, options, progress)
-            if output.exists() and not _is_empty(output):
-                raise BundleError(f"{output}: appeared while the bundle was being built; choose another name")
     except BaseException as err:
         with contextlib.suppress(OSError):  # somebody else may have put something there meanwhile
             for parent in created:
@@ -109,10 +110,6 @@ def compile_in_place(
     _check_disk(directory, len(targets) * weights, "engines")
     for target in targets:
         compile_bundle(bundle, target, sizes, options, progress)
-
-
-def _is_empty(directory: Path) -> bool:
-    return directory.is_dir() and not any(directory.iterdir())
 
 
 def _check_text(work: Path) -> None:

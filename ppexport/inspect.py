@@ -14,8 +14,9 @@ import click
 import numpy as np
 from PIL import Image
 
+from .models.checks import writable
 from .models.config import PREDICTORS
-from .models.errors import ImageError, RequestError
+from .models.errors import ImageError, RequestError, SpaceError
 from .overlay import overlay as drawn
 from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
 from .runtime.prune import Prune, Selection
@@ -57,9 +58,15 @@ def main(
         if not as_json:
             click.echo("\n".join(lines(image, selection) + ([f"overlay {picture}"] if picture else [])))
     if as_json:
-        click.echo(json.dumps([{"image": image, **as_dict(s)} for image, s in zip(images, found, strict=True)]))
+        named = [{"image": shown(image), **as_dict(s)} for image, s in zip(images, found, strict=True)]
+        click.echo(json.dumps(named))
     elif len(found) > 1:
         click.echo(together(found))
+
+
+def shown(argument: str) -> str:
+    """An argument of a command line as text, whatever the locale and whatever its bytes are."""
+    return os.fsencode(argument).decode("utf-8", "replace")
 
 
 def mode_of(prune: Prune) -> str:
@@ -205,6 +212,10 @@ def check_picture(path: str | Path, images: Sequence[ImageLike] = (), suffixes: 
         raise ImageError(f"{path}: the picture cannot be written, expected a name that ends in {names}")
     if target.is_dir() or not target.parent.is_dir():
         raise ImageError(f"{path}: the picture cannot be written, expected a file in an existing directory")
+    try:
+        writable(target)
+    except SpaceError as err:
+        raise ImageError(f"{path}: the picture cannot be written: {err}") from err
     for image in images:
         if (
             isinstance(image, (str, os.PathLike))

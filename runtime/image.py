@@ -8,15 +8,19 @@ transparent pixels are put on white (it would show whatever colour lies under th
 from __future__ import annotations
 
 import base64
+import contextlib
+import ctypes
+import functools
 import io
 import math
 import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,9 +35,8 @@ MAX_FILE_BYTES = 256 << 20
 MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused before it is decoded
 MAX_ASPECT = 200  # as in transformers
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # looked for in folders
-SCHEME = re.compile(r"(data):|([a-zA-Z][a-zA-Z0-9+.-]+)://")  # of a URL; a drive of Windows is one letter
-SAYS_ON_STDERR = ("TIFF",)  # formats whose libraries write there by themselves
-QUIET = threading.Lock()
+SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # of a URL; a drive of Windows is one letter
+WARNINGS = threading.Lock()  # Python's filters of warnings belong to all threads
 MIN_SIDE = 2  # a 1 x 1 image is a tracking pixel or a failed capture, not a document
 
 
@@ -118,10 +121,13 @@ def read(image: ImageLike) -> Image.Image:
     if isinstance(image, bytes):
         return _decode(image, "the image")
     if isinstance(image, str) and (scheme := SCHEME.match(image)):
-        return _decode(_data_of(image, scheme[1] or scheme[2]), f"{image[:40]}...")
+        kind = (scheme[1] or scheme[2]).lower()
+        if kind != "file":
+            return _decode(_data_of(image, kind), f"{image[:40]}...")
+        image = url2pathname(urlsplit(image).path)
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
-        return _decode(_file_bytes(path), str(path))
+        return _decode(_file_bytes(path), f"{path!s:.200}")
     raise RequestError(
         f"an image is a {type(image).__name__}, expected a path, the bytes of a file, a PIL image or a uint8 array"
     )
@@ -153,7 +159,8 @@ def _data_of(url: str, scheme: str) -> bytes:
 def _file_bytes(path: Path) -> bytes:
     try:
         if not path.exists():
-            raise ImageError(f"{path}: no such file")
+            hint = "; is it base64? put data:image/png;base64, before it" if len(str(path)) > 1000 else ""
+            raise ImageError(f"{path!s:.200}: no such file{hint}")
         if not path.is_file():
             raise ImageError(f"{path}: is not a file, expected an image file")
         size = path.stat().st_size
@@ -161,6 +168,10 @@ def _file_bytes(path: Path) -> bytes:
             raise ImageError(f"{path}: has {size} bytes, expected at most {MAX_FILE_BYTES}")
         return path.read_bytes()
     except (OSError, ValueError) as err:
+        if len(str(path)) > 1000:
+            raise ImageError(
+                f"{path!s:.60}...: is no path; if it is base64, put data:image/png;base64, before it"
+            ) from err
         raise ImageError(f"{path}: cannot be read: {err}") from err
 
 
@@ -168,7 +179,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ImageError(f"{name}: is empty (0 bytes), expected an image file")
     try:
-        with warnings.catch_warnings():
+        with WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as err:
@@ -178,21 +189,23 @@ def _decode(data: bytes, name: str) -> Image.Image:
     return _to_rgb(image, name)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, what a decoder writes to the process's standard error is dropped: what is wrong becomes an exception."""
-    with QUIET, open(os.devnull, "wb") as nowhere:
-        try:
-            before = os.dup(2)
-        except OSError:  # there is no standard error
-            yield
-            return
-        try:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
+@functools.cache
+def _quiet_libtiff() -> None:
+    """Take away libtiff's handlers of messages, which write to the process's standard error.
+
+    What is wrong with a file becomes an exception anyway. Where the library is not found (not Linux), they stay.
+    """
+    try:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for file in {line.split()[-1] for line in mapped if "libtiff" in line}:
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(file)
+            for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+                handler = getattr(library, name)
+                handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+                handler(None)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -203,8 +216,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name}: has {width} x {height} pixels, expected at most {MAX_SOURCE_PIXELS}; scale it down first"
         )
     try:
-        with _quiet() if image.format in SAYS_ON_STDERR else nullcontext():
-            image.load()
+        if image.format == "TIFF":
+            _quiet_libtiff()
+        image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8_bits(image)

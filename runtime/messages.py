@@ -67,8 +67,8 @@ def _checked(message: Message) -> Message:
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise RequestError(f"a message has the role {role!r:.40}, expected one of: {', '.join(ROLES)}")
-    if content is None and role == "assistant" and message.get("tool_calls"):
-        return message
+    if not content and role == "assistant" and message.get("tool_calls"):
+        return {**message, "content": ""}
     if not isinstance(content, (str, list, tuple)):
         raise RequestError(f"a message has content of type {type(content).__name__}, expected text or a list of parts")
     if not content:
@@ -85,7 +85,7 @@ def _checked(message: Message) -> Message:
 def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
     """The parts of a message; none where the content is text."""
     content = message["content"]
-    return [] if content is None or isinstance(content, str) else content
+    return [] if isinstance(content, str) else content
 
 
 def _is_image(part: Mapping[str, Any]) -> bool:
@@ -117,6 +117,6 @@ def _images_first(messages: Sequence[Message], count: int) -> list[Message]:
 
 def _plain(message: Message) -> Message:
     """Image parts without what they hold: templates look at nothing else."""
-    if isinstance(message["content"], str) or message["content"] is None:
+    if isinstance(message["content"], str):
         return message
     return {**message, "content": [{"type": "image"} if _is_image(part) else part for part in message["content"]]}

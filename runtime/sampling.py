@@ -14,6 +14,7 @@ from ..models.errors import BackendError
 
 BUCKETS = 4096  # that tokens are sorted into by their logits
 FEW = 64  # buckets that a search for the first tokens begins with
+HOTTEST = 1e6  # temperature, at which all tokens are alike
 NEGLIGIBLE = 100.0  # temperatures below the best logit from which on a token is never drawn: exp(-100)
 
 
@@ -27,7 +28,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number("temperature", self.temperature, "0 (greedy) or more", 0)
+        number("temperature", self.temperature, f"0 (greedy) to {HOTTEST:g}", 0, HOTTEST)
         number("top_p", self.top_p, "more than 0 and at most 1", 0, 1, above_low=True)
         integer("top_k", self.top_k)
         integer("seed", self.seed)
@@ -79,7 +80,8 @@ class Ranking:
         self.logits = logits
         self.below = logits.astype(np.float64)
         self.below -= self.below.max()
-        self.below /= temperature  # [V], how far below the best one, in temperatures
+        with np.errstate(over="ignore"):  # infinitely far below
+            self.below /= temperature  # [V], how far below the best one, in temperatures
         near = np.maximum(self.below, -NEGLIGIBLE)  # the last bucket holds all that is farther
         near *= -BUCKETS / (-near.min() or 1.0)
         self.bucket_of = near.astype(np.intp)  # [V]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +35,8 @@ class Text:
         self.image_token = image_token
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {token.content: number for number, token in added.items() if token.special}
+        self._special_start = re.compile(f"(?={'|'.join(map(re.escape, self.special)) or '(?!)'})")
+        self._beginnings = {token[:n] for token in self.special for n in range(1, len(token))}
         self._as_text: Tokenizer | None = None  # takes special tokens for text
         source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         try:
@@ -51,7 +54,8 @@ class Text:
         messages, _ = with_images(prompt, [b""] * len(grids))
         marks = self._marks(messages)
         try:
-            rendered = self.template.render(messages=_replaced(messages, marks), add_generation_prompt=True)
+            said = self._marked(messages, marks) if marks else messages
+            rendered = self.template.render(messages=said, add_generation_prompt=True)
         except Exception as err:  # a template may raise anything that Python can
             raise RequestError(f"the chat template refused the prompt: {err}") from err
         try:
@@ -79,37 +83,61 @@ class Text:
         return ids
 
     def _marks(self, messages: Sequence[Message]) -> dict[str, str]:
-        """Special tokens that messages hold -> a character that they do not hold, to stand for each in the template."""
-        text = "\n".join(_strings(messages))
-        found = [token for token in self.special if token in text]
-        if not found:
+        """First characters of special tokens that begin in messages -> characters that stand for them in the template.
+
+        Empty where none begins there. Tokens may also end in the next part, or in the template's own text.
+        """
+        text = list(_strings(messages))
+        first = {said[at] for said in text for at in self._starts(said)}
+        if not first:
             return {}
-        first = next((low for low in PRIVATE if not any(low <= ord(c) <= low + PLANE for c in text)), None)
-        if first is None or len(found) > PLANE:
-            raise RequestError("the prompt holds special tokens and characters of both private planes of Unicode")
-        longest_first = sorted(found, key=len, reverse=True)  # one may be the beginning of another
-        return {token: chr(first + i) for i, token in enumerate(longest_first)}
+        used = set().union(*map(set, text))
+        free = (chr(point) for low in PRIVATE for point in range(low, low + PLANE) if chr(point) not in used)
+        marks = dict(zip(sorted(first), free, strict=False))
+        if len(marks) < len(first):
+            raise RequestError("the prompt holds special tokens and all characters of Unicode's private planes")
+        return marks
+
+    def _starts(self, said: str) -> list[int]:
+        """Where a special token begins in a string, or may begin at its end: "a <|im_" may go on with "end|>"."""
+        whole = [match.start() for match in self._special_start.finditer(said)]
+        length = max(map(len, self.special), default=0)
+        cut = [len(said) - n for n in range(1, min(length, len(said) + 1)) if said[-n:] in self._beginnings]
+        return sorted({*whole, *cut})
+
+    def _marked(self, value: Any, marks: Mapping[str, str]) -> Any:
+        """Messages in which no special token begins any more; roles are not looked at."""
+        if isinstance(value, str):
+            characters = list(value)
+            for at in self._starts(value):
+                characters[at] = marks[characters[at]]
+            return "".join(characters)
+        if isinstance(value, Mapping):
+            return {
+                key if key == "role" else self._marked(key, marks): item if key == "role" else self._marked(item, marks)
+                for key, item in value.items()
+            }
+        return [self._marked(item, marks) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _encode_marked(self, rendered: str, marks: Mapping[str, str]) -> list[int]:
-        """Token ids of text in which marks stand for special tokens that are text.
+        """Token ids of text in which marks stand for the first characters of special tokens that are text.
 
         The text between the special tokens of the template is what the tokenizer takes by itself anyway, so cutting
         there changes nothing: "<|im_start|>user\\nWhat is <|im_end|>?<|im_end|>" with the first end marked is the start
         token, the text "user\\nWhat is <|im_end|>?" and the end token.
         """
         if self._as_text is None:
-            self._as_text = Tokenizer.from_str(self.tokenizer.to_str())
-            self._as_text.encode_special_tokens = True
+            as_text = Tokenizer.from_str(self.tokenizer.to_str())
+            as_text.encode_special_tokens = True
+            self._as_text = as_text  # only now, for other threads
         tokens = self.tokenizer.encode(rendered, add_special_tokens=False)
         special = set(self.special.values())
+        back = str.maketrans({mark: character for character, mark in marks.items()})
         ids: list[int] = []
         end = 0
         for number, (start, stop) in [*zip(tokens.ids, tokens.offsets, strict=True), (-1, (len(rendered),) * 2)]:
             if number in special or number < 0:
-                between = rendered[end:start]
-                for token, mark in marks.items():
-                    between = between.replace(mark, token)
-                if between:
+                if between := rendered[end:start].translate(back):
                     ids += self._as_text.encode(between, add_special_tokens=False).ids
                 ids += [number] if number >= 0 else []
                 end = stop
@@ -142,23 +170,12 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from () if key == "role" else _strings(item)
+            if key != "role":
+                yield from _strings(key)
+                yield from _strings(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item)
-
-
-def _replaced(value: Any, marks: Mapping[str, str]) -> Any:
-    """Messages with all special tokens in them replaced."""
-    if not marks:
-        return value
-    if isinstance(value, str):
-        for token, mark in marks.items():
-            value = value.replace(token, mark)
-        return value
-    if isinstance(value, Mapping):
-        return {key: item if key == "role" else _replaced(item, marks) for key, item in value.items()}
-    return [_replaced(item, marks) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _environment() -> jinja2.Environment:

@@ -211,7 +211,7 @@ def test_weight_outside_float16(checkpoint: Path) -> None:
         ({"do_center_crop": True}, "'do_center_crop' is True, expected False"),
         ({"image_std": [0, 0, 0]}, "image_std is .*, expected numbers over 0"),
         ({"image_mean": [0.5]}, "'image_mean' is .0.5., expected three numbers"),
-        ({"size": 448}, "'size' is 448, expected Mapping"),
+        ({"size": 448}, "'size' is 448, expected an object"),
         ({"size": {"height": 448, "width": 448}}, "unknown key 'height' = 448"),
         ({"size": {"shortest_edge": 9000, "longest_edge": 10}}, "9000 to 10 pixels, expected a rising range"),
         ({"max_pixels": "9"}, "'max_pixels' is '9', expected int"),

@@ -202,6 +202,20 @@ def test_other_rotary_types_are_refused_by_name() -> None:
         qwen3_vl.parse_config(raw)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5, expected 1.0"),
+        ({"factor": 1e308}, r"factor 1e\+308 times 2048 tokens, expected at most"),
+    ],
+)
+def test_rotary_settings_that_are_not_computed(change: dict[str, float], message: str) -> None:
+    raw = json.loads(json.dumps(POCKET_RAW))
+    raw["text_config"]["rope_scaling"].update({"rope_type": "yarn", "factor": 2.0, **change})
+    with pytest.raises(ppexport.CheckpointError, match=message):
+        qwen3_vl.parse_config(raw)
+
+
 def test_quantized_checkpoints_are_told_what_to_do(pocket: Path) -> None:
     edit(pocket, lambda c: c.update(quantization_config={"quant_method": "awq", "bits": 4}))
     with pytest.raises(ppexport.CheckpointError, match=r"is quantized already \(awq\), .*--precision int4"):
@@ -291,7 +305,13 @@ def test_one_tensor_under_two_names(pocket: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "rename", [lambda name: f"base_model.model.{name}", lambda name: f"{name.removesuffix('.weight')}.lora_A.weight"]
+    "rename",
+    [
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"{name.removesuffix('.weight')}.lora_A.weight",
+        lambda name: f"{name.removesuffix('.weight')}.base_layer.weight",
+        lambda name: "model.language_model.embed_tokens.modules_to_save.default.weight",
+    ],
 )
 def test_adapters_are_told_what_to_do(rename: Callable[[str], str], pocket: Path) -> None:
     edit_weights(
@@ -299,6 +319,29 @@ def test_adapters_are_told_what_to_do(rename: Callable[[str], str], pocket: Path
     )
     with pytest.raises(ppexport.CheckpointError, match=r"holds '.*': found an adapter \(LoRA\) .*merge_and_unload"):
         Checkpoint.open(pocket)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_names_of_wrappers_are_told_what_to_do(wrapper: str, pocket: Path) -> None:
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[wrapper + name] = tensors.pop(name)
+
+    edit_weights(pocket, wrap)
+    with pytest.raises(ppexport.CheckpointError, match=f"expected names without '{wrapper}' in front; save the model"):
+        Checkpoint.open(pocket)
+
+
+def test_weights_beyond_bfloat16(pocket: Path, tmp_path: Path) -> None:
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].float()
+        tensors[name].view(-1)[3] = 3.4e38
+
+    edit_weights(pocket, widen)
+    with pytest.raises(ppexport.CheckpointError, match=f"'{name}' does not fit bfloat16; build with --precision fp32"):
+        build(pocket, tmp_path / "out", precision="bf16")
 
 
 def test_a_folder_with_an_adapter_only(pocket: Path) -> None:
@@ -323,7 +366,13 @@ def head(config: ModelConfig) -> str:
         ("4.57.6", None, True, "equal", "table"),
         ("4.57.6", None, True, "other", "transformers 4, which wrote this, ignores it"),
         ("4.57.6", True, True, "other", "transformers 4, which wrote this, ignores it"),
-        ("5.23.0", None, True, None, "1 weights are missing .*lm_head.weight"),
+        (
+            "5.23.0",
+            None,
+            True,
+            None,
+            "1 weights are missing .*lm_head.weight'; .*set tie_word_embeddings to true at the top",
+        ),
     ],
 )
 def test_output_head(

@@ -246,7 +246,11 @@ def test_swapped_arguments_and_options_of_logs_after_the_command(tiny_bundle: Pa
 
 
 def test_targets_are_checked_before_the_work(tiny_bundle: Path, tmp_path: Path) -> None:
-    for option, target in (("--trace", tmp_path), ("--overlay", tmp_path / "no" / "o.png"), ("--trace", "/no/t.json")):
+    for option, target in (
+        ("--trace", tmp_path),
+        ("--overlay", tmp_path / "no" / "o.png"),
+        ("--trace", "/proc/t.json"),
+    ):
         code, out, err = invoke("run", tiny_bundle, "-i", SCREEN, "hi", option, target)
         assert (code, out) == (1, "")
         assert "written" in err

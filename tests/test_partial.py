@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
+import ppexport
 from ppexport import memory
 from ppexport.build_bundle import build
 from ppexport.partial import partial_directory
+from ppexport.runtime.bundle import open_bundle
 
 WRITER = """
 import sys, time
 from pathlib import Path
 from ppexport.partial import partial_directory
-with partial_directory(Path(sys.argv[1])) as work:
+with partial_directory(Path(sys.argv[1]), "bundle.json") as work:
     (work / "half").touch()
     print("writing", flush=True)
     time.sleep(600)
@@ -51,19 +54,45 @@ def test_what_killed_builds_left_is_removed_and_nothing_else(tiny_checkpoint: Pa
     alive.wait()
 
 
-def test_an_empty_directory_is_a_place_to_write_to(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert (build(tiny_checkpoint, tmp_path / "empty") / "bundle.json").is_file()
-    assert os.listdir(tmp_path) == ["empty"]
+@pytest.mark.parametrize("given", ["empty", ".", "link"])
+def test_an_empty_directory_is_a_place_to_write_to(
+    given: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays the directory that it is: a mount cannot be renamed over, nor should a shell's own directory be."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    number = empty.stat().st_ino
+    monkeypatch.chdir(empty if given == "." else tmp_path)
+    built = build(tiny_checkpoint, given)
+    assert open_bundle(built)[1].family == "qwen3_vl"
+    assert empty.stat().st_ino == number
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "link"}
+    assert not [path for path in empty.iterdir() if path.name.endswith(".partial")]
+
+
+def test_a_failed_build_leaves_an_empty_directory_empty(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "tokenizer.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ppexport.CheckpointError, match="do not work"):
+        build(checkpoint, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_directory_that_is_filled_meanwhile_is_kept(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    with pytest.raises(OSError, match="not empty"), partial_directory(output):
-        (output / "precious").touch()
-    assert (output / "precious").exists()
-    assert os.listdir(tmp_path) == ["out"]
+    def write(output: Path) -> None:
+        with partial_directory(output, "b") as work:
+            (work / "b").touch()
+            output.mkdir(exist_ok=True)
+            (output / "precious").touch()
+
+    (tmp_path / "there").mkdir()
+    for name in ("there", "not there"):
+        with pytest.raises(ppexport.BundleError, match="was filled while"):
+            write(tmp_path / name)
+        assert os.listdir(tmp_path / name) == ["precious"]
+    assert sorted(os.listdir(tmp_path)) == ["not there", "there"]
 
 
 @pytest.fixture

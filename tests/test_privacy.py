@@ -20,6 +20,7 @@ SCREEN = str(ROOT / "docs" / "settings.png")
         ["run", "{bundle}", "-i", SCREEN, "-n", "3", "What is this?"],
         ["bench", "{bundle}", "-i", SCREEN, "--runs", "1", "--warmup", "0", "--cold", "1", "-n", "2", "-q"],
         ["doctor"],
+        ["eval", "{bundle}", "-n", "1", "--skills", "read"],
     ],
     ids=lambda arguments: arguments[0],
 )

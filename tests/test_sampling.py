@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,18 @@ def test_draws_equal_a_full_sort(kind: str, temperature: float, top_k: int, top_
         ours, expected = sampling.rng(), sampling.rng()
         for _ in range(5):
             assert sampling.choose(logits, ours) == by_full_sort(sampling, logits, expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-9, 1e6])
+def test_the_coldest_and_the_hottest(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(0, 3, 500).astype(np.float32)
+    sampling = Sampling(temperature)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token = sampling.choose(logits, sampling.rng())
+    assert token == logits.argmax() or temperature > 1
+    with pytest.raises(ppexport.RequestError, match=r"temperature is 1e\+308, expected 0 \(greedy\) to 1e\+06"):
+        Sampling(1e308)
 
 
 def test_only_one_bucket_is_sorted() -> None:

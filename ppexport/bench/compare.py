@@ -15,7 +15,7 @@ from ..table import aligned
 from .machine import differences
 from .measure import values_of
 from .schema import METRICS, STAGES, Result, Setting, Speed
-from .statistics import QUANTILE, ratio, statistic
+from .statistics import FEWEST, QUANTILE, ratio, statistic
 
 # What a request takes when the machine lets it: moments in which the machine is slow come and go between measurements,
 # and make medians scatter ten times as much (bench/latency_noise.py). Promises about p50 or p95 are judged by --metric.
@@ -167,7 +167,7 @@ def _judge(
 
     value, low, high = interval(tables)
     if not np.isfinite(high):
-        return _unsure(base, f"{metric}.{name}", "too few rounds")
+        return _unsure(base, f"{metric}.{name}", f"too few rounds, expected at least {FEWEST} in both")
     verdict, note = _word(low, high, tolerance), ""
     if verdict in (REGRESSED, IMPROVED) and metric in (*WHOLE, "other"):
         in_stages = common(base, new, metric, in_stages=True) if metric in WHOLE else None
