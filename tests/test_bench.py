@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from terminal import runner
 
 import ppexport
-from ppexport.bench import schema
+from ppexport.bench import commands, schema
 from ppexport.bench.measure import Plan, measure
 from ppexport.bench.power import Meter, rails
 from ppexport.bench.schema import METRICS, STAGES, Result
@@ -315,3 +316,35 @@ def test_a_report_needs_a_place(result_file: Path) -> None:
     done = runner().invoke(main, ["bench", "report", str(result_file), "-o", "missing/report.html"])
     assert done.exit_code == 1
     assert "missing/report.html: cannot be written" in done.stderr
+
+
+def test_answers_that_the_context_cuts_are_told(bundle: Path) -> None:
+    name, questions = open_workload("screens", [], None)
+    plan = Plan(taus=(0.0,), rounds=1, warmup=0, cold=0, max_new_tokens=5000, ignore_eos=True, pictures=False)
+    found = measure(str(bundle), name, questions[:1], plan)
+    (tokens,) = [r.output_tokens for r in found.settings[0].requests]
+    assert tokens < 2048
+    told = f"answers have {tokens} tokens, not the 5000 asked for: the context ends there"
+    assert told in commands.summary(found)
+
+
+def test_an_interrupted_measurement_keeps_its_rounds(bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "ppexport", "bench", str(bundle), "--workload", "screens", "--cold", "0"]
+    command += ["--warmup", "0", "--runs", "100000", "--no-pictures", "-o", str(output)]
+
+    def interruptible() -> None:  # a shell starts background jobs, and so perhaps this test, with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+    assert process.stderr is not None
+    while "measure" not in process.stderr.readline():  # said after the first round
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    found = schema.read(output)
+    assert found.rounds >= 1
+    assert f"interrupted: the {found.rounds} rounds until then are kept" in err
+    for setting in found.settings:
+        assert len(setting.requests) == found.rounds * len(found.items)
