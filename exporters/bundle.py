@@ -22,10 +22,11 @@ from ..models.manifest import sha256
 from ..models.precision import BYTES, Precision, Wanted, resolve
 from ..models.version import __version__
 from . import graphs
-from .calibrated import Moments, Sample, collect
+from .calibrated import Moments, collect
 from .checkpoint import Checkpoint
 from .dialects import DIALECTS, Dialect
-from .numeric import wide_kinds
+from .fp16_range import wide_kinds
+from .run_model import Sample
 from .selectors import pruning_graphs
 from .weights import attach, not_in_blocks, weight_bytes
 
@@ -79,11 +80,13 @@ def plan(
             "build it with --dialect plain, which runs on a CPU, too"
         )
     if calibrated:
-        precision = replace(precision, calibrated=calibrated)
-        if not _fitted(precision):
+        if _fitted(precision):
+            precision = replace(precision, calibrated=calibrated)
+        elif graphs.compute_precision(precision.base, DIALECTS[dialect]) != "fp16":
             raise CheckpointError(
                 f"found images to calibrate with and weights in {precision}, expected int4 for the decoder's layers or "
-                "the vision tower; add --precision int4, or leave --calibrate out"
+                "the vision tower, or graphs in fp16, which are checked on them; add --precision int4, or leave "
+                "--calibrate out"
             )
     notices = list(checkpoint.notices)
     if wide := not_in_blocks(checkpoint, precision):
@@ -136,19 +139,20 @@ def export(
     config = checkpoint.config
     progress("trace", 0, 3)
     models: dict[str, ir.Model] = {}
-    wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress)
+    interface = _copy_text(checkpoint, directory)
+    tried = samples(directory)
+    wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress, tried)
     for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision.base, wide[name])
     progress("trace", 3, 3)
     for name, graph in pruning_graphs(config.vision.block, dialect).items():
         ir.save(graph, directory / name)
-    interface = _copy_text(checkpoint, directory)
     with tempfile.TemporaryDirectory(dir=directory) as moments_directory:
         moments: Moments | None = None
         if plan.precision.calibrated:
             where, pre = Path(moments_directory), plan.preprocessing
-            moments = collect(checkpoint.path, pre, samples(directory), _fitted(plan.precision), where, progress)
+            moments = collect(checkpoint, pre, tried, _fitted(plan.precision), where, progress)
         for name in ("vision", "language"):
             attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision, moments)
             _save(models[name], directory, name, progress)

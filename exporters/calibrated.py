@@ -1,7 +1,7 @@
 """Four bits fitted to what a matrix is multiplied with: rounding errors of one input are made up for by the next ones.
 
 Source of the algorithm: GPTQ (Frantar et al., 2023, arXiv:2210.17323), with the scales of a block searched when its
-turn has come, weighted by how large its inputs are. The inputs come from a user's images (``collect``), the reference
+turn has come, weighted by how large its inputs are. The inputs come from a user's images (``collect``), the model
 in float32 runs on each of them, and what is kept of inputs x [n, in] is their second moment x^T x / n [in, in], in a
 file. Not for the head, which sees only what answers are made of.
 """
@@ -9,7 +9,6 @@ file. Not for the head, which sees only what answers are made of.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +16,11 @@ import torch
 from torch import Tensor
 
 from ..models.config import Preprocessing
+from .checkpoint import Checkpoint
 from .quantize import Quantized, fit_asymmetric, fit_symmetric, limits
-from .reference import Progress, Reference
+from .run_model import EagerModel, Progress, Sample
 
 DAMPING = 0.01  # of the mean second moment, added to each: what the images did not show
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image and a prompt about it."""
-
-    image: np.ndarray  # uint8 [H, W, 3], resized
-    keep: np.ndarray  # int32 [K], which of its tokens are kept
-    ids: np.ndarray  # int32 [S] without the placeholders of dropped tokens
-    feature_rows: np.ndarray  # int32 [S], the kept token that stands there, -1 for text
-    positions: np.ndarray  # int32 [3, S]
 
 
 class Moments:
@@ -65,7 +54,7 @@ class Moments:
 
 
 def collect(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     pre: Preprocessing,
     samples: Sequence[Sample],
     graphs: Collection[str],
@@ -79,13 +68,13 @@ def collect(
         if graph in graphs:
             moments.add(graph, weight, x)
 
-    reference = Reference(checkpoint, pre, on_input=on_input)
+    model = EagerModel(checkpoint, pre, "calibrate", on_input=on_input)
     for i, sample in enumerate(samples):
         progress("calibrate", i, len(samples))
-        features = reference.features([sample.image], [sample.keep])
+        features = model.features([sample.image], [sample.keep])
         if "language" in graphs:
             positions = np.ascontiguousarray(sample.positions)
-            reference.logits(sample.ids, sample.feature_rows, positions, features, 1)
+            model.logits(sample.ids, sample.feature_rows, positions, features, 1)
     progress("calibrate", len(samples), len(samples))
     return moments
 

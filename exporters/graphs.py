@@ -35,7 +35,7 @@ def compute_precision(precision: str, dialect: Dialect) -> str:
 def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()) -> ir.Model:
     """The vision tower: inputs image, keep; output features (see VisionTower.forward).
 
-    ``wide``: kinds of values to calculate in float32 whatever the precision (exporters/numeric.py).
+    ``wide``: kinds of values to calculate in float32 whatever the precision (exporters/fp16_range.py).
     """
     c = config.vision
     with FakeTensorMode():

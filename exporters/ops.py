@@ -31,7 +31,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
 
 def watch(what: str, x: Tensor) -> Tensor:
-    """``x`` itself, shown to the watcher if there is one: how large values get (exporters/numeric.py)."""
+    """``x`` itself, shown to the watcher if there is one: how large values get (exporters/fp16_range.py)."""
     if not torch.compiler.is_exporting() and (watcher := _watcher.get()) is not None:
         watcher(what, x)
     return x

@@ -61,7 +61,7 @@ class Manifest:
     source: Source
     precision: Precision  # of the weights
     compute: str  # what the graphs calculate in: "fp32", "fp16" or "bf16"
-    wide: dict[str, tuple[str, ...]]  # graph -> what it calculates in float32 all the same (exporters/numeric.py)
+    wide: dict[str, tuple[str, ...]]  # graph -> what it calculates in float32 all the same (exporters/fp16_range.py)
     interface: str  # "text" (tokenizer and chat template are there) or "tokens"
     graphs: dict[str, Graph]  # "prune", "vision", "language"
     model: ModelConfig

@@ -18,7 +18,7 @@ from .runtime.text import Text
 
 if TYPE_CHECKING:
     from .exporters.bundle import Plan
-    from .exporters.calibrated import Sample
+    from .exporters.run_model import Sample
 
 QUESTION = "Describe this image in detail."
 
@@ -39,7 +39,7 @@ class Calibration:
 
         Raises ImageError, RequestError, BackendError (pruning needs onnxruntime).
         """
-        from .exporters.calibrated import Sample
+        from .exporters.run_model import Sample
 
         model, pre = plan.checkpoint.config, plan.preprocessing
         has_text = (directory / "tokenizer.json").is_file()

@@ -108,11 +108,12 @@ def verify(
     Raises BackendError if torch is not installed, BundleError, CheckpointError, ImageError, RequestError.
     """
     try:
-        from .exporters.reference import Reference
+        from .exporters.checkpoint import Checkpoint
+        from .exporters.run_model import EagerModel
     except ImportError as err:
         raise BackendError(f"{err.name} is not installed; verify needs: pip install 'ppexport[export]'") from err
     with load(bundle, device, reuse=0) as pipe:
-        reference = Reference(checkpoint, pipe.manifest.preprocessing, progress)
+        reference = EagerModel(Checkpoint.open(checkpoint), pipe.manifest.preprocessing, "reference", progress)
         model = pipe.manifest.model
         if reference.checkpoint.config != model:
             raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,9 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import ppexport
 from ppexport.build_bundle import build
-from ppexport.exporters import numeric
+from ppexport.calibration import Calibration
+from ppexport.exporters import fp16_range
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.models import qwen3_vl
+from ppexport.runtime.bundle import open_bundle
+
+POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def largest(path: Path) -> dict[str, dict[str, float]]:
-    return numeric.measure(Checkpoint.open(path), qwen3_vl.PREPROCESSING, lambda *_: None)
+    return fp16_range.measure(Checkpoint.open(path), qwen3_vl.PREPROCESSING, lambda *_: None)
 
 
 def test_measure_sees_the_loud_layers(loud: Path) -> None:
@@ -61,7 +66,7 @@ def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, m
     assert relative_error(found.embeds, expected.embeds) < 2e-2
     first, second = (next(pipe.generate_tokens(ids, [image])).logits for pipe in (exact, checked))
     assert relative_error(second, first) < 5e-2
-    monkeypatch.setattr(numeric, "LIMIT", float("inf"))
+    monkeypatch.setattr(fp16_range, "LIMIT", float("inf"))
     blind = ppexport.load(build(loud, tmp_path / "blind", "fp16", "plain"), max_pixels=E2E_PIXELS)
     assert not np.isfinite(blind.encode(image).embeds).all()
 
@@ -88,10 +93,8 @@ def test_what_has_to_be_in_16_bits_and_does_not_fit_is_refused(weight: str, mess
 
 
 def test_bfloat16_needs_no_check(loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numeric, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(fp16_range, "measure", lambda *_: pytest.fail("measured"))
     path = build(loud, tmp_path / "bundle", "bf16", "standard")
-    from ppexport.runtime.bundle import open_bundle
-
     assert open_bundle(path)[1].wide["vision"] == ("norm", "positions")
     types = {
         o.type.tensor_type.elem_type for o in onnx.load(path / "vision.onnx", load_external_data=False).graph.output
@@ -104,3 +107,22 @@ def test_a_loud_model_compiles(loud: Path, tmp_path: Path) -> None:
     for dialect in ("plain", "standard"):
         path = build(loud, tmp_path / dialect, "fp16", dialect, ["tensorrt-rtx"])
         assert (path / "engines" / "tensorrt-rtx" / "vision.engine").stat().st_size > 100_000
+
+
+def test_a_user_s_images_are_tried_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is fitted to them; they are named where the model is refused."""
+    tried: list[int] = []
+    measure = fp16_range.measure
+
+    def counted(*arguments: Any) -> dict[str, dict[str, float]]:
+        tried.append(len(arguments[3]))
+        return measure(*arguments)
+
+    monkeypatch.setattr(fp16_range, "measure", counted)
+    images = Calibration([IMAGES / "pdf_gnuplot-020.png", IMAGES / "web_gnuplot.png"])
+    path = build(POCKET, tmp_path / "bundle", "fp16", "plain", calibration=images)
+    assert tried == [2]
+    assert open_bundle(path)[1].precision.calibrated == 0
+    monkeypatch.setattr(fp16_range, "LIMIT", 0.0)
+    with pytest.raises(ppexport.CheckpointError, match="reaches .* on synthetic screens and 2 images, expected under"):
+        build(POCKET, tmp_path / "refused", "fp16", "plain", calibration=images)

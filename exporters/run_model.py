@@ -1,11 +1,15 @@
-"""What a checkpoint computes in float32, to hold bundles against: the towers that are exported, run in torch."""
+"""What a checkpoint computes in float32: the towers that are exported, run in torch.
+
+Bundles are held against it (ppexport/verify.py), four bits are fitted to what its matrices are multiplied with
+(calibrated.py), and its largest values say what float16 graphs must calculate in float32 (fp16_range.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,20 +25,37 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 OnInput = Callable[[str, str, Tensor], None]  # graph, weight [in, out], what it is multiplied with [..., in]
 
 
-class Reference:
-    """The towers of a checkpoint, one layer in memory at a time.
+@dataclass(frozen=True)
+class Sample:
+    """One image and a prompt about it."""
 
-    ``pre``: how a bundle prepares images; ``on_input`` is shown the inputs of every linear layer.
+    image: np.ndarray  # uint8 [H, W, 3], resized
+    keep: np.ndarray  # int32 [K], which of its tokens are kept
+    ids: np.ndarray  # int32 [S] without the placeholders of dropped tokens
+    feature_rows: np.ndarray  # int32 [S], the kept token that stands there, -1 for text
+    positions: np.ndarray  # int32 [3, S]
+
+
+class EagerModel:
+    """The towers of a checkpoint in torch, one layer in memory at a time: the one way to run them without an export.
+
+    ``pre``: how a bundle prepares images; ``stage``: what ``progress`` is told that this is for; ``on_input`` is shown
+    the inputs of every linear layer.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        checkpoint: Checkpoint,
         pre: Preprocessing,
+        stage: str,
         progress: Progress = lambda stage, done, total: None,
         on_input: OnInput = lambda graph, weight, x: None,
     ):
-        self.checkpoint, self.pre, self.progress, self.on_input = Checkpoint.open(path), pre, progress, on_input
+        self.checkpoint = checkpoint
+        self.pre = pre
+        self.stage = stage
+        self.progress = progress
+        self.on_input = on_input
 
     @torch.no_grad()
     def features(self, images: Sequence[np.ndarray], keeps: Sequence[np.ndarray]) -> np.ndarray:
@@ -98,12 +119,12 @@ class Reference:
             for hook in hooks:
                 hook.remove()
 
-    def _steps(self, stage: str, total: int) -> Callable[[], None]:
+    def _steps(self, phase: str, total: int) -> Callable[[], None]:
         done = 0
 
         def step() -> None:
             nonlocal done
             done += 1
-            self.progress(f"reference: {stage}", done, total)
+            self.progress(f"{self.stage}: {phase}", done, total)
 
         return step
