@@ -35,7 +35,8 @@ FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 FILES = {"prune": prune_file("pred_2d", "max"), "vision": "vision.onnx", "language": "language.onnx"}
 HEAD_DIM_STEP = 8  # of GroupQueryAttention; it loads graphs with other widths, and fails when they run
 FIXED_RAM = 680_000_000  # bytes: torch, the exporter and one traced graph
-CALIBRATION_RAM = 12  # bytes for each value of the largest tensor: the layers run in float32
+# bytes to run the layers in float32: for each value of the largest tensor, and for each unit inside of vision's MLPs
+CALIBRATION_RAM = (3, 120_000)
 GRAPHS_DISK = 2_000_000  # bytes of all graphs without their weights
 
 
@@ -116,7 +117,9 @@ def plan(
     tables = checkpoint.family.weights(checkpoint.config).values()
     largest = max(math.prod(weight.shape) for table in tables for weight in table.values())
     ram = FIXED_RAM + largest * (2 * 4 if checkpoint.dtype == "F32" else 2 * 2) + largest * BYTES[precision.base]
-    ram += CALIBRATION_RAM * largest if calibrated else 0
+    if calibrated:
+        per_value, per_unit = CALIBRATION_RAM
+        ram += per_value * largest + per_unit * checkpoint.config.vision.ffn
     return Plan(checkpoint, precision, dialect, pre, weights, disk, ram, tuple(notices))
 
 
