@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..models import manifest
+from ..models.checks import shown
 from ..models.config import ModelConfig, Preprocessing, prune_file
 from ..models.errors import CheckpointError
 from ..models.hfconfig import Reader, defaults_of
@@ -181,7 +181,7 @@ def _manifest(
     return manifest.Manifest(
         schema=manifest.SCHEMA,
         family=config.family,
-        source=manifest.Source(os.fsencode(plan.checkpoint.path.resolve().name).decode("utf-8", "replace"), hashes),
+        source=manifest.Source(shown(plan.checkpoint.path.resolve().name), hashes),
         precision=plan.precision,
         compute=plan.compute,
         wide=wide,

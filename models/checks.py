@@ -60,3 +60,8 @@ def utf8(path: str | Path) -> str:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as err:
         raise SpaceError(f"{str(path)!r}: the name is not valid UTF-8 ({err}), expected a name that is") from err
+
+
+def shown(name: str | Path) -> str:
+    """The name of a file as text for people and for JSON, whatever the locale and whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", "replace")

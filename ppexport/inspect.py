@@ -14,7 +14,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from .models.checks import writable
+from .models.checks import shown, writable
 from .models.config import PREDICTORS
 from .models.errors import ImageError, RequestError, SpaceError
 from .overlay import overlay as drawn
@@ -62,11 +62,6 @@ def main(
         click.echo(json.dumps(named))
     elif len(found) > 1:
         click.echo(together(found))
-
-
-def shown(argument: str) -> str:
-    """An argument of a command line as text, whatever the locale and whatever its bytes are."""
-    return os.fsencode(argument).decode("utf-8", "replace")
 
 
 def mode_of(prune: Prune) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -45,7 +44,8 @@ def run(
         check_picture(overlay, images)
     if trace is not None:
         writable(trace)
-    if not Path(bundle).is_dir() and (swapped := [prompt for prompt in prompts if (Path(prompt) / FILE).is_file()]):
+    swapped = [prompt for prompt in prompts if os.path.isfile(os.path.join(prompt, FILE))]  # a long one is no name
+    if swapped and not os.path.isdir(bundle):
         raise RequestError(
             f"found {bundle!r:.80} first and the bundle {swapped[0]!r:.80} after it, expected BUNDLE PROMPT"
         )

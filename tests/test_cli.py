@@ -236,6 +236,8 @@ def test_swapped_arguments_and_options_of_logs_after_the_command(tiny_bundle: Pa
         1,
         f"Error: found 'What is this?' first and the bundle '{tiny_bundle}' after it, expected BUNDLE PROMPT\n",
     )
+    code, _, err = invoke("run", "/no/bundle", "why? " * 1000)
+    assert (code, err) == (1, "Error: /no/bundle: no such directory; expected a bundle made by 'ppexport build'\n")
     for arguments in (["--log-format", "json", "run", tiny_bundle], ["run", tiny_bundle, "--log-format", "json"]):
         command = [sys.executable, "-m", "ppexport", *map(str, arguments), "-q", "-n", "3", "hi"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

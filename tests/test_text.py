@@ -148,7 +148,8 @@ def test_special_tokens_within_each_other_and_private_characters(text: Text) -> 
 def test_text_without_special_tokens_takes_the_usual_way(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     """It equals transformers (above), and costs nothing more."""
     monkeypatch.setattr(Text, "_encode_marked", None)
-    text.encode("What is | this <|im_ < thing?", [1])
+    ids = text.encode("What is | this <|im_ < thing?", [1]).tolist()
+    assert "What is | this <|im_ < thing?<|im_end|>" in text.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 IMAGE = {"type": "image"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..models.checks import shown
 from ..models.errors import RequestError
 from ..runtime.image import ImageLike, images_in
 
@@ -51,7 +51,7 @@ def open_workload(name: str, images: Sequence[str], prompt: str | None) -> tuple
         if path.is_dir() and (path / FILE).is_file():
             found += _listed(path, prompt)
         else:
-            found += [Question(_shown(file), str(file), prompt or QUESTION) for file in images_in([path])]
+            found += [Question(shown(file.name), str(file), prompt or QUESTION) for file in images_in([path])]
     return ", ".join(Path(path).name for path in images), found
 
 
@@ -94,11 +94,6 @@ def _listed(folder: Path, prompt: str | None) -> list[Question]:
             raise RequestError(f"{path}: entry {i} has the image {row['image']!r}, which is no file in {folder}")
         found.append(Question(row["image"], str(file), row["prompt"], row.get("expected")))
     return found
-
-
-def _shown(file: Path) -> str:
-    """The name of a file, of which not all bytes need be text."""
-    return os.fsencode(file.name).decode("utf-8", "replace")
 
 
 def picture(question: Question) -> Image.Image:
