@@ -8,9 +8,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH ?= torch==2.13.0
+# strict: links to the mapped packages as they are laid out in Python, which mypy and editors can follow
+EDITABLE := --config-settings editable_mode=strict
 OUT ?= demo-out
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest lint links bench clean
 
 $(VENV)/runs:
 	$(PYTHON) -m venv $(VENV)
@@ -20,11 +22,11 @@ $(VENV)/runs:
 # torch first and pinned: an open requirement would fetch gigabytes of CUDA libraries
 $(VENV)/exports: $(VENV)/runs setup.cfg
 	$(PIP) $(TORCH)
-	$(PIP) -e '.[cpu,export]'
+	$(PIP) $(EDITABLE) -e '.[cpu,export]'
 	touch $@
 
 $(VENV)/tests: $(VENV)/exports setup.cfg
-	$(PIP) -e '.[cpu,export,rtx,dev]'
+	$(PIP) $(EDITABLE) -e '.[cpu,export,rtx,dev]'
 	touch $@
 
 demo: $(VENV)/exports
@@ -41,12 +43,15 @@ test: lint
 test-oldest: $(VENV)/tests
 	$(BIN)/python tests/oldest.py $(OLDEST_PYTHON)
 
-# mypy does not see the mapped packages in an editable install, so it checks an installed copy
-lint: $(VENV)/tests
+lint: links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/installed build/lib && $(PIP) --no-deps --target build/installed .
-	cd build/installed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p ppexport
+	cd build && ../$(BIN)/mypy --config-file ../pyproject.toml -p ppexport
+	cd build && MYPYPATH=../examples/train_pocket ../$(BIN)/mypy --config-file ../pyproject.toml ../examples/train_pocket/train.py
+
+# after a file was added, removed or renamed
+links: $(VENV)/tests
+	$(PIP) $(EDITABLE) --no-deps -e .
 
 # REFERENCE: a checkout of PixelPrune; REFERENCE_PYTHON: a Python with transformers 4.57.6, to measure side by side
 bench: $(VENV)/tests

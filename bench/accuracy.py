@@ -19,9 +19,9 @@ from machine import describe
 
 import ppexport
 from ppexport.eval import Result, evaluate
-from ppexport.models.pocket.screens import SKILLS
 from ppexport.runtime.pipeline import Pipeline
 from ppexport.runtime.prune import Prune
+from ppexport.workloads.screens import SKILLS
 
 LEVELS = (0, 2, 5, 10, 25)  # tau in 1 / 255
 METHODS = ("pred_2d", "raster", "unique", "random")

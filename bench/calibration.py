@@ -22,9 +22,9 @@ from machine import describe
 
 from ppexport.build_bundle import build
 from ppexport.calibration import Calibration
-from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
 from ppexport.models.precision import Wanted
 from ppexport.verify import verify
+from ppexport.workloads.screens import HELD_OUT, SKILLS, sample
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 TOKENS = 24

@@ -2,8 +2,8 @@
 
     python bench/sampling.py -o bench/results/sampling.json
 
-Memory is kept by the C library as it is after a bundle was loaded (runtime/ort.py): otherwise each array, of over a
-megabyte, is taken from the system anew, for either way.
+Memory is kept by the C library as it is after a bundle was loaded (runtime/backends/ort.py): otherwise each array, of
+over a megabyte, is taken from the system anew, for either way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe
 from test_sampling import by_full_sort
 
-from ppexport.runtime.ort import OrtCpu
+from ppexport.runtime.backends.ort import OrtCpu
 from ppexport.runtime.sampling import Sampling
 from ppexport.runtime.selector import packaged_selector
 

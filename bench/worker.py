@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import ppexport
-from ppexport.runtime.ort import OrtBinding
+from ppexport.runtime.backends.ort import OrtBinding
 
 inside: list[float] = []  # seconds of each run of a graph
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..models import manifest
@@ -22,13 +23,13 @@ from ..models.manifest import sha256
 from ..models.precision import BYTES, Precision, Wanted, resolve
 from ..models.version import __version__
 from . import graphs
-from .calibrated import Moments, collect
 from .checkpoint import Checkpoint
-from .dialects import DIALECTS, Dialect
 from .fp16_range import wide_kinds
+from .lowering.dialects import DIALECTS, Dialect
+from .pruners.packaged import pruning_graphs
 from .run_model import Sample
-from .selectors import pruning_graphs
-from .weights import attach, not_in_blocks, weight_bytes
+from .weights.attach import attach, not_in_blocks, weight_bytes
+from .weights.gptq import Moments, collect
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -132,11 +133,13 @@ def export(
     plan: Plan,
     directory: Path,
     progress: Progress,
+    screens: np.ndarray,
     samples: Callable[[Path], Sequence[Sample]] = lambda directory: (),
 ) -> None:
     """Write the bundle's files into an existing empty directory; bundle.json comes last.
 
-    ``samples``: what to calibrate with, given the directory with tokenizer.json and chat_template.jinja.
+    ``screens`` uint8 [H, W, 3], sides multiples of the block: what every fp16 model is tried on. ``samples``: what to
+    calibrate with, given the directory with tokenizer.json and chat_template.jinja.
     """
     checkpoint, dialect = plan.checkpoint, DIALECTS[plan.dialect]
     config = checkpoint.config
@@ -144,7 +147,7 @@ def export(
     models: dict[str, ir.Model] = {}
     interface = _copy_text(checkpoint, directory)
     tried = samples(directory)
-    wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, progress, tried)
+    wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, screens, progress, tried)
     for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision.base, wide[name])

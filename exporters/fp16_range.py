@@ -17,14 +17,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from ..models.config import ModelConfig, Preprocessing
 from ..models.errors import CheckpointError
-from ..models.pocket.screens import sample
-from . import ops
 from .checkpoint import Checkpoint
+from .lowering import ops
 from .run_model import EagerModel, Progress, Sample
 
 LIMIT = 65504 / 8  # room for pictures that excite the model more than the ones tried here
@@ -32,15 +30,19 @@ ALWAYS = ("norm", "positions")
 NARROW = ("attention", "features")
 ALL = ("everything",)  # of graphs that calculate in float32 anyway
 TEXT = 32  # tokens after the screens
-SCREENS = (("transcribe", 1), ("locate", 2), ("yesno", 3))  # skill and seed, drawn at up to 640 x 480 pixels
 
 
 def wide_kinds(
-    checkpoint: Checkpoint, pre: Preprocessing, precision: str, progress: Progress, samples: Sequence[Sample] = ()
+    checkpoint: Checkpoint,
+    pre: Preprocessing,
+    precision: str,
+    screens: np.ndarray,
+    progress: Progress,
+    samples: Sequence[Sample] = (),
 ) -> dict[str, tuple[str, ...]]:
     """Graph -> the kinds of values to calculate in float32, for graphs that calculate in ``precision``.
 
-    ``samples``: a user's images, which are tried beside the synthetic screens.
+    ``screens`` uint8 [H, W, 3]: what is tried on every model; ``samples``: a user's images, which are tried, too.
     Raises CheckpointError for weights that cannot be read, and for a model that float16 cannot calculate.
     """
     if precision == "fp32":
@@ -48,7 +50,7 @@ def wide_kinds(
     found: dict[str, set[str]] = {"vision": set(), "language": set()}
     if precision == "fp16":
         tried = f"synthetic screens and {len(samples)} images" if samples else "synthetic screens"
-        largest = measure(checkpoint, pre, progress, samples)
+        largest = measure(checkpoint, pre, screens, progress, samples)
         for graph, kinds in largest.items():
             found[graph] = {kind for kind, value in kinds.items() if not value < LIMIT}
             for kind in sorted(found[graph] & set(NARROW)):
@@ -62,9 +64,13 @@ def wide_kinds(
 
 
 def measure(
-    checkpoint: Checkpoint, pre: Preprocessing, progress: Progress, samples: Sequence[Sample] = ()
+    checkpoint: Checkpoint,
+    pre: Preprocessing,
+    screens: np.ndarray,
+    progress: Progress,
+    samples: Sequence[Sample] = (),
 ) -> dict[str, dict[str, float]]:
-    """Graph -> kind -> the largest magnitude found, on synthetic screens and on ``samples``."""
+    """Graph -> kind -> the largest magnitude found, on ``screens`` and on ``samples``."""
     largest: dict[str, dict[str, float]] = {"vision": defaultdict(float), "language": defaultdict(float)}
     graph = "vision"
 
@@ -73,7 +79,7 @@ def measure(
 
     model = EagerModel(checkpoint, pre, "check numbers", progress)
     with ops.watching(watcher):
-        for tried in (_screens_and_text(checkpoint.config), *samples):
+        for tried in (_screens_and_text(checkpoint.config, screens), *samples):
             graph = "vision"
             features = model.features([tried.image], [tried.keep])
             graph = "language"
@@ -81,24 +87,11 @@ def measure(
     return {name: dict(kinds) for name, kinds in largest.items()}
 
 
-def _screens_and_text(config: ModelConfig) -> Sample:
+def _screens_and_text(config: ModelConfig, image: np.ndarray) -> Sample:
     """Synthetic screens, of which everything is kept, and some text."""
-    image = _screens(config.vision.block)
     K = image.shape[0] * image.shape[1] // config.vision.block**2
     keep = np.arange(K, dtype=np.int32)
     text = np.arange(TEXT, dtype=np.int32) * max(1, config.text.vocab // (TEXT + 1))
     positions = np.broadcast_to(np.arange(K + TEXT, dtype=np.int32), (3, K + TEXT))
     ids = np.concatenate([np.zeros(K, np.int32), text])
     return Sample(image, keep, ids, np.concatenate([keep, np.full(TEXT, -1, np.int32)]), positions)
-
-
-def _screens(block: int) -> np.ndarray:
-    """The screens below each other, cut to whole blocks: uint8 [H, W, 3]."""
-    images = [sample(skill, seed).image for skill, seed in SCREENS]
-    width, height = (max(i.width for i in images), sum(i.height for i in images))
-    canvas = Image.new("RGB", (width // block * block, height // block * block), "white")
-    top = 0
-    for image in images:
-        canvas.paste(image, (0, top))
-        top += image.height
-    return np.array(canvas)

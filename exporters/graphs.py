@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from ..models.config import ModelConfig
-from . import language, vision
-from .dialects import Dialect, lower
+from .decoders import attention
+from .lowering.dialects import Dialect, lower
+from .towers import qwen_vit
 
 PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +40,7 @@ def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32",
     """
     c = config.vision
     with FakeTensorMode():
-        tower = vision.VisionTower(c, dialect.cast_first, TORCH[compute_precision(precision, dialect)], set(wide))
+        tower = qwen_vit.VisionTower(c, dialect.cast_first, TORCH[compute_precision(precision, dialect)], set(wide))
         args = (torch.empty(3 * c.block, 4 * c.block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
     shapes = ({0: c.block * Dim("rows", max=4096), 1: c.block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
     model = _export(tower, args, shapes, ["image", "keep"], ["features"], dialect)
@@ -58,7 +59,7 @@ def language_graph(
     dtype = TORCH[compute_precision(precision, dialect)]
     B, S, P, K, M = (Dim(name, min=1, max=1 << 20) for name in "BSPKM")
     with FakeTensorMode():
-        decoder = language.Decoder(c, dtype, set(wide))
+        decoder = attention.Decoder(c, dtype, set(wide))
         caches = [torch.empty(2, c.kv_heads, 11, c.head_dim, dtype=dtype) for _ in range(2 * c.layers)]
         args = (
             torch.empty(2, 7, dtype=torch.int32),

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models.config import Preprocessing
-from . import language, vision
 from .checkpoint import Checkpoint
+from .decoders import attention
 from .layers import Linear
-from .streamed import streamed
+from .towers import qwen_vit
+from .weights.layer_streaming import streamed
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 OnInput = Callable[[str, str, Tensor], None]  # graph, weight [in, out], what it is multiplied with [..., in]
@@ -62,10 +63,10 @@ class EagerModel:
         """Images uint8 [H, W, 3], resized, and their kept indices -> features, float32 [1 + L, K, D]."""
         c = self.checkpoint.config.vision
         with torch.device("meta"):
-            tower = vision.VisionTower(c)
+            tower = qwen_vit.VisionTower(c)
         found = []
         for i, (image, keep) in enumerate(zip(images, keeps, strict=True)):
-            constants = vision.constants(c, self.pre)
+            constants = qwen_vit.constants(c, self.pre)
             steps = self._steps(f"image {i + 1}", c.depth)
             with (
                 self._shown("vision", tower),
@@ -85,9 +86,9 @@ class EagerModel:
         """
         c, S = self.checkpoint.config.text, len(ids)
         with torch.device("meta"):
-            decoder = language.Decoder(c)
+            decoder = attention.Decoder(c)
         start, at = torch.zeros(1, dtype=torch.int32), torch.arange(S - last, S, dtype=torch.int32)[None]
-        constants, steps = language.constants(c), self._steps("language", c.layers)
+        constants, steps = attention.constants(c), self._steps("language", c.layers)
         with (
             self._shown("language", decoder),
             streamed(self.checkpoint, decoder, "language", "layers", constants, steps),

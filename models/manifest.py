@@ -23,7 +23,7 @@ class Graph:
     """One ONNX graph of the bundle."""
 
     file: str  # the graph; its weights lie beside it in ``file`` + ".data", if it has any
-    dialect: str  # see exporters/dialects.py
+    dialect: str  # see exporters/lowering/dialects.py
 
 
 @dataclass(frozen=True)

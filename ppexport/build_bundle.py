@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .calibration import Calibration
-from .compiler import Options, prepare
-from .engines import check_dialect, compile_bundle, plan_sizes
+from .calibration import Calibration, synthetic_screens
+from .compile_bundle import check_dialect, compile_bundle, plan_sizes
 from .memory import available_memory
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
 from .models.manifest import FILE, Manifest
@@ -19,6 +18,7 @@ from .models.precision import Wanted
 from .models.profiles import Profiles
 from .partial import is_free, partial_directory
 from .runtime.bundle import open_bundle
+from .trt_build import Options, prepare
 
 if TYPE_CHECKING:
     from .exporters.bundle import Plan, Progress
@@ -74,7 +74,10 @@ def build(
     created = _make_parents(output.parent)
     try:
         with partial_directory(output, FILE) as work:
-            exporter.export(plan, work, progress, lambda d: calibration.samples(plan, d) if calibration else ())
+            screens = synthetic_screens(plan.checkpoint.config.vision.block)
+            exporter.export(
+                plan, work, progress, screens, lambda d: calibration.samples(plan, d) if calibration else ()
+            )
             _check_text(work)
             for target in targets:
                 compile_bundle(work, target, sizes, options, progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from .models.config import ModelConfig
 from .runtime.image import images_in, prepare
@@ -15,12 +16,14 @@ from .runtime.language import build_prompt
 from .runtime.prune import Prune
 from .runtime.selector import select
 from .runtime.text import Text
+from .workloads.screens import sample
 
 if TYPE_CHECKING:
     from .exporters.bundle import Plan
     from .exporters.run_model import Sample
 
 QUESTION = "Describe this image in detail."
+SCREENS = (("transcribe", 1), ("locate", 2), ("yesno", 3))  # skill and seed, drawn at up to 640 x 480 pixels
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,19 @@ class Calibration:
             prompt = build_prompt(ids, model.image_token, [selection])
             found.append(Sample(image, selection.keep, prompt.ids, prompt.feature_rows, prompt.positions))
         return found
+
+
+def synthetic_screens(block: int) -> np.ndarray:
+    """Generated screens below each other, cut to whole blocks: uint8 [H, W, 3]. Every fp16 model is tried on them."""
+    images = [sample(skill, seed).image for skill, seed in SCREENS]
+    width = max(image.width for image in images)
+    height = sum(image.height for image in images)
+    canvas = Image.new("RGB", (width // block * block, height // block * block), "white")
+    top = 0
+    for image in images:
+        canvas.paste(image, (0, top))
+        top += image.height
+    return np.array(canvas)
 
 
 def prompt_ids(text: Text | None, model: ModelConfig, question: str, totals: Sequence[int]) -> np.ndarray:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .models.engines import TARGETS
+from .models.engine_record import TARGETS
 from .models.errors import BackendError, PpexportError
 from .models.version import __version__
-from .runtime import cuda, trt_api
+from .runtime.backends import cuda, trt_api
+from .runtime.backends.ort import import_onnxruntime
 from .runtime.bundle import open_bundle
-from .runtime.ort import import_onnxruntime
 from .runtime.pipeline import load
 
 PACKAGES = [

@@ -14,10 +14,10 @@ import click
 import numpy as np
 
 from .models.errors import RequestError
-from .models.pocket.score import score
-from .models.pocket.screens import HELD_OUT, SKILLS, sample
 from .runtime.pipeline import Pipeline, load
 from .runtime.prune import Prune
+from .workloads.score import score
+from .workloads.screens import HELD_OUT, SKILLS, sample
 
 
 @dataclass(frozen=True)

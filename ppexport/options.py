@@ -139,8 +139,8 @@ def engines_of(profiles: str | None, workspace: int | None, timing_cache: str | 
     """Profiles (or None) and engine options of the command line."""
     from pathlib import Path
 
-    from .compiler import Options
     from .models import profiles as files
+    from .trt_build import Options
 
     given = {name: value for name, value in given.items() if value not in (None, ())}
     if profiles and (clash := sorted({"capacity", "max_pixels"} & set(given))):

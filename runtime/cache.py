@@ -1,11 +1,11 @@
-"""The key and value caches of one sequence, in the two forms that decoder graphs take them (exporters/dialects.py)."""
+"""The key and value caches of one sequence, in the two forms that decoder graphs take them."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from ..models.config import TextConfig
-from .session import Backend, Binding, Buffer
+from .backends.session import Backend, Binding, Buffer
 
 
 class Cache(Protocol):

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..models.config import TextConfig
 from ..models.errors import RequestError
+from .backends.session import Backend, Binding, Buffer, Session
 from .cache import FORMS, Cache
 from .prune import Selection
-from .session import Backend, Binding, Buffer, Session
 
 STEP = 256  # tokens that a cache has room for at least, beyond what is known to be needed
 

@@ -16,8 +16,9 @@ from ..models.checks import integer
 from ..models.errors import BundleError, RequestError
 from ..models.manifest import Manifest
 from .answer import Answer, Step
+from .backends.devices import open_device
+from .backends.session import Backend, Buffer
 from .bundle import open_bundle
-from .devices import open_device
 from .image import ImageLike, prepare
 from .language import STEP, Language, build_prompt
 from .messages import PromptLike, images_of, with_images
@@ -25,7 +26,6 @@ from .prune import Prune, Selection, check_prune
 from .reuse import Digests, Reuse, digest
 from .sampling import Sampling
 from .selector import Selector
-from .session import Backend, Buffer
 from .stats import Stats, log_request
 from .text import Text
 from .vision import Vision

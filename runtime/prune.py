@@ -51,7 +51,7 @@ class Prune:
             raise RequestError(f"max_tokens goes with {', '.join(PREDICTORS)}, found method {self.method!r}")
 
     def threshold(self, block: int) -> int:
-        """The largest distance that counts as equal, as the graphs take it (exporters/metrics.py).
+        """The largest distance that counts as equal, as the graphs take it (exporters/pruners/metrics.py).
 
         For tokens of ``block`` x ``block`` pixels: the largest difference of a byte, the sum of all differences, or the
         sum of their squares.

@@ -8,8 +8,8 @@ from collections import OrderedDict, deque
 
 import numpy as np
 
+from .backends.session import Buffer
 from .language import Decoding, Prompt
-from .session import Buffer
 
 FEATURES = 8  # one part in this many of the memory is for features, which are small
 Digests = tuple[bytes, ...]  # of the images of a request

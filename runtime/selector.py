@@ -1,4 +1,4 @@
-"""Image -> Selection: runs the pruning graphs (exporters/prune.py, temporal.py) on a backend."""
+"""Image -> Selection: runs the pruning graphs (exporters/pruners/pixelprune.py, temporal.py) on a backend."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL import Image
 from ..models.checks import integer
 from ..models.config import PREDICTORS, SELECTOR_BLOCKS, prune_file
 from ..models.errors import RequestError
+from .backends.session import Backend, Buffer, Session, run
 from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
 from .prune import Prune, Selection, check_prune
-from .session import Backend, Buffer, Session, run
 
 LEVELS = {"max": 255, "mae": 2040, "rmse": 2040}  # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
 NOTHING = dict.fromkeys(PREDICTORS, "no token repeats its neighbours")  # why all tokens are kept
@@ -78,7 +78,7 @@ class Selector:
         return self._selection(image, found)
 
     def frames(self, images: Iterable[Buffer], prune: Prune) -> Iterator[Selection]:
-        """Frames of one recording, uint8 [H, W, 3] of one size -> what is kept of each (exporters/temporal.py).
+        """Frames of one recording, uint8 [H, W, 3] of one size -> what is kept of each (exporters/pruners/temporal.py).
 
         The first one is an image like any other; of the others, tokens that are what they were before are dropped too,
         in a frame that stands still all of them. Raises RequestError for a method other than pred_2d and for a budget.
@@ -189,7 +189,7 @@ class Selector:
 @functools.lru_cache(maxsize=len(SELECTOR_BLOCKS))
 def packaged_selector(block: int) -> Selector:
     """The selector that ships with the package, on the CPU. Raises RequestError for a block size without one."""
-    from .ort import OrtCpu
+    from .backends.ort import OrtCpu
 
     if block not in SELECTOR_BLOCKS:
         raise RequestError(f"patch * merge is {block}, expected one of: {', '.join(map(str, SELECTOR_BLOCKS))}")

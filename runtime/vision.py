@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .session import Backend, Buffer, Session, run
+from .backends.session import Backend, Buffer, Session, run
 
 
 class Vision:

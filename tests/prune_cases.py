@@ -20,8 +20,8 @@ def session(dialect: str, method: str, metric: str, block: int = BLOCK) -> ort.I
     import onnx
     import onnx_ir as ir
 
-    from ppexport.exporters.dialects import DIALECTS
-    from ppexport.exporters.selectors import pruning_graphs
+    from ppexport.exporters.lowering.dialects import DIALECTS
+    from ppexport.exporters.pruners.packaged import pruning_graphs
 
     model = ir.to_proto(pruning_graphs(block, DIALECTS[dialect])[prune_file(method, metric)])
     onnx.checker.check_model(model, full_check=True)

@@ -1,4 +1,4 @@
-"""The obvious, slow specification of pruning: loops over integers. What the graphs of exporters/prune.py must equal."""
+"""The obvious, slow specification of pruning: loops over integers. What pruning graphs must equal."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ import ppexport
 from ppexport.build_bundle import build
 from ppexport.calibration import Calibration
 from ppexport.cli import main
-from ppexport.exporters.calibrated import Moments, quantize_calibrated
-from ppexport.exporters.quantize import dequantize, quantize
-from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
+from ppexport.exporters.weights.gptq import Moments, quantize_calibrated
+from ppexport.exporters.weights.quantize import dequantize, quantize
 from ppexport.models.precision import Wanted
 from ppexport.runtime.bundle import open_bundle
+from ppexport.workloads.screens import HELD_OUT, SKILLS, sample
 
 
 @pytest.mark.parametrize(("symmetric", "signed"), [(True, False), (True, True), (False, False)])

@@ -22,7 +22,7 @@ import ppexport
 from ppexport.build_bundle import build
 from ppexport.exporters import bundle as exporter
 from ppexport.exporters.checkpoint import Checkpoint
-from ppexport.exporters.language import Decoder, constants
+from ppexport.exporters.decoders.attention import Decoder, constants
 from ppexport.models import qwen3_vl
 from ppexport.models.config import ModelConfig, Preprocessing
 from ppexport.models.hfconfig import ASKED_FOR, HARMLESS, defaults_of, known_keys

@@ -17,13 +17,13 @@ from terminal import runner
 import ppexport
 from ppexport.build_bundle import build, compile_in_place
 from ppexport.cli import main
-from ppexport.compiler import Options
-from ppexport.engines import compile_bundle
+from ppexport.compile_bundle import compile_bundle
 from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
-from ppexport.models import engines, profiles
+from ppexport.models import engine_record, profiles
 from ppexport.models.manifest import Manifest
 from ppexport.onnx_dims import set_axis
 from ppexport.runtime.bundle import open_bundle
+from ppexport.trt_build import Options
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: it has libraries for x86-64 only")
 RTX = "tensorrt-rtx"
@@ -75,10 +75,10 @@ def test_every_graph_compiles(bundles: dict[tuple[str, str], Path], kind: tuple[
     options = dataclasses.replace(SMALL, separate_profiles=buckets != "merged")
     seen: dict[str, int] = {}
     compile_bundle(bundle, RTX, sizes, options, lambda stage, done, total: seen.update({stage.split(":")[0]: total}))
-    record = engines.read(bundle, manifest, RTX)
+    record = engine_record.read(bundle, manifest, RTX)
     for graph in ("prune", "vision", "language"):
         engine = record.engines[graph]
-        assert (engines.folder(bundle, RTX) / engine.file).stat().st_size == engine.bytes > 10_000
+        assert (engine_record.folder(bundle, RTX) / engine.file).stat().st_size == engine.bytes > 10_000
         assert engine.build_seconds > 0
         assert seen[f"compile {graph}"] > 1
     counts = [len(record.engines[graph].profiles) for graph in ("prune", "vision", "language")]
@@ -117,7 +117,7 @@ def test_build_from_a_checkpoint_with_options(tiny_checkpoint: Path, tmp_path: P
     assert "engines for 128 tokens, images of up to 64 kept tokens" in result.stderr
     assert "on the device (weights" in result.stderr
     _, manifest = open_bundle(output)
-    record = engines.read(output, manifest, RTX)
+    record = engine_record.read(output, manifest, RTX)
     assert {graph.dialect for graph in manifest.graphs.values()} == {"standard"}
     assert (record.profiles.capacity, record.workspace) == (128, 64 << 20)
     assert record.compute_capabilities == ("8.9",)
@@ -130,7 +130,7 @@ def test_profiles_from_a_file(bundle: Path, tmp_path: Path) -> None:
     arguments = ["build", str(bundle), "--target", RTX, "--profiles", str(tmp_path / "profiles.json"), "-q"]
     result = runner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert engines.read(bundle, open_bundle(bundle)[1], RTX).profiles == sizes
+    assert engine_record.read(bundle, open_bundle(bundle)[1], RTX).profiles == sizes
     result = runner().invoke(main, [*arguments, "--capacity", "64"])
     assert result.exit_code == 2
     assert "--capacity is in the profile file" in result.output
@@ -240,14 +240,14 @@ def test_targets_are_checked_before_the_first_replaces_anything(bundle: Path) ->
 def test_records_that_do_not_fit_their_engines(bundle: Path) -> None:
     compile_bundle(bundle, RTX, None, SMALL)
     _, manifest = open_bundle(bundle)
-    path = engines.folder(bundle, RTX) / "record.json"
+    path = engine_record.folder(bundle, RTX) / "record.json"
     right = json.loads(path.read_text())
     for change in ({"file": "../../bundle.json"}, {"profiles": []}, {"axes": {"image": ["Q"]}}):
         wrong = json.loads(json.dumps(right))
         wrong["engines"]["vision"] |= change
         path.write_text(json.dumps(wrong))
         with pytest.raises(ppexport.BundleError, match=r"record.json: .*vision engine .*; run: ppexport build"):
-            engines.read(bundle, manifest, RTX)
+            engine_record.read(bundle, manifest, RTX)
 
 
 def test_sizes_that_no_image_of_the_model_has(bundle: Path) -> None:
@@ -258,21 +258,21 @@ def test_sizes_that_no_image_of_the_model_has(bundle: Path) -> None:
 def test_records_are_checked(bundle: Path, bundles: dict[tuple[str, str], Path]) -> None:
     _, manifest = open_bundle(bundle)
     with pytest.raises(ppexport.BundleError, match="has no engines for tensorrt-rtx; run: ppexport build .* --target"):
-        engines.read(bundle, manifest, RTX)
+        engine_record.read(bundle, manifest, RTX)
     compile_bundle(bundle, RTX, None, SMALL)
-    folder = engines.folder(bundle, RTX)
+    folder = engine_record.folder(bundle, RTX)
     with pytest.raises(ppexport.BundleError, match="compiled from other graphs than the bundle's; run: ppexport build"):
-        engines.read(bundle, open_bundle(bundles["plain", "bf16"])[1], RTX)
+        engine_record.read(bundle, open_bundle(bundles["plain", "bf16"])[1], RTX)
     (folder / "vision.engine").write_bytes(b"short")
     with pytest.raises(ppexport.BundleError, match=r"vision.engine: found 5 bytes, expected \d+; run: ppexport build"):
-        engines.read(bundle, manifest, RTX)
+        engine_record.read(bundle, manifest, RTX)
     record = json.loads((folder / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps({**record, "schema": 99}))
     with pytest.raises(ppexport.BundleError, match="found schema 99"):
-        engines.read(bundle, manifest, RTX)
+        engine_record.read(bundle, manifest, RTX)
     (folder / "record.json").write_text("{")
     with pytest.raises(ppexport.BundleError, match=r"record.json: is damaged .*; run: ppexport build"):
-        engines.read(bundle, manifest, RTX)
+        engine_record.read(bundle, manifest, RTX)
 
 
 def test_options_that_do_not_fit_a_target(bundle: Path, tmp_path: Path) -> None:

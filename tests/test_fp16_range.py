@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ppexport
 from ppexport.build_bundle import build
-from ppexport.calibration import Calibration
+from ppexport.calibration import Calibration, synthetic_screens
 from ppexport.exporters import fp16_range
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.models import qwen3_vl
@@ -37,7 +37,9 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def largest(path: Path) -> dict[str, dict[str, float]]:
-    return fp16_range.measure(Checkpoint.open(path), qwen3_vl.PREPROCESSING, lambda *_: None)
+    checkpoint = Checkpoint.open(path)
+    screens = synthetic_screens(checkpoint.config.vision.block)
+    return fp16_range.measure(checkpoint, qwen3_vl.PREPROCESSING, screens, lambda *_: None)
 
 
 def test_measure_sees_the_loud_layers(loud: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_user_s_images_are_tried_too(tmp_path: Path, monkeypatch: pytest.Monke
     measure = fp16_range.measure
 
     def counted(*arguments: Any) -> dict[str, dict[str, float]]:
-        tried.append(len(arguments[3]))
+        tried.append(len(arguments[4]))
         return measure(*arguments)
 
     monkeypatch.setattr(fp16_range, "measure", counted)

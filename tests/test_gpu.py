@@ -9,12 +9,12 @@ import pytest
 
 import ppexport
 from ppexport.build_bundle import build
-from ppexport.compiler import Options
 from ppexport.models.config import PRUNE_GRAPHS
 from ppexport.models.errors import PpexportError
-from ppexport.models.pocket.screens import HELD_OUT, SKILLS, sample
-from ppexport.runtime import cuda, trt_api
+from ppexport.runtime.backends import cuda, trt_api
 from ppexport.runtime.image import prepare
+from ppexport.trt_build import Options
+from ppexport.workloads.screens import HELD_OUT, SKILLS, sample
 
 pytestmark = pytest.mark.gpu
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"

@@ -19,10 +19,10 @@ import ppexport
 from ppexport.build_bundle import build
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
-from ppexport.exporters.dialects import DIALECTS, lower
-from ppexport.exporters.passes import one_reshape
-from ppexport.exporters.tape import Ops
-from ppexport.exporters.weights import attach, cast_after_load
+from ppexport.exporters.lowering.dialects import DIALECTS, lower
+from ppexport.exporters.lowering.onnx_writer import Ops
+from ppexport.exporters.lowering.passes import one_reshape
+from ppexport.exporters.weights.attach import attach, cast_after_load
 from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.image import prepare
 

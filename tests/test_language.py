@@ -19,8 +19,8 @@ from invariants import relative_error
 import ppexport
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
-from ppexport.exporters.dialects import DIALECTS
-from ppexport.exporters.weights import attach
+from ppexport.exporters.lowering.dialects import DIALECTS
+from ppexport.exporters.weights.attach import attach
 from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.cache import FORMS, InPlace
 from ppexport.runtime.language import build_prompt

@@ -24,7 +24,7 @@ from ppexport.bench import schema
 from ppexport.bench.plugin import Latency
 from ppexport.bench.schema import STAGES, Bundle, Item, Machine, Options, Request, Result, Setting, Speed
 from ppexport.cli import main
-from ppexport.runtime.ort import OrtBinding
+from ppexport.runtime.backends.ort import OrtBinding
 
 ROOT = Path(__file__).resolve().parent.parent
 

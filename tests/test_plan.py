@@ -156,7 +156,7 @@ def test_plan_replaces_nothing_but_plans(tmp_path: Path) -> None:
 def test_a_cuda_python_that_finds_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 12 raises RuntimeError where 13 returns an error code."""
     from ppexport import doctor
-    from ppexport.runtime import cuda
+    from ppexport.runtime.backends import cuda
 
     def missing(*_: object) -> None:
         raise RuntimeError("Failed to dlopen libcuda.so.1")

@@ -9,22 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import lessons
 import numpy as np
 import pytest
 import torch
+import train
+from network import LOOKS
 from terminal import runner
 
 import ppexport
 from ppexport import eval as evaluation
 from ppexport.build_bundle import build
 from ppexport.cli import main
-from ppexport.exporters import ops
 from ppexport.exporters.checkpoint import Checkpoint
-from ppexport.models.pocket import lessons, train
-from ppexport.models.pocket.canvas import Sample
-from ppexport.models.pocket.network import LOOKS
-from ppexport.models.pocket.score import edit_distance, score
-from ppexport.models.pocket.screens import HELD_OUT, OFF, ON, SKILLS, sample
+from ppexport.exporters.lowering import ops
+from ppexport.workloads.canvas import Sample
+from ppexport.workloads.score import edit_distance, score
+from ppexport.workloads.screens import HELD_OUT, OFF, ON, SKILLS, sample
 
 
 @pytest.mark.parametrize("skill", SKILLS)
@@ -82,7 +83,7 @@ def test_sizes_themes_and_kept_share_vary_as_promised() -> None:
 
 
 def test_screens_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ppexport.models.pocket.screens", "--skill", "read", "--seed", "7"]
+    command = [sys.executable, "-m", "ppexport.workloads.screens", "--skill", "read", "--seed", "7"]
     done = subprocess.run([*command, "-o", tmp_path / "o.png"], capture_output=True, text=True, check=True)
     made = sample("read", 7)
     assert json.loads(done.stdout) == {"question": made.question, "answer": made.answer, "box": None}

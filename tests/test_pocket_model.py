@@ -16,7 +16,7 @@ import ppexport
 from ppexport.build_bundle import build
 from ppexport.eval import evaluate
 from ppexport.models.bytelevel import IDS
-from ppexport.models.pocket.screens import HELD_OUT, sample
+from ppexport.workloads.screens import HELD_OUT, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "models" / "pocket"
@@ -41,7 +41,7 @@ def test_checkpoint_is_small_and_complete() -> None:
     }
     assert sum(p.stat().st_size for p in files) < 12e6
     training = (POCKET / "TRAINING.md").read_text(encoding="utf-8")
-    assert "python -m ppexport.models.pocket.train" in training
+    assert "python examples/train_pocket/train.py" in training
 
 
 @pytest.mark.parametrize(("skill", "seed"), [("transcribe", 2), ("read", 5), ("locate", 3)])

@@ -20,12 +20,12 @@ from terminal import runner
 import ppexport
 from ppexport.build_bundle import build
 from ppexport.cli import main
-from ppexport.compiler import Options
-from ppexport.exporters.quantize import dequantize, integer_type, quantize
-from ppexport.exporters.tape import Ops
-from ppexport.models import engines
+from ppexport.exporters.lowering.onnx_writer import Ops
+from ppexport.exporters.weights.quantize import dequantize, integer_type, quantize
+from ppexport.models import engine_record
 from ppexport.models.precision import Precision, Wanted, resolve
 from ppexport.runtime.bundle import open_bundle
+from ppexport.trt_build import Options
 
 MODEL = GOLDEN / "e2e" / "model"
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
@@ -156,7 +156,7 @@ def test_a_cpu_that_saturates_is_refused(
     """Older x86 CPUs add two products in 16 bits. None: a machine that does not say (ARM adds in 32)."""
     path, listed = build(POCKET, tmp_path / "bundle", "w8a8"), tmp_path / "cpuinfo"
     listed.write_text("" if flags is None else f"processor\t: 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr("ppexport.runtime.devices.CPUINFO", listed)
+    monkeypatch.setattr("ppexport.runtime.backends.devices.CPUINFO", listed)
     if message:
         with pytest.raises(ppexport.BackendError, match=f"w8a8.*{message}.*--precision int8"):
             ppexport.load(path)
@@ -171,7 +171,7 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
     options = Options(capacity=256, max_pixels=65536)
     path = build(POCKET, tmp_path / "bundle", stored, dialect, ["tensorrt-rtx"], None, options)
     _, manifest = open_bundle(path)
-    record = engines.read(path, manifest, "tensorrt-rtx")
+    record = engine_record.read(path, manifest, "tensorrt-rtx")
     assert str(manifest.precision) == f"{stored}, vision bf16, embedding bf16, blocks of 32"
     assert record.engines["language"].bytes > 100_000
 

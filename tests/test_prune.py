@@ -17,12 +17,12 @@ from prune_cases import BLOCK, PAIRS, cut, images, run, session
 from prune_spec import anchors_of, distance, select, token, visit
 
 import ppexport
-from ppexport.exporters.dialects import DIALECTS
-from ppexport.exporters.selectors import DIRECTORY, packaged, pruning_graphs
+from ppexport.exporters.lowering.dialects import DIALECTS
+from ppexport.exporters.pruners.packaged import DIRECTORY, packaged, pruning_graphs
 from ppexport.models.config import PREDICTORS, PRUNE_GRAPHS, PRUNE_METRICS
-from ppexport.runtime import trt_api
+from ppexport.runtime.backends import trt_api
+from ppexport.runtime.backends.ort import OrtCpu
 from ppexport.runtime.image import prepare
-from ppexport.runtime.ort import OrtCpu
 from ppexport.runtime.selector import Selector
 
 SHARED_PHOTO = GOLDEN.parent.parent.parent / "shared" / "golden" / "images" / "doc_photo.jpg"

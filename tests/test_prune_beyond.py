@@ -13,9 +13,9 @@ from prune_cases import BLOCK, cut, images, session
 from prune_spec import components, distance, frame, token
 
 import ppexport
-from ppexport.exporters import unique
-from ppexport.exporters.dialects import DIALECTS
-from ppexport.exporters.prune import prune_graph
+from ppexport.exporters.lowering.dialects import DIALECTS
+from ppexport.exporters.pruners import unique
+from ppexport.exporters.pruners.pixelprune import prune_graph
 from ppexport.models.config import PRUNE_METRICS
 
 

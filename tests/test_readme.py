@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from conftest import without_vnni
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +54,8 @@ def run(command: str, clone: Path) -> str:
     done = subprocess.run(
         command, shell=True, cwd=clone, capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
+    if "found a CPU without VNNI" in done.stderr and without_vnni():
+        pytest.skip("w8a8 runs on CPUs with VNNI only")
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -20,11 +20,11 @@ from terminal import runner
 import ppexport
 from ppexport.build_bundle import build
 from ppexport.cli import main
-from ppexport.compiler import Options
-from ppexport.engines import compile_bundle
+from ppexport.compile_bundle import compile_bundle
 from ppexport.models import profiles
-from ppexport.runtime import cuda, trt_api
+from ppexport.runtime.backends import cuda, trt_api
 from ppexport.runtime.bundle import open_bundle
+from ppexport.trt_build import Options
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
 CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]

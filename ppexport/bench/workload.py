@@ -62,7 +62,7 @@ def _built_in(name: str, prompt: str | None) -> list[Question]:
         raise RequestError(f"workload is {name!r}, expected one of: {', '.join(BUILT_IN)}, or images (-i)")
     if prompt is not None:
         raise RequestError("the workload 'screens' has questions of its own, expected no --prompt")
-    from ..models.pocket.screens import HELD_OUT, sample
+    from ..workloads.screens import HELD_OUT, sample
 
     made = []
     for i in range(SCREENS):

@@ -1,0 +1,1 @@
+"""Language decoders in torch: tokens and features in, logits and states out. One file per architecture."""

@@ -1,0 +1,282 @@
+"""How the nodes of ``ops.py`` are written in ONNX: one table of translations per dialect.
+
+``ort``       ONNX Runtime on CPU and CUDA: GroupQueryAttention and MultiHeadAttention, caches updated in place.
+``standard``  ONNX opset 24, no vendor op: TensorScatter + Attention, for TensorRT (10.15 or later) and TensorRT-RTX.
+``plain``     ONNX opset 20 and the operators of TensorRT 10.3 (JetPack 6): attention from MatMul and Softmax.
+
+Sources: the ONNX operator pages (Attention-24, TensorScatter-24, RMSNormalization-23, Gelu-20), ONNX Runtime's
+docs/ContribOperators.md (com.microsoft: GroupQueryAttention, MultiHeadAttention, RotaryEmbedding) and onnx-tensorrt's
+docs/operators.md of release 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from .onnx_writer import Ops
+from .ops import DOMAIN
+from .passes import cache_rows, float_cumsum, one_reshape, shapes_after_cast, skip_norm
+
+Translation = Callable[[Ops, ir.Node], Sequence[ir.Value]]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way to write a graph."""
+
+    name: str
+    opset: int  # of the default domain
+    cast_first: bool  # cast a uint8 image before anything else (TensorRT takes uint8 as a graph input only)
+    table: Mapping[str, Translation]  # op type in the domain "ppexport" -> its nodes
+    passes: tuple[Callable[[ir.Model], None], ...] = ()  # over the whole graph, afterwards
+    byte_max: bool = True  # may Max and Min be used on uint8?
+
+
+def lower(model: ir.Model, dialect: Dialect) -> None:
+    """Replace every node of the domain "ppexport" by the nodes of ``dialect``, in place.
+
+    Raises KeyError for an op that the dialect does not know.
+    """
+    for node in list(model.graph):
+        if node.domain != DOMAIN:
+            continue
+        op = Ops()
+        new = dialect.table[node.op_type](op, node)
+        for before, after in zip(node.outputs, new, strict=True):
+            after.name, after.type, after.shape = before.name, before.type, before.shape
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, node.outputs, new)
+    model.graph.opset_imports.pop(DOMAIN, None)
+    model.graph.opset_imports[""] = dialect.opset
+    for domain in {node.domain for node in model.graph} - {""}:
+        model.graph.opset_imports[domain] = 1
+    for step in dialect.passes:
+        step(model)
+
+
+def _sizes(node: ir.Node, index: int = 0) -> tuple[int, int]:
+    """(heads, Dh) of input ``index``, a [B, S, heads, Dh] value; both are static in every graph."""
+    shape = node.inputs[index].shape  # type: ignore[union-attr]
+    assert shape is not None
+    return int(shape[2]), int(shape[3])  # type: ignore[arg-type]
+
+
+def _attr(node: ir.Node, name: str) -> Any:
+    return node.attributes[name].value
+
+
+def _join(op: Ops, x: Any, heads: int, width: int) -> ir.Value:
+    """[B, S, heads, Dh] -> [B, S, heads * Dh]."""
+    out = op("Reshape", x, op.ints([0, 0, heads * width]))
+    if x.shape is not None:
+        out.type, out.shape = x.type, ir.Shape([*x.shape[:2], heads * width])
+    return out
+
+
+def _split(op: Ops, x: Any, heads: int, width: int) -> ir.Value:
+    """[B, S, heads * Dh] -> [B, S, heads, Dh]."""
+    return op("Reshape", x, op.ints([0, 0, heads, width]))
+
+
+def _swap(op: Ops, x: Any) -> ir.Value:
+    """[B, S, heads, Dh] <-> [B, heads, S, Dh]."""
+    return op("Transpose", x, perm=[0, 2, 1, 3])
+
+
+def _gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    return [op("Gelu", node.inputs[0], approximate=_attr(node, "approximate"))]
+
+
+# ---------------------------------------------------------------------------------------------------- ort
+
+
+def _ort_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    heads, width = _sizes(node)
+    q, k, v = (_join(op, x, heads, width) for x in node.inputs)
+    out = op("MultiHeadAttention", q, k, v, domain="com.microsoft", num_heads=heads, scale=_attr(node, "scale"))
+    return [_split(op, out, heads, width)]
+
+
+def _ort_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    q, k, v, k_cache, v_cache, own, _ = node.inputs
+    (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
+    last = op("ReduceMax", own, op.ints([1]), keepdims=0)  # [B] the row's last entry
+    total = op("Add", op("ReduceMax", last, keepdims=0), op("Cast", op.const(1), to=ir.DataType.INT32))
+    out, new_k, new_v = op.multi(
+        "GroupQueryAttention",
+        3,
+        _join(op, q, heads, width),
+        _join(op, k, kv_heads, width),
+        _join(op, v, kv_heads, width),
+        k_cache,
+        v_cache,
+        last,
+        total,
+        domain="com.microsoft",
+        num_heads=heads,
+        kv_num_heads=kv_heads,
+        scale=_attr(node, "scale"),
+    )
+    return [_split(op, out, heads, width), new_k, new_v]
+
+
+def _ort_rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    x, cos, sin = node.inputs
+    heads, width = _sizes(node)
+    rows = op("Shape", cos, start=0, end=2)
+    count = op("ReduceProd", rows, keepdims=0)
+    ids = op("Reshape", op("Range", op.const(0), count, op.const(1)), rows)  # each row of the tables once
+    tables = [op("Reshape", t, op.ints([-1, width // 2])) for t in (cos, sin)]
+    joined = _join(op, x, heads, width)
+    out = op("RotaryEmbedding", joined, ids, *tables, domain="com.microsoft", num_heads=heads)
+    out.type, out.shape = joined.type, joined.shape
+    return [_split(op, out, heads, width)]
+
+
+def _ort_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """With the sum before it, else plain operators, which ONNX Runtime fuses into SimplifiedLayerNormalization."""
+    x, weight = node.inputs
+    assert x is not None and weight is not None  # noqa: PT018
+    if (fused := skip_norm(op, x, weight, _attr(node, "epsilon"))) is not None:
+        return [fused]
+    square = op("ReduceMean", op("Pow", x, op.const(2.0)), op.ints([-1]))
+    root = op("Sqrt", op("Add", square, op.const(_attr(node, "epsilon"))))
+    return [op("Mul", op("Div", x, root), weight)]
+
+
+# ----------------------------------------------------------------------------------------------- standard
+
+
+def _standard_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    q, k, v = (_swap(op, x) for x in node.inputs)
+    return [_swap(op, op("Attention", q, k, v, scale=_attr(node, "scale")))]
+
+
+def _standard_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    q, k, v, k_cache, v_cache, own, entries = node.inputs
+    first = op("Cast", op("ReduceMin", own, op.ints([1]), keepdims=0), to=ir.DataType.INT64)  # [B]
+    new_k = op("TensorScatter", k_cache, _swap(op, k), first, axis=2)
+    new_v = op("TensorScatter", v_cache, _swap(op, v), first, axis=2)
+    mask = op("LessOrEqual", entries, op("Unsqueeze", own, op.ints([1, 3])))  # [B, 1, S, M]
+    out = op("Attention", _swap(op, q), new_k, new_v, mask, scale=_attr(node, "scale"))
+    return [_swap(op, out), new_k, new_v]
+
+
+def _standard_rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    x, cos, sin = node.inputs
+    first, second = op.multi("Split", 2, x, axis=-1, num_outputs=2)
+    cos, sin = (op("Unsqueeze", t, op.ints([2])) for t in (cos, sin))
+    left = op("Sub", op("Mul", first, cos), op("Mul", second, sin))
+    right = op("Add", op("Mul", second, cos), op("Mul", first, sin))
+    return [op("Concat", left, right, axis=-1)]
+
+
+def _standard_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    x, weight = node.inputs
+    return [op("RMSNormalization", x, weight, axis=-1, epsilon=_attr(node, "epsilon"))]
+
+
+# -------------------------------------------------------------------------------------------------- plain
+
+
+def _in_type_of(op: Ops, value: float, x: Any) -> ir.Value:
+    """A scalar constant of the type of ``x``."""
+    return op("Cast", op.const(value), to=x.dtype)
+
+
+def _scaled(op: Ops, node: ir.Node) -> ir.Value:
+    """The queries times the scale: smaller than the scores, and in range where scores of 16 bits might not be."""
+    q = node.inputs[0]
+    return op("Mul", q, _in_type_of(op, _attr(node, "scale"), q))
+
+
+def _plain_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    _, k, v = node.inputs
+    scores = op("MatMul", _swap(op, _scaled(op, node)), op("Transpose", k, perm=[0, 2, 3, 1]))
+    return [_swap(op, op("MatMul", op("Softmax", scores, axis=-1), _swap(op, v)))]
+
+
+def _plain_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """Scores against the cache and against the new rows, side by side: the cache is read once and never copied.
+
+    The query heads that share a key head stand below each other ([B, kv_heads, S * groups, Dh]), so keys are read once.
+    """
+    q, k, v, k_cache, v_cache, own, entries = node.inputs
+    (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
+    groups = heads // kv_heads
+    grouped = op("Reshape", _scaled(op, node), op.ints([0, 0, kv_heads, groups, width]))
+    grouped = op("Reshape", op("Transpose", grouped, perm=[0, 2, 1, 3, 4]), op.ints([0, kv_heads, -1, width]))
+    lowest = _in_type_of(op, -30000.0, q)
+    first = op("ReduceMin", own, op.ints([1]), keepdims=1)  # [B, 1]
+    in_cache = op("Less", entries, op("Unsqueeze", first, op.ints([1, 2])))  # [B, 1, 1, M]
+    query = op("Unsqueeze", own, op.ints([2]))
+    query = op("Reshape", op("Concat", *[query] * groups, axis=2), op.ints([0, 1, -1, 1]))  # [B, 1, S * groups, 1]
+    causal = op("LessOrEqual", op("Unsqueeze", own, op.ints([1, 2])), query)  # [B, 1, S * groups, S]
+    old = op("MatMul", grouped, op("Transpose", k_cache, perm=[0, 1, 3, 2]))
+    new = op("MatMul", grouped, op("Transpose", k, perm=[0, 2, 3, 1]))
+    scores = op("Concat", op("Where", in_cache, old, lowest), op("Where", causal, new, lowest), axis=-1)
+    share = op("Softmax", scores, axis=-1)
+    capacity, axis = op("Shape", entries), op.ints([3])
+    out = op(
+        "Add",
+        op("MatMul", op("Slice", share, op.ints([0]), capacity, axis), v_cache),
+        op("MatMul", op("Slice", share, capacity, op.ints([1 << 30]), axis), _swap(op, v)),
+    )
+    out = op("Transpose", op("Reshape", out, op.ints([0, kv_heads, -1, groups, width])), perm=[0, 2, 1, 3, 4])
+    rows = [op("Transpose", x, perm=[1, 0, 2, 3]) for x in (k, v)]
+    return [op("Reshape", out, op.ints([0, 0, heads, width])), *rows]
+
+
+def _plain_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """The sum of squares in float32: in 16 bits it would overflow or lose its small terms."""
+    x, weight = node.inputs
+    assert x is not None
+    wide = x if x.dtype == ir.DataType.FLOAT else op("Cast", x, to=ir.DataType.FLOAT)
+    square = op("ReduceMean", op("Mul", wide, wide), op.ints([-1]))
+    out = op("Div", wide, op("Sqrt", op("Add", square, op.const(_attr(node, "epsilon")))))
+    return [op("Mul", out if wide is x else op("Cast", out, to=x.dtype), weight)]
+
+
+DIALECTS = {
+    "ort": Dialect(
+        "ort",
+        opset=21,
+        cast_first=False,
+        table={
+            "Attention": _ort_attention,
+            "CachedAttention": _ort_cached_attention,
+            "Rotary": _ort_rotary,
+            "RMSNorm": _ort_rms_norm,
+            "Gelu": _gelu,
+        },
+        passes=(one_reshape,),
+    ),
+    "standard": Dialect(
+        "standard",
+        opset=24,
+        cast_first=True,
+        table={
+            "Attention": _standard_attention,
+            "CachedAttention": _standard_cached_attention,
+            "Rotary": _standard_rotary,
+            "RMSNorm": _standard_rms_norm,
+            "Gelu": _gelu,
+        },
+    ),
+    "plain": Dialect(
+        "plain",
+        opset=20,
+        cast_first=True,
+        table={
+            "Attention": _plain_attention,
+            "CachedAttention": _plain_cached_attention,
+            "Rotary": _standard_rotary,
+            "RMSNorm": _plain_rms_norm,
+            "Gelu": _gelu,
+        },
+        passes=(float_cumsum, shapes_after_cast, cache_rows),
+    ),
+}

@@ -1,0 +1,119 @@
+"""Changes to a whole graph that one dialect needs, after its nodes have been written."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .onnx_writer import Ops
+
+INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+
+
+def float_cumsum(model: ir.Model) -> None:
+    """CumSum of integers -> of float32, exact up to 2**24: TensorRT 10.3 adds up floating point only."""
+    for node in list(model.graph):
+        before = node.outputs[0]
+        if node.op_type != "CumSum" or before.dtype not in INTEGERS:
+            continue
+        op, (x, axis) = Ops(), node.inputs
+        after = op("Cast", op("CumSum", op("Cast", x, to=ir.DataType.FLOAT), axis), to=before.dtype)
+        after.name, after.type, after.shape = before.name, before.type, before.shape
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, [before], [after])
+
+
+def shapes_after_cast(model: ir.Model) -> None:
+    """A uint8 input is read by its Cast alone; sizes are taken from what that gives: Shape does not take uint8."""
+    graph = model.graph
+    for value in graph.inputs:
+        users = [user for user, _ in value.uses()]
+        casts = [user for user in users if user.op_type == "Cast"]
+        if value.dtype != ir.DataType.UINT8 or len(casts) != 1:
+            continue
+        graph.remove(casts[0])
+        graph.insert_before(graph[0], casts[0])
+        for user in users:
+            if user.op_type == "Shape":
+                user.replace_input_with(0, casts[0].outputs[0])
+
+
+def one_reshape(model: ir.Model) -> None:
+    """Of two reshapes in a row the second alone, and none where it gives back the first one's input.
+
+    A 0 in the second's shape copies a size; the first has to leave that one as it was.
+    """
+    for node in list(model.graph):
+        first = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] else None
+        if first is None or first.op_type != "Reshape":
+            continue
+        source, between, shape = first.inputs[0], first.outputs[0], node.inputs[1]
+        assert source is not None
+        copied = [i for i, n in enumerate(_constant(shape)) if n == 0]
+        left = _constant(first.inputs[1])
+        if all((i < len(left) and left[i] == 0) or _same(source.shape, between.shape, i) for i in copied):
+            node.replace_input_with(0, source)
+            out = node.outputs[0]
+            if source.shape is not None and source.shape == out.shape and not out.is_graph_output():
+                ir.convenience.replace_all_uses_with(out, source)
+
+
+def skip_norm(op: Ops, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value | None:
+    """The norm of a sum, calculated together with the sum: ``x`` is one, of two values of its own shape, else None.
+
+    Other readers of the sum get it from the new node.
+    """
+    add = x.producer()
+    if add is None or add.op_type != "Add" or x.shape is None or x.dtype != ir.DataType.FLOAT:
+        return None
+    if any(part is None or part.shape != x.shape or part.dtype != x.dtype for part in add.inputs):
+        return None
+    found = op.multi(
+        "SkipSimplifiedLayerNormalization", 4, *add.inputs, weight, domain="com.microsoft", epsilon=epsilon
+    )
+    found[3].type, found[3].shape = x.type, x.shape
+    for statistic in found[1:3]:  # mean and inverse deviation of each row, which nobody reads
+        statistic.type, statistic.shape = x.type, ir.Shape([*x.shape[:-1], 1])
+    ir.convenience.replace_all_uses_with(x, found[3])
+    return found[0]
+
+
+def _constant(value: ir.Value | None) -> list[int]:
+    """Of a shape that is fixed; one that is calculated holds the sizes themselves."""
+    fixed = ir.convenience.get_const_tensor(value) if value is not None else None
+    return [] if fixed is None else [int(n) for n in fixed.numpy()]
+
+
+def _same(a: ir.Shape | None, b: ir.Shape | None, i: int) -> bool:
+    return a is not None and b is not None and i < min(len(a), len(b)) and a[i] == b[i]
+
+
+def cache_rows(model: ir.Model) -> None:
+    """Caches by position, and the new rows of all of them as one output.
+
+    Inputs key_i, value_i: [B, kv_heads, M, Dh] -> [M, B, kv_heads, Dh], so that the first entries of a longer cache are
+    a cache, and M can follow the length of the sequence. Outputs new_key_i, new_value_i [S, B, kv_heads, Dh] -> rows
+    [2 * layers, S, B, kv_heads, Dh]: one copy by the runtime appends all of them.
+    """
+    graph, op = model.graph, Ops()
+    shape = ir.Shape([])
+    for i, old in enumerate(graph.inputs):
+        if not (old.name or "").startswith(("key_", "value_")):
+            continue
+        assert old.shape is not None
+        B, heads, M, width = old.shape
+        shape = ir.Shape(["S", B, heads, width])
+        new = ir.Value(name=old.name, shape=ir.Shape([M, B, heads, width]), type=old.type)
+        first = op("Transpose", new, perm=[1, 2, 0, 3])
+        first.type, first.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, first)
+        graph.inputs[i] = new
+    if not op.nodes:
+        return  # not a decoder
+    graph.insert_before(graph[0], op.nodes)
+    op = Ops()
+    rows = [v for v in graph.outputs if (v.name or "").startswith("new_")]
+    for value in rows:
+        value.shape = shape
+    stacked = op("Concat", *[op("Unsqueeze", v, op.ints([0])) for v in rows], axis=0)
+    stacked.name, stacked.type, stacked.shape = "rows", rows[0].type, ir.Shape([len(rows), *shape])
+    graph.extend(op.nodes)
+    graph.outputs[:] = [*[v for v in graph.outputs if v not in rows], stacked]

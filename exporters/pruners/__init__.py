@@ -1,0 +1,1 @@
+"""Pruning as ONNX graphs, one file per pruner, named like its settings in models/pruners."""

@@ -1,0 +1,135 @@
+"""How products and lookups read weights that are stored in integers: in blocks, or a scale per output (w8a8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from torch import Tensor
+
+from ...models.config import Weight
+from ...models.precision import BITS, Precision
+from ..checkpoint import Checkpoint
+from ..graphs import PRECISIONS, TORCH
+from ..lowering.onnx_writer import Ops
+from .gptq import Moments, quantize_calibrated
+from .quantize import Lazy, Quantized, integer_type, quantize
+
+Users = list[tuple[ir.Node, int]]  # of a value: a node and which of its inputs
+MIDDLE = 128  # of uint8, what 0 becomes
+LEAST = 1e-30  # a scale of inputs that are all 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of the checkpoint and how a graph keeps it."""
+
+    weight: Weight
+    kind: str  # a key of BITS
+    precision: Precision
+    computed: str  # what the graph calculates in
+    signed: bool  # may scales of four bits be negative?
+    moments: Moments | None = None  # of the inputs of matrices in int4
+
+
+def store_blocks(model: ir.Model, checkpoint: Checkpoint, graph: str, name: str, stored: Stored, users: Users) -> None:
+    """DequantizeLinear in front of every reader, on new initializers."""
+    weight, size = stored.weight, stored.precision.block
+    outer, inner = weight.shape
+    looked_up = users[0][0].op_type == "Gather"
+    # a row of a table is read for its token alone: zero points would not pay
+    symmetric = stored.precision.symmetric or looked_up
+
+    def read() -> Quantized:
+        matrix, dtype = _matrix(checkpoint, weight), TORCH[stored.computed]
+        how = (matrix, BITS[stored.kind], size, symmetric, dtype, stored.signed)
+        moments = stored.moments.of(graph, name) if stored.moments and stored.kind == "int4" else None
+        found = quantize(*how) if moments is None else quantize_calibrated(*how, moments)
+        return Quantized(found.values.T, found.scales.T, None) if looked_up else found
+
+    lazy = Lazy(name, stored.kind, read)
+    integers, floats = integer_type(stored.kind, symmetric), PRECISIONS[stored.computed]
+    rows = inner // size
+    if looked_up:
+        parts = [lazy.value("values", integers, outer, inner), lazy.value("scales", floats, outer, rows)]
+    else:
+        parts = [lazy.value("values", integers, inner, outer), lazy.value("scales", floats, rows, outer)]
+        parts += [] if symmetric else [lazy.value("zeros", integers, rows, outer)]
+    for part in parts:
+        model.graph.register_initializer(part)
+    for node, index in users:
+        op = Ops()
+        if looked_up:
+            found = [op("Gather", part, node.inputs[1], axis=0) for part in parts]
+            for part, row in zip(parts, found, strict=True):
+                row.name, row.type = f"{part.name}.rows", part.type
+            _replace(model, node, op, op("DequantizeLinear", *found, axis=-1, block_size=size))
+            continue
+        weights = op("DequantizeLinear", *parts, axis=0, block_size=size)
+        weights.name, weights.type = f"{name}.{node.name or 'use'}", ir.TensorType(floats)
+        if node.op_type == "Gemm":  # x @ table.t()
+            _replace(model, node, op, op("MatMul", node.inputs[0], weights))
+        else:
+            model.graph.insert_before(node, op.nodes)
+            node.replace_input_with(index, weights)
+
+
+def store_rows(
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    name: str,
+    stored: Stored,
+    users: Users,
+    rounded: dict[ir.Value, tuple[ir.Value, ir.Value]],
+) -> None:
+    """Products of integers: the weights have one scale per output, the inputs are rounded token by token.
+
+    ``rounded``: values that already are, with their scales; several products may read them. The inputs are uint8 around
+    128, the weights int8: that is the pair that ONNX Runtime has the fastest kernels for (MatMulIntegerToFloat).
+    """
+    outer, inner = stored.weight.shape
+    lazy = Lazy(name, "int8", lambda: quantize(_matrix(checkpoint, stored.weight), 8, inner, True))
+    values = lazy.value("values", ir.DataType.INT8, inner, outer)
+    scales = lazy.value("scales", ir.DataType.FLOAT, outer)
+    for part in (values, scales):
+        model.graph.register_initializer(part)
+    for node, _ in users:
+        x = node.inputs[0]
+        assert x is not None
+        if x not in rounded:
+            rounded[x] = _round(model, x)
+        integers, scale = rounded[x]
+        op = Ops()
+        one, middle = op.const(1.0), op.uint8(MIDDLE)
+        whole = op("MatMulIntegerToFloat", integers, values, one, scales, middle, domain="com.microsoft")
+        whole.type = ir.TensorType(ir.DataType.FLOAT)
+        _replace(model, node, op, op("Mul", whole, scale))
+    model.graph.opset_imports["com.microsoft"] = 1
+
+
+def _round(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x float32 [..., in] -> uint8 of that shape and the scales [..., 1], right behind the node that computes x."""
+    op = Ops()
+    largest = op("ReduceMax", op("Abs", x), op.ints([-1]), keepdims=1)
+    scale = op("Max", op("Mul", largest, op.const(1 / 127)), op.const(LEAST))
+    integers = op("QuantizeLinear", op("Div", x, scale), op.const(1.0), op.uint8(MIDDLE))
+    for what, value in (("scale", scale), ("integers", integers)):
+        value.name = f"{x.name}.{what}"
+    integers.type, scale.type = ir.TensorType(ir.DataType.UINT8), ir.TensorType(ir.DataType.FLOAT)
+    producer = x.producer()
+    assert producer is not None  # towers do not multiply their inputs
+    model.graph.insert_after(producer, op.nodes)
+    return integers, scale
+
+
+def _matrix(checkpoint: Checkpoint, weight: Weight) -> Tensor:
+    """A weight of the checkpoint as [in, out]."""
+    found = checkpoint.read(weight)
+    return found if weight.layout == "transpose" else found.t()
+
+
+def _replace(model: ir.Model, node: ir.Node, op: Ops, after: ir.Value) -> None:
+    """``op``'s nodes in place of ``node``; ``after`` takes the part of its output."""
+    before = node.outputs[0]
+    after.name, after.type, after.shape = before.name, before.type, before.shape
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, [before], [after])

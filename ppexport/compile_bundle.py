@@ -1,0 +1,169 @@
+"""Compiles the graphs of a bundle with TensorRT or TensorRT-RTX. Needs neither torch nor onnx: it runs on a Jetson."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from .models import engine_record, profiles
+from .models.config import ModelConfig, Preprocessing
+from .models.engine_record import Engine, EngineRecord
+from .models.errors import BundleError, RequestError, SpaceError
+from .models.manifest import GRAPHS, sha256
+from .models.precision import BYTES
+from .models.profiles import Profiles
+from .onnx_dims import set_axis
+from .runtime.backends.cuda import rounded
+from .runtime.bundle import open_bundle
+from .trt_build import Options, Progress, compile_graph, flags, prepare
+
+DIALECTS = ("standard", "plain")
+
+
+def compile_bundle(
+    bundle: str | Path,
+    target: str,
+    sizes: Profiles | None = None,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    progress: Progress = lambda stage, done, total: None,
+) -> EngineRecord:
+    """Compile all graphs of a bundle for ``target`` into its engines/<target>/, replacing what is there.
+
+    Raises BackendError (the target is not installed, or refuses a graph: its words are quoted), BundleError (graphs of
+    another dialect), RequestError (profiles that do not fit). On any error or interruption the bundle stays as it was.
+    """
+    trt, options = prepare(target, options)
+    directory, manifest = open_bundle(bundle)
+    dialect = check_dialect({g.dialect for g in manifest.graphs.values()}, manifest.compute, str(directory))
+    sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, dialect, sizes, options)
+    if manifest.compute == "bf16" and (old := [c for c in options.compute_capabilities if float(c) < 8]):
+        raise RequestError(f"compute capability {old[0]} has no bf16; build from the checkpoint with --precision fp16")
+    folder = engine_record.folder(directory, target)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target}.", suffix=".partial", dir=folder.parent))
+    except OSError as err:
+        raise SpaceError(f"{folder}: cannot be written: {err}") from err
+    begin = time.perf_counter()
+    try:
+        compiled = {}
+        for graph in GRAPHS:
+            listed = profiles.engine_profiles(sizes, graph, dialect, options.merges(target))
+            model = (directory / manifest.graphs[graph].file).read_bytes()
+            if graph == "language" and dialect == "standard":
+                model = set_axis(model, "M", sizes.capacity)  # TensorRT wants a fixed size for caches updated in place
+            source = directory / manifest.graphs[graph].file
+            blob, axes, seconds = compile_graph(trt, target, graph, model, source, listed, options, progress)
+            file = work / f"{graph}.engine"
+            file.write_bytes(blob)
+            size, digest = file.stat().st_size, sha256(file)
+            compiled[graph] = Engine(file.name, size, digest, tuple(listed), axes, round(seconds, 2))
+        record = EngineRecord(
+            engine_record.SCHEMA,
+            target,
+            trt.__name__,
+            trt.__version__,
+            options.compute_capabilities,
+            dialect,
+            manifest.compute,
+            flags(options),
+            sizes,
+            options.workspace,
+            compiled,
+            engine_record.compiled_files(manifest),
+            round(time.perf_counter() - begin, 2),
+            _peak_memory(),
+        )
+        engine_record.write(record, work)
+        _replace(folder, work)
+    except OSError as err:
+        raise SpaceError(f"{folder}: cannot be written: {err}; the bundle is as it was") from err
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+    return record
+
+
+def check_dialect(dialects: set[str], compute: str, what: str) -> str:
+    """The dialect of all graphs, if TensorRT takes it and what they calculate in; raises BundleError."""
+    if len(dialects) != 1 or not dialects <= set(DIALECTS):
+        raise BundleError(
+            f"{what}: found graphs of dialect {', '.join(sorted(dialects))}, expected standard (TensorRT 10.15 or "
+            "later, TensorRT-RTX) or plain (TensorRT 10.3 or later); build from the checkpoint with --dialect standard "
+            "or plain"
+        )
+    if compute == "fp32":
+        raise BundleError(
+            f"{what}: found graphs that calculate in fp32, expected bf16 or fp16 for TensorRT (it has no attention in "
+            "float32); build from the checkpoint with --precision bf16 or fp16"
+        )
+    return next(iter(dialects))
+
+
+def plan_sizes(
+    model: ModelConfig,
+    context: int,
+    preprocessing: Preprocessing,
+    dialect: str,
+    sizes: Profiles | None,
+    options: Options,
+) -> Profiles:
+    """The given profiles, checked, or default ones. Raises RequestError."""
+    if sizes is None:
+        pixels = min(options.max_pixels or profiles.MAX_PIXELS[dialect], preprocessing.max_pixels)
+        capacity = options.capacity or min(profiles.CAPACITY[dialect], context)
+        sizes = profiles.defaults(model, context, pixels, capacity)
+    if sizes.max_pixels < preprocessing.min_pixels:
+        raise RequestError(
+            f"max_pixels is {sizes.max_pixels}, expected at least {preprocessing.min_pixels}: the model enlarges "
+            "smaller images to that"
+        )
+    return profiles.check(sizes, model, context)
+
+
+def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dialect: str) -> dict[str, int]:
+    """What running the engines will take on the device, in bytes, by what it is for. Activations are an estimate: the
+    widest layer with its inputs and outputs, and the scores of attention where no fused kernel keeps them away."""
+    c, v, width = model.text, model.vision, BYTES[compute]
+    kept = max(profile["K"][2] for profile in sizes.prefill)
+    pixels = max(profile["H"][2] * profile["W"][2] for profile in sizes.prune)
+    patches = max(profile["K"][2] for profile in sizes.vision) * v.merge**2
+    prompt = max(profile["S"][2] for profile in sizes.prefill)
+    layer = max(patches * (4 * v.width + 2 * v.ffn), prompt * (4 * c.width + 3 * c.ffn)) * width
+    pairs = max(v.heads * patches**2, c.heads * prompt**2) * width if dialect == "plain" else 0
+    cache = sizes.capacity * c.kv_heads * c.head_dim * width
+    caches = [rounded(2 * c.layers * cache)] if dialect == "plain" else [rounded(cache)] * (2 * c.layers)
+    return {
+        "weights": weights,
+        "caches": sum(caches),
+        "activations": layer + 2 * pairs,
+        "image": rounded(min(3 * pixels, 3 * sizes.max_pixels)),
+        "features": rounded((1 + len(v.deepstack)) * kept * c.width * width),
+        "logits": rounded(4 * c.vocab),
+    }
+
+
+def _replace(folder: Path, work: Path) -> None:
+    """Put ``work`` in the place of ``folder``; on any error what was there is there again."""
+    old = work.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        work.chmod(0o755)
+        work.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _peak_memory() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

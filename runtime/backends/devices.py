@@ -1,0 +1,82 @@
+"""Where a bundle runs: the backend for a device, and how "auto" chooses one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...models.engine_record import TARGETS, folder
+from ...models.errors import BackendError, BundleError, PpexportError
+from ...models.manifest import Manifest
+from .session import Backend
+
+CPUINFO = Path("/proc/cpuinfo")
+DEVICES = ("auto", "cpu", "cuda", *TARGETS)
+
+
+def open_device(
+    device: str, directory: Path, manifest: Manifest, threads: int, verify: bool = False
+) -> tuple[Backend, str]:
+    """The backend of a device and one line that says what was chosen and why. ``verify``: check hashes of engines.
+
+    "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, else the CPU. Raises BackendError,
+    BundleError.
+    """
+    if device not in DEVICES:
+        raise BackendError(f"device is {device!r}, expected one of: {', '.join(DEVICES)}")
+    if device != "auto":
+        backend = _open(device, directory, manifest, threads, verify)
+        return backend, f"{backend.name}, as asked for"
+    problems = []
+    for target in reversed(TARGETS):
+        if not folder(directory, target).is_dir():
+            continue
+        try:
+            backend = _open(target, directory, manifest, threads, verify)
+            return backend, f"{backend.name}: the bundle has engines for it that run here"
+        except PpexportError as err:
+            problems.append(str(err))
+    if not problems:
+        backend = _open("cpu", directory, manifest, threads)
+        return backend, f"{backend.name}: the bundle has no engines"
+    try:
+        backend = _open("cpu", directory, manifest, threads)
+    except PpexportError as err:
+        raise BackendError(f"the bundle runs on no device here: {'; '.join([*problems, str(err)])}") from err
+    return backend, f"{backend.name}: {'; '.join(problems)}"
+
+
+def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify: bool = False) -> Backend:
+    if device in TARGETS:
+        from .trt import TrtBackend
+
+        return TrtBackend(directory, manifest, device, verify)
+    dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
+    found = f"{directory}: has {manifest.compute} graphs of dialect {dialects}"
+    if device == "cuda":
+        if dialects != "plain":
+            raise BundleError(f"{found}, expected 'plain' for CUDA; build it with --dialect plain --precision fp16")
+        from .ort_cuda import OrtCuda
+
+        return OrtCuda()
+    if dialects not in ("ort", "plain") or manifest.compute == "bf16":
+        raise BundleError(
+            f"{found}, expected 'ort' for ONNX Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
+        )
+    if manifest.precision.uses("w8a8") and _saturates():
+        raise BackendError(
+            f"{directory}: has w8a8 weights, which need products of 8 bits that add up exactly, found a CPU without "
+            "VNNI; build it with --precision int8"
+        )
+    from .ort import OrtCpu
+
+    return OrtCpu(threads)
+
+
+def _saturates() -> bool:
+    """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
+    try:
+        lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), None)
+    return flags is not None and not {"avx_vnni", "avx512_vnni"} & set(flags)

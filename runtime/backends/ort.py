@@ -1,0 +1,168 @@
+"""ONNX Runtime on the CPU: graphs run with IO binding on memory that numpy owns."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...models.checks import utf8
+from ...models.errors import BackendError, PpexportError
+from ...models.version import release
+from .session import NUMPY, Buffer
+
+
+def import_onnxruntime(device: str) -> Any:
+    """The module; raises BackendError that names the extra to install for a device, "cpu" or "cuda".
+
+    Nothing else imports it, since it stores an identifier of the device and sends reports from its first import on
+    (from 1.29 on; earlier on Windows only) unless it is told not to: by the environment, since its function for that
+    comes too late.
+    """
+    for variable in NO_TELEMETRY:
+        os.environ[variable] = "1"
+    try:
+        import onnxruntime
+    except ImportError as err:
+        raise BackendError(
+            f"onnxruntime is not installed, expected for device '{device}'; install it with: "
+            f"pip install 'ppexport[{device}]'"
+        ) from err
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")  # the name differs between releases
+FIRST_WITH_BYTE_MAX = (1, 24)  # release of ONNX Runtime
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
+
+@contextmanager
+def _thrifty() -> Iterator[None]:
+    """Inside, every weight is an allocation of its own, so that it goes back to the system when it is freed.
+
+    ONNX Runtime transposes and repacks weights while it loads a graph; the C library of Linux would keep what that
+    frees, a third of an int4 model. Others have no such switch. Afterwards large activations are kept for the next run
+    (what glibc comes to by itself: its thresholds rise to these as blocks are freed).
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt, trim = (getattr(libc, name, None) for name in ("mallopt", "malloc_trim"))
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 256 << 10)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        trim(0)
+
+
+class OrtBinding:
+    """IO binding on raw pointers; keeps the bound buffers alive."""
+
+    def __init__(self, session: Any):
+        self._session, self._io = session, session.io_binding()
+        self._bound: dict[str, Buffer] = {}
+
+    def input(self, name: str, buffer: Buffer) -> None:
+        """See session.Binding."""
+        self._bound[name] = buffer
+        self._io.bind_input(name, "cpu", 0, NUMPY[buffer.dtype], buffer.shape, buffer.pointer)
+
+    def output(self, name: str, buffer: Buffer) -> None:
+        """See session.Binding."""
+        self._bound[name] = buffer
+        self._io.bind_output(name, "cpu", 0, NUMPY[buffer.dtype], buffer.shape, buffer.pointer)
+
+    def run(self) -> None:
+        """See session.Binding."""
+        try:
+            self._session.run_with_iobinding(self._io)
+        except Exception as err:
+            raise BackendError(f"ONNX Runtime could not run the graph: {err}") from err
+
+
+class OrtSession:
+    """An onnxruntime.InferenceSession."""
+
+    def __init__(self, session: Any):
+        self._session = session
+        self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
+        self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
+
+    def binding(self) -> OrtBinding:
+        """See session.Session."""
+        return OrtBinding(self._session)
+
+
+class OrtCpu:
+    """The backend. ``threads``: threads per graph, 0 for one per core."""
+
+    name = "onnxruntime-cpu"
+    capacity: int | None = None
+    max_pixels: int | None = None
+    cache_step = 1
+    appends = True
+
+    def __init__(self, threads: int = 0):
+        self._ort = import_onnxruntime("cpu")
+        self._threads = threads
+        self.byte_max = release(self._ort.__version__) >= FIRST_WITH_BYTE_MAX
+
+    def session(self, path: Path) -> OrtSession:
+        """See session.Backend. Raises BackendError quoting ONNX Runtime if it refuses the graph."""
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3  # errors only
+        # each graph has threads of its own, which would go on spinning for work while the next graph runs
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # products with weights in blocks: inputs are rounded to int8, too, for integer arithmetic
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+        try:
+            with _thrifty():
+                session = self._ort.InferenceSession(utf8(path), options, providers=["CPUExecutionProvider"])
+        except PpexportError:
+            raise
+        except Exception as err:
+            raise BackendError(
+                f"ONNX Runtime {self._ort.__version__} cannot load {path.name}: {err}; "
+                "build the bundle again, or install a newer onnxruntime"
+            ) from err
+        return OrtSession(session)
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """See session.Backend; pages are taken from the system when they are first written."""
+        return self.upload(np.zeros(shape, NUMPY[dtype]))
+
+    def upload(self, array: np.ndarray) -> Buffer:
+        """See session.Backend."""
+        array = np.ascontiguousarray(array)
+        return Buffer(array.ctypes.data, array.shape, array.dtype.name, array)
+
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """See session.Backend."""
+        self.download(buffer)[...] = array
+
+    def download(self, buffer: Buffer) -> np.ndarray:
+        """See session.Backend."""
+        memory = buffer.owner.reshape(-1).view(np.uint8)
+        start = buffer.pointer - buffer.owner.ctypes.data
+        return memory[start : start + buffer.nbytes].view(NUMPY[buffer.dtype]).reshape(buffer.shape)
+
+    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
+        """See session.Backend."""
+        self.download(target)[:, at : at + source.shape[1]] = self.download(source)
+
+    def wait(self) -> None:
+        """See session.Backend; a run returns when it is done."""
+
+    def close(self) -> None:
+        """See session.Backend; there is nothing that Python does not give back."""
