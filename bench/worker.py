@@ -32,12 +32,11 @@ def peak() -> int:
 def main() -> None:
     OrtBinding.run = timed  # type: ignore[method-assign]
     pipe = ppexport.load(sys.argv[1], "cpu", threads=int(sys.argv[2]))
-    assert pipe.reuse is not None
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if not request.get("reuse"):
-            pipe.reuse.clear()
+            pipe.engine.forget()
         stats, times, tokens = ppexport.Stats(), [], []
         images = [request["image"]] if request["image"] else []
         prune = ppexport.Prune() if request["prune"] else None

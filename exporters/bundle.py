@@ -24,7 +24,7 @@ from ..models.precision import BYTES, Precision, Wanted, resolve
 from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
-from .fp16_range import wide_kinds
+from .fp16_range import float32_kinds
 from .lowering.dialects import DIALECTS, Dialect
 from .pruners.packaged import pruning_graphs
 from .run_model import Sample
@@ -147,10 +147,10 @@ def export(
     models: dict[str, ir.Model] = {}
     interface = _copy_text(checkpoint, directory)
     tried = samples(directory)
-    wide = wide_kinds(checkpoint, plan.preprocessing, plan.compute, screens, progress, tried)
+    kinds = float32_kinds(checkpoint, plan.preprocessing, plan.compute, screens, progress, tried)
     for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
         progress("trace", i + 1, 3)
-        models[name] = build(config, dialect, plan.precision.base, wide[name])
+        models[name] = build(config, dialect, plan.precision.base, kinds[name])
     progress("trace", 3, 3)
     for name, graph in pruning_graphs(config.vision.block, dialect).items():
         ir.save(graph, directory / name)
@@ -169,7 +169,7 @@ def export(
     for i, (name, file) in enumerate(sources.items()):
         hashes[name] = sha256(file)
         progress("hash checkpoint", i + 1, len(sources))
-    manifest.write(_manifest(plan, dialect, config, interface, wide, files, hashes), directory)
+    manifest.write(_manifest(plan, dialect, config, interface, kinds, files, hashes), directory)
 
 
 def _manifest(
@@ -177,7 +177,7 @@ def _manifest(
     dialect: Dialect,
     config: ModelConfig,
     interface: str,
-    wide: dict[str, tuple[str, ...]],
+    kinds: dict[str, tuple[str, ...]],
     files: dict[str, manifest.FileRecord],
     hashes: dict[str, str],
 ) -> manifest.Manifest:
@@ -187,7 +187,7 @@ def _manifest(
         source=manifest.Source(shown(plan.checkpoint.path.resolve().name), hashes),
         precision=plan.precision,
         compute=plan.compute,
-        wide=wide,
+        float32_kinds=kinds,
         interface=interface,
         graphs={name: manifest.Graph(file, dialect.name) for name, file in FILES.items()},
         model=config,
@@ -231,7 +231,7 @@ def _copy_text(checkpoint: Checkpoint, directory: Path) -> str:
     if not tokenizer.is_file():
         return "tokens"
     shutil.copyfile(tokenizer, directory / "tokenizer.json")
-    template = _chat_template(checkpoint) or checkpoint.family.CHAT_TEMPLATE
+    template = _chat_template(checkpoint) or checkpoint.family.chat_template
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     return "text"
 
@@ -287,7 +287,7 @@ def _image_processor(checkpoint: Checkpoint) -> tuple[str, dict[str, Any] | None
 def _preprocessing(checkpoint: Checkpoint, notices: list[str]) -> Preprocessing:
     """Image numbers of the image processor's configuration, or the family's where it is absent."""
     where, raw = _image_processor(checkpoint)
-    default: Preprocessing = checkpoint.family.PREPROCESSING
+    default: Preprocessing = checkpoint.family.preprocessing
     if raw is None:
         notices.append(
             "no preprocessor_config.json and no image processor in processor_config.json: using the family's "

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ..models import family_of
 from ..models.config import ModelConfig, Weight
 from ..models.errors import CheckpointError
+from ..models.family import Family
 
 ADAPTER = (
     "found an adapter (LoRA) that is not merged, expected a whole model; merge it first, with peft: "
@@ -56,7 +56,7 @@ class Checkpoint:
     """An opened checkpoint: its parsed configuration and where each tensor lies. No tensor is loaded yet."""
 
     path: Path
-    family: ModuleType
+    family: Family
     config: ModelConfig
     entries: Mapping[str, Entry]  # by the family's present names
     notices: tuple[str, ...]  # what was ignored of it
@@ -79,9 +79,9 @@ class Checkpoint:
         raw = read_json(path / "config.json")
         family = family_of(raw)
         notices: list[str] = []
-        config = family.parse_config(raw, notices)
+        config = family.parse(raw, notices)
         entries = _named(_entries(path), family)
-        if config.text.tied_head and family.HEAD in entries:
+        if config.text.tied_head and family.head in entries:
             config = _judge_head(config, family, entries, str(raw.get("transformers_version")), notices)
         _check(entries, family, config)
         return cls(path, family, config, entries, tuple(notices))
@@ -159,7 +159,7 @@ def _header(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _named(entries: Mapping[str, Entry], family: ModuleType) -> dict[str, Entry]:
+def _named(entries: Mapping[str, Entry], family: Family) -> dict[str, Entry]:
     """The tensors of a model by their present names, without buffers. Raises CheckpointError for adapters."""
     found: dict[str, Entry] = {}
     for stored, entry in entries.items():
@@ -170,9 +170,9 @@ def _named(entries: Mapping[str, Entry], family: ModuleType) -> dict[str, Entry]
                 f"{entry.file.name}: holds '{stored}', expected names without '{stored.partition('.')[0]}.' in front; "
                 "save the model itself, not what wraps it for training (model.module, or model._orig_mod)"
             )
-        if family.BUFFERS.search(stored):
-            continue
         name = family.canonical_name(stored)
+        if name is None:
+            continue
         if name in found:
             raise CheckpointError(f"'{found[name].name}' and '{stored}' are both '{name}', expected one of them")
         if entry.dtype not in DTYPES:
@@ -185,7 +185,7 @@ def _named(entries: Mapping[str, Entry], family: ModuleType) -> dict[str, Entry]
 
 
 def _judge_head(
-    config: ModelConfig, family: ModuleType, entries: Mapping[str, Entry], written_by: str, notices: list[str]
+    config: ModelConfig, family: Family, entries: Mapping[str, Entry], written_by: str, notices: list[str]
 ) -> ModelConfig:
     """What a stored head is for, where config.json says that the embedding table is the head.
 
@@ -193,16 +193,16 @@ def _judge_head(
     two things at once, and CheckpointError is raised.
     """
     table = next(w for w in family.weights(config)["language"].values() if len(w.shape) == 2)
-    if table.source not in entries or _same_values(entries[family.HEAD], entries[table.source]):
+    if table.source not in entries or _same_values(entries[family.head], entries[table.source]):
         return config
     if written_by.startswith("4."):
         raise CheckpointError(
-            f"config.json ties the output head to the embedding table, but '{family.HEAD}' is stored and differs "
+            f"config.json ties the output head to the embedding table, but '{family.head}' is stored and differs "
             "from it: transformers 4, which wrote this, ignores it, transformers 5 uses it; set tie_word_embeddings "
             "to false in config.json, or remove the tensor"
         )
     notices.append(
-        f"config.json ties the output head to the embedding table, but '{family.HEAD}' is stored and differs from it: "
+        f"config.json ties the output head to the embedding table, but '{family.head}' is stored and differs from it: "
         "the stored one is used, as transformers uses it"
     )
     return replace(config, text=replace(config.text, tied_head=False))
@@ -230,20 +230,20 @@ def _check_finite(entry: Entry, tensor: torch.Tensor) -> None:
         )
 
 
-def _check(entries: Mapping[str, Entry], family: ModuleType, config: ModelConfig) -> None:
+def _check(entries: Mapping[str, Entry], family: Family, config: ModelConfig) -> None:
     """Every weight of the table is there with its shape, and nothing else is."""
     table = {w.source: w for graph in family.weights(config).values() for w in graph.values()}
     missing = sorted(set(table) - set(entries))
     if missing:
         hint = ""
-        if missing == [family.HEAD]:
+        if missing == [family.head]:
             hint = (
                 "; if the embedding table is the output head, set tie_word_embeddings to true at the top of config.json"
             )
         raise CheckpointError(
             f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'{hint}"
         )
-    extra = sorted(set(entries) - set(table) - ({family.HEAD} if config.text.tied_head else set()))
+    extra = sorted(set(entries) - set(table) - ({family.head} if config.text.tied_head else set()))
     if extra:
         raise CheckpointError(
             f"{len(extra)} weights are not part of a {config.family} model of this configuration, "

@@ -32,7 +32,7 @@ ALL = ("everything",)  # of graphs that calculate in float32 anyway
 TEXT = 32  # tokens after the screens
 
 
-def wide_kinds(
+def float32_kinds(
     checkpoint: Checkpoint,
     pre: Preprocessing,
     precision: str,
@@ -92,6 +92,6 @@ def _screens_and_text(config: ModelConfig, image: np.ndarray) -> Sample:
     K = image.shape[0] * image.shape[1] // config.vision.block**2
     keep = np.arange(K, dtype=np.int32)
     text = np.arange(TEXT, dtype=np.int32) * max(1, config.text.vocab // (TEXT + 1))
-    positions = np.broadcast_to(np.arange(K + TEXT, dtype=np.int32), (3, K + TEXT))
+    positions = np.broadcast_to(np.arange(K + TEXT, dtype=np.int32), (config.axes, K + TEXT))
     ids = np.concatenate([np.zeros(K, np.int32), text])
     return Sample(image, keep, ids, np.concatenate([keep, np.full(TEXT, -1, np.int32)]), positions)

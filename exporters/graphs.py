@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from ..models.config import ModelConfig
-from .decoders import attention
+from .decoders import DECODERS
 from .lowering.dialects import Dialect, lower
-from .towers import qwen_vit
+from .towers import TOWERS
 
 PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,47 +33,55 @@ def compute_precision(precision: str, dialect: Dialect) -> str:
     return "fp32" if dialect.name == "ort" else precision
 
 
-def vision_graph(config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()) -> ir.Model:
-    """The vision tower: inputs image, keep; output features (see VisionTower.forward).
+def vision_graph(
+    model: ModelConfig, dialect: Dialect, precision: str = "fp32", float32_kinds: Sequence[str] = ()
+) -> ir.Model:
+    """The vision tower: inputs image, keep; output features (see the tower's forward).
 
-    ``wide``: kinds of values to calculate in float32 whatever the precision (exporters/fp16_range.py).
+    ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py).
     """
-    c = config.vision
+    block = model.vision.block
+    dtype = TORCH[compute_precision(precision, dialect)]
     with FakeTensorMode():
-        tower = qwen_vit.VisionTower(c, dialect.cast_first, TORCH[compute_precision(precision, dialect)], set(wide))
-        args = (torch.empty(3 * c.block, 4 * c.block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
-    shapes = ({0: c.block * Dim("rows", max=4096), 1: c.block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
-    model = _export(tower, args, shapes, ["image", "keep"], ["features"], dialect)
-    model.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
-    return model
+        tower = TOWERS[model.tower].Tower(model, dialect.cast_first, dtype, set(float32_kinds))
+        args = (torch.empty(3 * block, 4 * block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
+    shapes = ({0: block * Dim("rows", max=4096), 1: block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
+    graph = _export(tower, args, shapes, ["image", "keep"], ["features"], dialect)
+    graph.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
+    return graph
 
 
 def language_graph(
-    config: ModelConfig, dialect: Dialect, precision: str = "fp32", wide: Sequence[str] = ()
+    model: ModelConfig, dialect: Dialect, precision: str = "fp32", float32_kinds: Sequence[str] = ()
 ) -> ir.Model:
-    """The decoder: inputs and outputs as in Decoder.forward; caches are key_0, value_0, ... and new_key_0, ...
+    """The decoder: inputs and outputs as in its forward; a state ``x`` comes back as ``new_x``.
 
-    ``wide`` as for vision_graph.
+    ``float32_kinds`` as for vision_graph.
     """
-    c, levels = config.text, len(config.vision.deepstack)
+    c = model.text
     dtype = TORCH[compute_precision(precision, dialect)]
     B, S, P, K, M = (Dim(name, min=1, max=1 << 20) for name in "BSPKM")
+    axes = {"slots": B, "M": M}
     with FakeTensorMode():
-        decoder = attention.Decoder(c, dtype, set(wide))
-        caches = [torch.empty(2, c.kv_heads, 11, c.head_dim, dtype=dtype) for _ in range(2 * c.layers)]
+        decoder = DECODERS[model.decoder].Decoder(model, dtype, set(float32_kinds))
+        states = [
+            torch.empty(*state.sized(slots=2, capacity=11), dtype=torch.float32 if state.dtype == "float32" else dtype)
+            for state in model.states
+        ]
         args = (
             torch.empty(2, 7, dtype=torch.int32),
-            torch.empty(1 + levels, 5, c.width, dtype=dtype),
+            torch.empty(1 + model.levels, 5, c.width, dtype=dtype),
             torch.empty(2, 7, dtype=torch.int32),
-            torch.empty(3, 2, 7, dtype=torch.int32),
+            torch.empty(model.axes, 2, 7, dtype=torch.int32),
             torch.empty(2, dtype=torch.int32),
             torch.empty(2, 3, dtype=torch.int32),
-            caches,
+            states,
         )
-    shapes = ({0: B, 1: S}, {1: K}, {0: B, 1: S}, {1: B, 2: S}, {0: B}, {0: B, 1: P}, [{0: B, 2: M} for _ in caches])
-    names = [f"{kind}_{i}" for i in range(c.layers) for kind in ("key", "value")]
+    state_shapes = [{i: axes[n] for i, n in enumerate(state.shape) if isinstance(n, str)} for state in model.states]
+    shapes = ({0: B, 1: S}, {1: K}, {0: B, 1: S}, {1: B, 2: S}, {0: B}, {0: B, 1: P}, state_shapes)
+    names = [state.name for state in model.states]
     inputs = ["input_ids", "features", "feature_rows", "position_ids", "start", "logits_at", *names]
-    return _export(decoder, args, shapes, inputs, ["logits", *(f"new_{n}" for n in names)], dialect)
+    return _export(decoder, args, shapes, inputs, ["logits", *(f"new_{name}" for name in names)], dialect)
 
 
 def _export(

@@ -84,7 +84,7 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
     directory.mkdir(parents=True, exist_ok=True)
     family = family_of(config)
     dtype = DTYPES[config["dtype"]]
-    tables = family.weights(family.parse_config(config))
+    tables = family.weights(family.parse(config))
     shapes = {w.source: w.shape for table in tables.values() for w in table.values()}
     generator = torch.Generator().manual_seed(seed)
     shards: list[list[str]] = [[]]

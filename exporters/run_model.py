@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..models.config import Preprocessing
 from .checkpoint import Checkpoint
-from .decoders import attention
+from .decoders import DECODERS
 from .layers import Linear
-from .towers import qwen_vit
+from .towers import TOWERS
 from .weights.layer_streaming import streamed
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -34,7 +34,7 @@ class Sample:
     keep: np.ndarray  # int32 [K], which of its tokens are kept
     ids: np.ndarray  # int32 [S] without the placeholders of dropped tokens
     feature_rows: np.ndarray  # int32 [S], the kept token that stands there, -1 for text
-    positions: np.ndarray  # int32 [3, S]
+    positions: np.ndarray  # int32 [A, S]
 
 
 class EagerModel:
@@ -61,13 +61,13 @@ class EagerModel:
     @torch.no_grad()
     def features(self, images: Sequence[np.ndarray], keeps: Sequence[np.ndarray]) -> np.ndarray:
         """Images uint8 [H, W, 3], resized, and their kept indices -> features, float32 [1 + L, K, D]."""
-        c = self.checkpoint.config.vision
+        model = self.checkpoint.config
         with torch.device("meta"):
-            tower = qwen_vit.VisionTower(c)
+            tower = TOWERS[model.tower].Tower(model)
         found = []
         for i, (image, keep) in enumerate(zip(images, keeps, strict=True)):
-            constants = qwen_vit.constants(c, self.pre)
-            steps = self._steps(f"image {i + 1}", c.depth)
+            constants = TOWERS[model.tower].constants(model, self.pre)
+            steps = self._steps(f"image {i + 1}", model.vision.depth)
             with (
                 self._shown("vision", tower),
                 streamed(self.checkpoint, tower, "vision", "blocks", constants, steps),
@@ -80,20 +80,23 @@ class EagerModel:
     def logits(
         self, ids: np.ndarray, feature_rows: np.ndarray, positions: np.ndarray, features: np.ndarray, last: int
     ) -> np.ndarray:
-        """ids, feature_rows int32 [S] without dropped placeholders, positions int32 [3, S], features as above.
+        """ids, feature_rows int32 [S] without dropped placeholders, positions int32 [A, S], features as above.
 
         Returns the logits of the ``last`` positions, float32 [last, V].
         """
-        c, S = self.checkpoint.config.text, len(ids)
+        model = self.checkpoint.config
+        S = len(ids)
         with torch.device("meta"):
-            decoder = attention.Decoder(c)
-        start, at = torch.zeros(1, dtype=torch.int32), torch.arange(S - last, S, dtype=torch.int32)[None]
-        constants, steps = attention.constants(c), self._steps("language", c.layers)
+            decoder = DECODERS[model.decoder].Decoder(model)
+        start = torch.zeros(1, dtype=torch.int32)
+        at = torch.arange(S - last, S, dtype=torch.int32)[None]
+        constants = DECODERS[model.decoder].constants(model)
+        steps = self._steps("language", model.text.layers)
         with (
             self._shown("language", decoder),
             streamed(self.checkpoint, decoder, "language", "layers", constants, steps),
         ):
-            caches = [torch.zeros(1, c.kv_heads, S, c.head_dim) for _ in range(2 * c.layers)]
+            states = [torch.zeros(*state.sized(slots=1, capacity=S)) for state in model.states]
             found, *_ = decoder(
                 torch.from_numpy(ids)[None],
                 torch.from_numpy(features),
@@ -101,7 +104,7 @@ class EagerModel:
                 torch.from_numpy(positions)[:, None],
                 start,
                 at,
-                caches,
+                states,
             )
         return found[0].numpy()
 

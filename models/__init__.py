@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
-from . import qwen3_vl
 from .errors import CheckpointError
+from .family import Family
+from .qwen3_vl import QWEN3_VL
 
-FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in (qwen3_vl,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3_VL,)}
 
 
-def family_of(config: Mapping[str, Any]) -> ModuleType:
-    """The family module of a ``config.json``; raises CheckpointError for a family that is not in FAMILIES."""
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a ``config.json``; raises CheckpointError for a family that is not in FAMILIES."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(

@@ -3,7 +3,7 @@
 Dimension letters used in the whole project:
     B batch, S sequence, K kept merged tokens, N merged tokens of the full grid, P positions whose logits are wanted,
     H, W image height and width in pixels, D width of the language model, V vocabulary, M cache capacity,
-    L deepstack levels, T patches in the vision tower (K * merge**2)
+    L deepstack levels, T patches in the vision tower (K * merge**2), A axes of a position
 """
 
 from __future__ import annotations
@@ -69,8 +69,40 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a decoder: which values of a head turn, and with which axis of the position."""
+
+    theta: float
+    sections: tuple[int, ...]  # rotary frequencies of each axis; they sum to half of ``width``
+    width: int  # values of a head that are turned, the first ones; the others stay as they are
+    interleaved: bool = False  # axes take turns from frequency to frequency; False: a block of frequencies for each
+    yarn: Yarn | None = None  # frequencies for longer sequences than the model was trained for
+
+
+@dataclass(frozen=True)
+class State:
+    """An input of the decoder that it gives back changed: what a sequence remembers of the tokens before."""
+
+    name: str
+    # "slots": sequences, always the first axis; "M": tokens, an entry for each, if there is one
+    shape: tuple[int | str, ...]
+    dtype: str = "compute"  # what the graph calculates in; or "float32", whatever it does
+    rewindable: bool = True  # can a sequence be cut back to a shorter one, with entries left as they are?
+
+    @property
+    def by_token(self) -> bool:
+        """Does it hold an entry for every token?"""
+        return "M" in self.shape
+
+    def sized(self, slots: int, capacity: int) -> tuple[int, ...]:
+        """The shape for so many sequences and tokens."""
+        sizes = {"slots": slots, "M": capacity}
+        return tuple(sizes[n] if isinstance(n, str) else n for n in self.shape)
+
+
+@dataclass(frozen=True)
 class TextConfig:
-    """Decoder with grouped-query attention, q/k norm and multimodal rotary positions."""
+    """Decoder with grouped-query attention, q/k norm and rotary positions."""
 
     layers: int
     width: int  # D
@@ -80,11 +112,14 @@ class TextConfig:
     head_dim: int
     vocab: int  # V
     norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]  # rotary frequencies for temporal, height, width; sums to head_dim / 2
+    rope: Rope
     context: int  # longest sequence the checkpoint was made for
     tied_head: bool  # the output head is the embedding table
-    yarn: Yarn | None = None  # rotary frequencies for longer sequences than the model was trained for
+
+    def caches(self) -> tuple[State, ...]:
+        """Keys and values of every layer: key_0, value_0, key_1, ..."""
+        shape = ("slots", self.kv_heads, "M", self.head_dim)
+        return tuple(State(f"{kind}_{i}", shape) for i in range(self.layers) for kind in ("key", "value"))
 
 
 @dataclass(frozen=True)
@@ -92,10 +127,23 @@ class ModelConfig:
     """A whole model: both towers and the token ids that tie them together."""
 
     family: str  # Hugging Face ``model_type``
+    tower: str  # its architecture: a file of exporters/towers
+    decoder: str  # likewise of exporters/decoders
     vision: VisionConfig
     text: TextConfig
+    states: tuple[State, ...]  # of the decoder
     image_token: int  # placeholder, one per merged token of the full grid
     eos_tokens: tuple[int, ...]  # used where generation_config.json is absent
+
+    @property
+    def axes(self) -> int:
+        """A, the axes of a position."""
+        return len(self.text.rope.sections)
+
+    @property
+    def levels(self) -> int:
+        """L, what the vision tower gives besides the embeddings."""
+        return len(self.vision.deepstack)
 
 
 @dataclass(frozen=True)

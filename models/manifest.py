@@ -12,7 +12,7 @@ from .errors import BundleError
 from .precision import BITS, BYTES, PARTS, Precision
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 3
+SCHEMA = 4
 GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
 SMALL_FILE = 16 << 20  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
@@ -61,7 +61,7 @@ class Manifest:
     source: Source
     precision: Precision  # of the weights
     compute: str  # what the graphs calculate in: "fp32", "fp16" or "bf16"
-    wide: dict[str, tuple[str, ...]]  # graph -> what it calculates in float32 all the same (exporters/fp16_range.py)
+    float32_kinds: dict[str, tuple[str, ...]]  # graph -> what it calculates in float32 whatever ``compute`` says
     interface: str  # "text" (tokenizer and chat template are there) or "tokens"
     graphs: dict[str, Graph]  # "prune", "vision", "language"
     model: ModelConfig

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import ModelConfig, Preprocessing, TextConfig, VisionConfig, Weight, Yarn
+import numpy as np
+
+from .config import ModelConfig, Preprocessing, Rope, TextConfig, VisionConfig, Weight, Yarn
+from .family import Kept, Prompt, View, Views
 from .hfconfig import CLASS_DEFAULT, HARMLESS, Reader, defaults_of, known_keys
+from .layout import lay_out, on_grid
+from .resize import smart_resize
 
 MODEL_TYPE = "qwen3_vl"
+
+# Buffers that old versions of transformers saved: the graphs calculate them.
+BUFFERS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|(^|\.)position_ids$")
+HEAD = "lm_head.weight"
+LONGEST = 1 << 30  # tokens of a sequence; positions are int32
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen3-VL-*-Instruct.
 PREPROCESSING = Preprocessing(min_pixels=65536, max_pixels=16777216, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -29,34 +39,72 @@ CHAT_TEMPLATE = (
 )
 
 
-def parse_config(raw: Mapping[str, Any], notices: list[str] | None = None) -> ModelConfig:
-    """Read a ``config.json`` of this family; what is ignored of it is added to ``notices``.
+class Qwen3VL:
+    """The family; see family.Family."""
 
-    Raises CheckpointError for a key that is missing, or has a value that these graphs do not compute.
-    """
-    ignored = ("video_token_id", "vision_start_token_id", "vision_end_token_id", *known_keys()["generation"])
-    harmless = [*HARMLESS, *ignored]
-    top = Reader(
-        raw, "config.json", [] if notices is None else notices, defaults_of(MODEL_TYPE, "config.json"), harmless
-    )
-    text_section = top.section("text_config", defaults_of(MODEL_TYPE, "text_config"), harmless)
-    text, text_eos = _parse_text(text_section, _is_tied(top))
-    vision = _parse_vision(top.section("vision_config", defaults_of(MODEL_TYPE, "vision_config"), harmless))
-    if vision.out_width != text.width:
-        top.fail(f"vision_config.out_hidden_size is {vision.out_width}, expected text hidden_size {text.width}")
-    if len(vision.deepstack) > text.layers:
-        top.fail(f"{len(vision.deepstack)} deepstack levels, expected at most {text.layers} (the decoder's layers)")
-    config = ModelConfig(
-        family=MODEL_TYPE,
-        vision=vision,
-        text=text,
-        image_token=top.get("image_token_id", int, at_least=0),
-        eos_tokens=_end_tokens(top) or text_eos,
-    )
-    if config.image_token >= config.text.vocab:
-        top.fail(f"image_token_id is {config.image_token}, expected under the vocabulary's {config.text.vocab}")
-    top.finish()
-    return config
+    model_type = MODEL_TYPE
+    preprocessing = PREPROCESSING
+    chat_template = CHAT_TEMPLATE
+    head = HEAD
+
+    def parse(self, raw: Mapping[str, Any], notices: list[str] | None = None) -> ModelConfig:
+        """See family.Family."""
+        ignored = ("video_token_id", "vision_start_token_id", "vision_end_token_id", *known_keys()["generation"])
+        harmless = [*HARMLESS, *ignored]
+        told = [] if notices is None else notices
+        top = Reader(raw, "config.json", told, defaults_of(MODEL_TYPE, "config.json"), harmless)
+        text_section = top.section("text_config", defaults_of(MODEL_TYPE, "text_config"), harmless)
+        text, text_eos = _parse_text(text_section, _is_tied(top))
+        vision = _parse_vision(top.section("vision_config", defaults_of(MODEL_TYPE, "vision_config"), harmless))
+        if vision.out_width != text.width:
+            top.fail(f"vision_config.out_hidden_size is {vision.out_width}, expected text hidden_size {text.width}")
+        if len(vision.deepstack) > text.layers:
+            top.fail(f"{len(vision.deepstack)} deepstack levels, expected at most {text.layers} (the decoder's layers)")
+        model = ModelConfig(
+            family=MODEL_TYPE,
+            tower="qwen_vit",
+            decoder="attention",
+            vision=vision,
+            text=text,
+            states=text.caches(),
+            image_token=top.get("image_token_id", int, at_least=0),
+            eos_tokens=_end_tokens(top) or text_eos,
+        )
+        if model.image_token >= text.vocab:
+            top.fail(f"image_token_id is {model.image_token}, expected under the vocabulary's {text.vocab}")
+        top.finish()
+        return model
+
+    def weights(self, model: ModelConfig) -> dict[str, dict[str, Weight]]:
+        """See family.Family."""
+        return {"vision": _vision_weights(model.vision), "language": _text_weights(model.text)}
+
+    def canonical_name(self, stored: str) -> str | None:
+        """See family.Family. Checkpoints of older versions hold ``visual.*`` and ``model.layers.*``."""
+        if BUFFERS.search(stored):
+            return None
+        if stored.startswith("visual."):
+            return f"model.{stored}"
+        if stored.startswith("model.") and not stored.startswith(("model.visual.", "model.language_model.")):
+            return f"model.language_model.{stored.removeprefix('model.')}"
+        return stored
+
+    def views(self, model: ModelConfig, height: int, width: int, limits: tuple[int, int]) -> Views:
+        """See family.Family; the whole image is one view."""
+        block = model.vision.block
+        H, W = smart_resize(height, width, block, *limits)
+        return Views(H, W, (View((0, 0, H, W), (H // block, W // block)),))
+
+    def layout(self, model: ModelConfig, ids: np.ndarray, kept: Sequence[Kept]) -> Prompt:
+        """See family.Family."""
+        return lay_out(ids, model.image_token, kept, model.axes, on_grid)
+
+    def tower_inputs(self, model: ModelConfig, view: View, keep: np.ndarray) -> dict[str, np.ndarray]:
+        """See family.Family; the tower takes nothing else."""
+        return {}
+
+
+QWEN3_VL = Qwen3VL()
 
 
 def _is_tied(top: Reader) -> bool:
@@ -95,6 +143,7 @@ def _parse_text(r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
     rope.expect("partial_rotary_factor", 1.0, default=1.0)
     yarn = _parse_yarn(rope, context)
     heads = r.get("num_attention_heads", int)
+    head_dim = r.get("head_dim", int)
     each_head_its_own = "num_key_value_heads" in r.raw  # as null; absent is the class's number
     config = TextConfig(
         layers=r.get("num_hidden_layers", int),
@@ -102,20 +151,24 @@ def _parse_text(r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
         ffn=r.get("intermediate_size", int),
         heads=heads,
         kv_heads=r.get("num_key_value_heads", int, heads if each_head_its_own else CLASS_DEFAULT),
-        head_dim=r.get("head_dim", int),
+        head_dim=head_dim,
         vocab=r.get("vocab_size", int),
         norm_eps=r.get("rms_norm_eps", float),
-        rope_theta=rope.get("rope_theta", float),
-        mrope_section=(section[0], section[1], section[2]),
+        rope=Rope(
+            theta=rope.get("rope_theta", float),
+            sections=section,
+            width=head_dim,
+            interleaved=True,
+            yarn=yarn,
+        ),
         context=context if yarn is None else max(context, int(yarn.factor * yarn.original_context)),
         tied_head=tied,
-        yarn=yarn,
     )
     rope.finish()
     if config.heads % config.kv_heads:
         r.fail(f"{config.heads} attention heads, expected a multiple of the {config.kv_heads} key/value heads")
-    if 2 * sum(config.mrope_section) != config.head_dim:
-        r.fail(f"mrope_section {list(config.mrope_section)}, expected a sum of head_dim / 2 = {config.head_dim // 2}")
+    if 2 * sum(section) != head_dim:
+        r.fail(f"mrope_section {list(section)}, expected a sum of head_dim / 2 = {head_dim // 2}")
     end_tokens = _end_tokens(r)
     r.finish()
     return config, end_tokens
@@ -182,28 +235,6 @@ def _parse_vision(r: Reader) -> VisionConfig:
         r.fail(f"deepstack_visual_indexes {list(config.deepstack)}, expected rising block numbers under {config.depth}")
     r.finish()
     return config
-
-
-def weights(config: ModelConfig) -> dict[str, dict[str, Weight]]:
-    """Weight table: graph name ("vision", "language") -> initializer name -> where it is in the checkpoint."""
-    return {"vision": _vision_weights(config.vision), "language": _text_weights(config.text)}
-
-
-# Buffers that old versions of transformers saved: the graphs calculate them.
-BUFFERS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|(^|\.)position_ids$")
-HEAD = "lm_head.weight"
-
-
-LONGEST = 1 << 30  # tokens of a sequence; positions are int32
-
-
-def canonical_name(name: str) -> str:
-    """The present name of a tensor: checkpoints of older versions hold ``visual.*`` and ``model.layers.*``."""
-    if name.startswith("visual."):
-        return f"model.{name}"
-    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
-        return f"model.language_model.{name.removeprefix('model.')}"
-    return name
 
 
 def _linear(table: dict[str, Weight], name: str, source: str, inner: int, outer: int, bias: bool = True) -> None:

@@ -39,7 +39,8 @@ def _value(kind: Any, item: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if item is None and type(None) in args:
             return None
-        return _value(next(a for a in args if a is not type(None)), item, path)
+        kinds = [a for a in args if a is not type(None)]
+        return _value(next((k for k in kinds if type(item) is k), kinds[0]), item, path)
     if is_dataclass(kind):
         return from_json(kind, item, f"{path}.")  # type: ignore[arg-type]
     if origin is dict:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .runtime.prune import Prune, Selection
     from .runtime.sampling import Sampling
     from .runtime.selector import select, select_frames
+    from .runtime.sequence import Request
     from .runtime.stats import Stats
 
 _WHERE = {
@@ -47,6 +48,7 @@ _WHERE = {
     "runtime.selector": ("select", "select_frames"),
     "runtime.stats": ("Stats",),
     "runtime.sampling": ("Sampling",),
+    "runtime.sequence": ("Request",),
     "models.errors": (
         "BackendError",
         "BundleError",
@@ -69,6 +71,7 @@ __all__ = [
     "Pipeline",
     "PpexportError",
     "Prune",
+    "Request",
     "RequestError",
     "Sampling",
     "Selection",

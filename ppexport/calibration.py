@@ -12,7 +12,6 @@ from PIL import Image
 
 from .models.config import ModelConfig
 from .runtime.image import images_in, prepare
-from .runtime.language import build_prompt
 from .runtime.prune import Prune
 from .runtime.selector import select
 from .runtime.text import Text
@@ -53,7 +52,7 @@ class Calibration:
             image = prepare(file, model.vision.block, *sizes)
             selection = select(image, Prune(), patch, merge, *sizes)
             ids = prompt_ids(text, model, self.question, [selection.total])
-            prompt = build_prompt(ids, model.image_token, [selection])
+            prompt = plan.checkpoint.family.layout(model, ids, [selection.as_kept()])
             found.append(Sample(image, selection.keep, prompt.ids, prompt.feature_rows, prompt.positions))
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -134,16 +135,27 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
     prompt = max(profile["S"][2] for profile in sizes.prefill)
     layer = max(patches * (4 * v.width + 2 * v.ffn), prompt * (4 * c.width + 3 * c.ffn)) * width
     pairs = max(v.heads * patches**2, c.heads * prompt**2) * width if dialect == "plain" else 0
-    cache = sizes.capacity * c.kv_heads * c.head_dim * width
-    caches = [rounded(2 * c.layers * cache)] if dialect == "plain" else [rounded(cache)] * (2 * c.layers)
     return {
         "weights": weights,
-        "caches": sum(caches),
+        "states": _state_bytes(model, width, sizes.capacity, dialect),
         "activations": layer + 2 * pairs,
         "image": rounded(min(3 * pixels, 3 * sizes.max_pixels)),
-        "features": rounded((1 + len(v.deepstack)) * kept * c.width * width),
+        "features": rounded((1 + model.levels) * kept * c.width * width),
         "logits": rounded(4 * c.vocab),
     }
+
+
+def _state_bytes(model: ModelConfig, width: int, capacity: int, dialect: str) -> int:
+    """Of one sequence: caches stand in one buffer (plain) or each in its own, other states are there twice."""
+    sizes = {
+        state: math.prod(state.sized(slots=1, capacity=capacity)) * (4 if state.dtype == "float32" else width)
+        for state in model.states
+    }
+    caches = [size for state, size in sizes.items() if state.by_token]
+    others = [2 * size for state, size in sizes.items() if not state.by_token]
+    if dialect == "plain":
+        caches = [sum(caches)]
+    return sum(rounded(size) for size in [*caches, *others])
 
 
 def _replace(folder: Path, work: Path) -> None:

@@ -15,7 +15,8 @@ from .logs import EndsLine
 from .models.checks import writable
 from .models.errors import RequestError
 from .models.manifest import FILE
-from .runtime.pipeline import REUSE, PruneLike, load
+from .runtime.pipeline import REUSE, load
+from .runtime.sequence import PruneLike
 from .runtime.stats import Stats
 from .trace import write as write_trace
 

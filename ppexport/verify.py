@@ -19,9 +19,8 @@ from .models.manifest import sha256
 from .progress import Bar
 from .runtime.answer import Step
 from .runtime.bundle import open_bundle
-from .runtime.image import prepare
-from .runtime.language import build_prompt
-from .runtime.pipeline import Pipeline, PruneLike, load
+from .runtime.pipeline import Pipeline, load
+from .runtime.sequence import PruneLike
 from .runtime.stats import Stats
 from .table import aligned
 
@@ -118,22 +117,22 @@ def verify(
         if reference.checkpoint.config != model:
             raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")
         progress(f"{Path(bundle).name}", 0, 1)
-        resized = [prepare(image, pipe.selector.block, pipe.min_pixels, pipe.max_pixels) for image in images]
+        resized = [pipe.pixels(image)[0] for image in images]
         encoded = [pipe.encode(image, prune) for image in images]
         ids = prompt_ids(pipe.text, model, question, [each.selection.total for each in encoded])
         stats, steps, seconds = _run(pipe, ids, images, prune, tokens)
         progress(f"{Path(bundle).name}", 1, 1)
-        manifest, decoded = pipe.manifest, len(steps) - 1
+        manifest, family, decoded = pipe.manifest, pipe.family, len(steps) - 1
         del pipe  # gives back its memory before the reference takes some
     keeps = [selection.keep for selection in stats.images]
-    D, L = model.text.width, len(model.vision.deepstack)
+    D, L = model.text.width, model.levels
     features = reference.features(resized, keeps) if images else np.zeros((1 + L, 1, D), np.float32)
     mine = np.concatenate([each.features for each in encoded], axis=1) if images else features
     said = np.array([step.token for step in steps], np.int32)
-    prompt = build_prompt(ids, model.image_token, stats.images)
+    prompt = family.layout(model, ids, [selection.as_kept() for selection in stats.images])
     after = prompt.next_position + np.arange(len(said) - 1, dtype=np.int32)
     whole = np.concatenate([prompt.ids, said[:-1]])
-    positions = np.concatenate([prompt.positions, np.broadcast_to(after, (3, len(after)))], axis=1)
+    positions = np.concatenate([prompt.positions, np.broadcast_to(after, (model.axes, len(after)))], axis=1)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1, np.int32)])
     expected = reference.logits(whole, rows, np.ascontiguousarray(positions), features, len(said))
     logits = np.stack([step.logits for step in steps])

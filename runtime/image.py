@@ -12,12 +12,11 @@ import contextlib
 import ctypes
 import functools
 import io
-import math
 import os
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -25,19 +24,17 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..models.checks import integer
 from ..models.errors import ImageError, RequestError
+from ..models.resize import MAX_PIXELS as MAX_SOURCE_PIXELS
+from ..models.resize import MIN_SIDE, smart_resize
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 MIN_PIXELS, MAX_PIXELS = 65536, 16777216  # of Qwen3-VL, where nothing else is asked for
 MAX_FILE_BYTES = 256 << 20
-MAX_SOURCE_PIXELS = 100_000_000  # decoded; a decompression bomb is refused before it is decoded
-MAX_ASPECT = 200  # as in transformers
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # looked for in folders
 SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # of a URL; a drive of Windows is one letter
 WARNINGS = threading.Lock()  # Python's filters of warnings belong to all threads
-MIN_SIDE = 2  # a 1 x 1 image is a tracking pixel or a failed capture, not a document
 
 
 def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
@@ -60,56 +57,28 @@ def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 
 def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> np.ndarray:
-    """Read and resize: uint8 [H, W, 3], H and W multiples of ``block``, contiguous.
+    """Read and resize for one view: uint8 [H, W, 3], H and W multiples of ``block``, contiguous.
 
     Raises ImageError if the image cannot be read or its size is outside the limits, RequestError for a wrong type,
     dtype or shape.
     """
+    return resized(image, lambda height, width: smart_resize(height, width, block, min_pixels, max_pixels))
+
+
+def resized(image: ImageLike, size_of: Callable[[int, int], tuple[int, int]]) -> np.ndarray:
+    """Read and resize: uint8 [H, W, 3], contiguous. ``size_of``: height and width -> those of the result.
+
+    Raises as ``prepare``.
+    """
     source = read(image)
     width, height = source.size
     try:
-        H, W = smart_resize(height, width, block, min_pixels, max_pixels)
+        H, W = size_of(height, width)
     except ImageError as err:
         raise ImageError(f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)) from err
     if source.size != (W, H):
         source = source.resize((W, H), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(source))
-
-
-def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width, both multiples of ``block``, near the given ones, with min_pixels <= H * W <= max_pixels
-    (more than max_pixels only where one block is already higher or wider than the picture may be).
-
-    Source: transformers ``models/qwen2_vl/image_processing_pil_qwen2_vl.py``. Raises ImageError for a side under
-    MIN_SIDE or an aspect ratio over MAX_ASPECT, RequestError for impossible limits.
-    """
-    integer("min_pixels", min_pixels, 1)
-    integer("max_pixels", max_pixels, 1)
-    if min_pixels > max_pixels or max_pixels < block * block:
-        raise RequestError(
-            f"min_pixels is {min_pixels} and max_pixels {max_pixels}, expected 0 < min_pixels <= max_pixels and "
-            f"max_pixels of at least {block * block} (one {block} x {block} block)"
-        )
-    if min(height, width) < MIN_SIDE:
-        raise ImageError(f"the image is {width} x {height} pixels, expected at least {MIN_SIDE} on each side")
-    aspect = max(height, width) / min(height, width)
-    if aspect > MAX_ASPECT:
-        raise ImageError(
-            f"the image is {width} x {height} pixels, an aspect ratio of {aspect:.0f}, "
-            f"expected at most {MAX_ASPECT}; cut it into pieces"
-        )
-    H, W = round(height / block) * block, round(width / block) * block
-    if max_pixels < H * W:
-        shrink = math.sqrt(height * width / max_pixels)
-        H = max(block, math.floor(height / shrink / block) * block)
-        W = max(block, math.floor(width / shrink / block) * block)
-    elif min_pixels > H * W:
-        grow = math.sqrt(min_pixels / (height * width))
-        H = math.ceil(height * grow / block) * block
-        W = math.ceil(width * grow / block) * block
-    if H * W > MAX_SOURCE_PIXELS:
-        raise ImageError(f"the image would be resized to {W} x {H} pixels, expected at most {MAX_SOURCE_PIXELS} pixels")
-    return H, W
 
 
 def read(image: ImageLike) -> Image.Image:

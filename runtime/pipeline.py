@@ -5,35 +5,39 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from ..models import FAMILIES
 from ..models.checks import integer
 from ..models.errors import BundleError, RequestError
+from ..models.family import Views
 from ..models.manifest import Manifest
-from .answer import Answer, Step
+from .answer import Answer
 from .backends.devices import open_device
-from .backends.session import Backend, Buffer
+from .backends.session import Backend
 from .bundle import open_bundle
-from .image import ImageLike, prepare
-from .language import STEP, Language, build_prompt
+from .engine import TOGETHER, Engine, Steps
+from .image import ImageLike, resized
+from .language import Language
 from .messages import PromptLike, images_of, with_images
-from .prune import Prune, Selection, check_prune
-from .reuse import Digests, Reuse, digest
+from .prune import Prune, Selection, check_prune, kept_of
+from .reuse import Reuse, digest
 from .sampling import Sampling
 from .selector import Selector
-from .stats import Stats, log_request
+from .sequence import Picture, PruneLike, Request, Sequence, Shown
+from .stats import Stats
 from .text import Text
 from .vision import Vision
 
 LOG = logging.getLogger(__name__)
 WORTH = 0.02  # pruning that would drop less than this share of an image's tokens is left out
 REUSE = 1 << 30  # bytes for what past requests computed
-PruneLike = Prune | Literal["default"] | None
+AHEAD = 16  # tokens that a sequence may be ahead of its reader while others run with it
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,8 @@ class Encoded:
         return self.features[1:]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The images of a request on the backend, and which of their tokens are kept."""
-
-    images: tuple[Buffer, ...]  # uint8 [H, W, 3] each
-    keeps: tuple[Buffer, ...]  # int32 [K] each
-    selections: tuple[Selection, ...]
-    digests: Digests  # of each image and its kept tokens; empty where nothing is reused
-
-
 class Pipeline:
-    """A loaded bundle. A cache serves one request at a time, so several threads may use one pipeline."""
+    """A loaded bundle. Several threads may use one; their requests run together (runtime/engine.py)."""
 
     def __init__(
         self,
@@ -81,23 +75,27 @@ class Pipeline:
         max_pixels: int | None = None,
         chosen: str = "",
         reuse: int = REUSE,
+        together: int = TOGETHER,
     ):
-        model, dtype = manifest.model, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
+        model = manifest.model
+        dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
         graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
-        self.manifest, self.backend = manifest, backend
         p = manifest.prune
+        self.manifest = manifest
+        self.backend = backend
+        self.family = FAMILIES[manifest.family]
         self.prune = Prune(p.method, p.metric, p.tau, p.anchored)  # of requests that do not say
         self.chosen = chosen  # where it runs, and why there
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
         self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
         dialect = manifest.graphs["language"].dialect
-        self.language = Language(  # first: loading the largest graph takes the most memory
-            backend, graphs["language"], model.text, len(model.vision.deepstack), dtype, dialect
-        )
-        self.vision = Vision(backend, graphs["vision"], len(model.vision.deepstack), model.text.width, dtype)
+        # first: loading the largest graph takes the most memory
+        self.language = Language(backend, graphs["language"], model, dtype, dialect)
+        self.vision = Vision(backend, graphs["vision"], model.levels, model.text.width, dtype)
         self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
         self.context = min(manifest.context, backend.capacity or manifest.context)
+        self.engine = Engine(self.language, self.vision, self.reuse, self.context, together)
         self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
 
     def __enter__(self) -> Pipeline:
@@ -108,14 +106,13 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back the memory on the device; the pipeline cannot be used afterwards. ``with load(...)`` does so."""
-        if self.reuse:
-            self.reuse.close()
+        self.engine.close()
         self.backend.close()
 
     def generate(
         self,
         prompt: PromptLike,
-        images: ImageLike | Sequence[ImageLike] = (),
+        images: ImageLike | Several[ImageLike] = (),
         prune: PruneLike = "default",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -130,35 +127,74 @@ class Pipeline:
         Images and prompt are checked before this returns. Raises ImageError, RequestError, and BundleError for a bundle
         that only takes token ids.
         """
-        if self.text is None:
-            raise BundleError(
-                "this bundle has no tokenizer (its checkpoint had none), so it takes token ids only; "
-                "use generate_tokens, or build it again with a tokenizer.json in the checkpoint"
-            )
-        stats, sampling = Stats(), Sampling(temperature, top_p, top_k, seed)
-        integer("max_new_tokens", max_new_tokens, at_least=1)
-        messages, shown = with_images(prompt, images_of(images))
-        prepared = self._prepare(shown, prune, stats)
-        with stats.stage("text"):
-            ids = self.text.encode(messages, [s.total for s in prepared.selections])
-        steps = self._steps(ids, prepared, sampling, max_new_tokens, stats)
-        return Answer(steps, self.text, stats, frozenset(self.manifest.stop_tokens))
+        sequence = self.prepare(Request(prompt, images, prune, max_new_tokens, temperature, top_p, top_k, seed))
+        return self._answer(sequence, Steps(self.engine, sequence))
+
+    def generate_batch(self, requests: Several[Request]) -> list[Answer]:
+        """Answer several requests together, in the order of ``requests``; each answer is what it would be alone.
+
+        All are checked before the first one runs. They run as long as any of the answers is read; ``text()`` of each
+        waits for its end. Raises as ``generate``.
+        """
+        sequences = [self.prepare(request, ahead=None) for request in requests]
+        for sequence in sequences:
+            self.engine.add(sequence)
+        return [self._answer(sequence, Steps(self.engine, sequence, added=True)) for sequence in sequences]
 
     def generate_tokens(
         self,
-        input_ids: Sequence[int] | np.ndarray,
-        images: ImageLike | Sequence[ImageLike] = (),
+        input_ids: Several[int] | np.ndarray,
+        images: ImageLike | Several[ImageLike] = (),
         prune: PruneLike = "default",
         max_new_tokens: int = 256,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stats: Stats | None = None,
         stop: Collection[int] | None = None,
-    ) -> Iterator[Step]:
+    ) -> Steps:
         """Generate from token ids [S] in which every image stands as N placeholders (its full grid).
 
         Yields one Step per token, the first from the prompt; the last may be a stop token (``stop``; None: those of the
         bundle). ``stats`` is filled if given. Raises ImageError, RequestError before the first step.
         """
+        sequence = self.prepare_tokens(input_ids, images, prune, max_new_tokens, sampling, stats, stop)
+        return Steps(self.engine, sequence)
+
+    def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
+        """One image through prune and vision: which tokens are kept, and their features [1 + L, K, D]."""
+        (picture,) = self._pictures([image], prune, Stats())
+        return Encoded(self.backend.download(self.engine.features(picture)), picture.selections[0])
+
+    def prepare(self, request: Request, ahead: int | None = AHEAD) -> Sequence:
+        """Stages image, prune and text: what ``Engine.add`` takes.
+
+        ``ahead``: tokens that it may be ahead of its reader while others run; None: any number. Raises as ``generate``.
+        """
+        if self.text is None:
+            raise BundleError(
+                "this bundle has no tokenizer (its checkpoint had none), so it takes token ids only; "
+                "use generate_tokens, or build it again with a tokenizer.json in the checkpoint"
+            )
+        if not isinstance(request, Request):
+            raise RequestError(f"the request is {request!r:.80}, expected ppexport.Request(...)")
+        stats = Stats()
+        messages, shown = with_images(request.prompt, images_of(request.images))
+        pictures = self._pictures(shown, request.prune, stats)
+        with stats.stage("text"):
+            ids = self.text.encode(messages, [picture.kept.total for picture in pictures])
+        return self._sequence(ids, pictures, request.sampling, request.max_new_tokens, stats, None, ahead, False)
+
+    def prepare_tokens(
+        self,
+        input_ids: Several[int] | np.ndarray,
+        images: ImageLike | Several[ImageLike] = (),
+        prune: PruneLike = "default",
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stats: Stats | None = None,
+        stop: Collection[int] | None = None,
+        ahead: int | None = AHEAD,
+    ) -> Sequence:
+        """As ``prepare``, for what ``generate_tokens`` takes."""
         try:
             ids = np.asarray(input_ids)
         except ValueError as err:
@@ -171,67 +207,76 @@ class Pipeline:
             raise RequestError("stats is not a fresh ppexport.Stats(), expected a new one for every request")
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
-        prepared = self._prepare(images_of(images), prune, stats)
-        return self._steps(ids.astype(np.int32), prepared, sampling, max_new_tokens, stats, stop)
+        pictures = self._pictures(images_of(images), prune, stats)
+        return self._sequence(ids.astype(np.int32), pictures, sampling, max_new_tokens, stats, stop, ahead, True)
 
-    def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
-        """One image through prune and vision: which tokens are kept, and their features [1 + L, K, D]."""
-        prepared = self._prepare([image], prune, Stats())
-        features = self.backend.download(self.vision.encode(prepared.images[0], prepared.keeps[0]))
-        return Encoded(features, prepared.selections[0])
+    def pixels(self, image: ImageLike) -> tuple[np.ndarray, Views]:
+        """An image as the model takes it, uint8 [H, W, 3], and how it looks at it. Raises ImageError, RequestError."""
+        limits = (self.min_pixels, self.max_pixels)
+        shown: list[Views] = []
 
-    def _prepare(self, images: Sequence[ImageLike], prune: PruneLike, stats: Stats) -> Prepared:
+        def size_of(height: int, width: int) -> tuple[int, int]:
+            views = self.family.views(self.manifest.model, height, width, limits)
+            shown.append(views)
+            return views.height, views.width
+
+        return resized(image, size_of), shown[0]
+
+    def _answer(self, sequence: Sequence, steps: Steps) -> Answer:
+        assert self.text is not None
+        return Answer(steps, self.text, sequence.stats, frozenset(self.manifest.stop_tokens))
+
+    def _pictures(self, images: Several[ImageLike], prune: PruneLike, stats: Stats) -> list[Picture]:
         """Stages image and prune: read, resize, upload, select."""
-        setting = self._prune(prune)
-        buffers, keeps, selections, digests = [], [], [], []
+        setting = self.prune if isinstance(prune, str) and prune == "default" else check_prune(prune, " or 'default'")
+        pictures = []
         for image in images:
-            with stats.stage("image"):
-                pixels = prepare(image, self.selector.block, self.min_pixels, self.max_pixels)
-                buffers.append(self.backend.upload(pixels))
-            with stats.stage("prune"):
-                keep, selection = self.selector.select(buffers[-1], setting, WORTH)
-            keeps.append(keep)
-            selections.append(selection)
-            if self.reuse:
-                with stats.stage("reuse"):
-                    digests.append(digest(pixels, selection.keep))
-        stats.images = tuple(selections)
-        return Prepared(tuple(buffers), tuple(keeps), stats.images, tuple(digests))
+            pictures.append(self._picture(image, setting, stats))
+            stats.images += pictures[-1].selections
+        return pictures
 
-    def _prune(self, prune: PruneLike) -> Prune | None:
-        if isinstance(prune, str) and prune == "default":
-            return self.prune
-        return check_prune(prune, " or 'default'")
+    def _picture(self, image: ImageLike, prune: Prune | None, stats: Stats) -> Picture:
+        model = self.manifest.model
+        with stats.stage("image"):
+            pixels, shown_as = self.pixels(image)
+            views = shown_as.views
+            buffers = []
+            for view in views:
+                top, left, height, width = view.box
+                buffers.append(self.backend.upload(pixels[top : top + height, left : left + width]))
+        with stats.stage("prune"):
+            chosen = [self.selector.select(buffer, prune, WORTH) for buffer in buffers]
+            selections = tuple(selection for _, selection in chosen)
+            kept = kept_of(selections, views)
+            shown = []
+            for view, buffer, (keep, selection) in zip(views, buffers, chosen, strict=True):
+                others = self.family.tower_inputs(model, view, selection.keep)
+                shown.append(Shown(buffer, keep, {name: self.backend.upload(x) for name, x in others.items()}))
+        key = b""
+        if self.reuse:
+            with stats.stage("reuse"):
+                key = digest(pixels, kept.keep)
+        return Picture(tuple(shown), selections, kept, key)
 
-    def _encode(self, prepared: Prepared, first: int) -> Buffer:
-        """Stage vision: features of the images from ``first`` on, on the backend; computed where they are not kept."""
-        found = []
-        for i in range(first, len(prepared.images)):
-            features = self.reuse.features(prepared.digests[i]) if self.reuse else None
-            if features is None:
-                features = self.vision.encode(prepared.images[i], prepared.keeps[i])
-                if self.reuse:
-                    self.reuse.keep_features(prepared.digests[i], features)
-            found.append(features)
-        self.backend.wait()
-        return self.vision.join(found) if found else self.language.no_features
-
-    def _steps(
+    def _sequence(
         self,
         ids: np.ndarray,
-        prepared: Prepared,
+        pictures: list[Picture],
         sampling: Sampling,
         max_new_tokens: int,
         stats: Stats,
-        stop: Collection[int] | None = None,
-    ) -> Iterator[Step]:
-        """Check that the request fits, then (lazily) run vision, prefill and decode."""
+        stop: Collection[int] | None,
+        ahead: int | None,
+        keeps_logits: bool,
+    ) -> Sequence:
+        """Lay the prompt out and check that it fits."""
         integer("max_new_tokens", max_new_tokens, at_least=1)
-        vocab = self.manifest.model.text.vocab
-        if ids.min() < 0 or ids.max() >= vocab:
-            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {vocab - 1}")
-        prompt = build_prompt(ids, self.manifest.model.image_token, prepared.selections)
-        stats.prompt_tokens, stats.prompt_tokens_full = len(prompt.ids), prompt.full_length
+        model = self.manifest.model
+        if ids.min() < 0 or ids.max() >= model.text.vocab:
+            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {model.text.vocab - 1}")
+        prompt = self.family.layout(model, ids, [picture.kept for picture in pictures])
+        stats.prompt_tokens = len(prompt.ids)
+        stats.prompt_tokens_full = prompt.full_length
         room = self.context - len(prompt.ids)
         if room < 1:
             limit = "the model's context" if self.context == self.manifest.context else "the engines' capacity"
@@ -239,41 +284,17 @@ class Pipeline:
                 f"the prompt takes {len(prompt.ids)} tokens, expected under {self.context} ({limit}); "
                 "lower max_pixels, prune more or ask less"
             )
-
-        def steps() -> Iterator[Step]:
-            limit = min(max_new_tokens, room)
-            decoding, known = self.reuse.take(prompt, prepared.digests) if self.reuse else (None, 0)
-            stats.reused_tokens = known
-            with stats.stage("vision"):
-                features = self._encode(prepared, int(prompt.image_of[:known].max(initial=-1)) + 1)
-            with stats.stage("prefill"):
-                if decoding is None:
-                    decoding = self.language.start(len(prompt.ids) + min(limit - 1, STEP))
-                decoding.rewind(known)
-                logits = decoding.prefill(prompt.after(known), features)
-            rng, ends, whole = sampling.rng(), set(self.manifest.stop_tokens if stop is None else stop), True
-            try:
-                for i in range(limit):
-                    token = sampling.choose(logits, rng)
-                    stats.generated_tokens = i + 1
-                    finish = "" if i + 1 < limit else "length" if limit == max_new_tokens else "context"
-                    stats.finish = "stop" if token in ends else finish
-                    yield Step(token, logits.copy())
-                    if token in ends or i + 1 == limit:
-                        return
-                    with stats.stage("decode"):
-                        logits = decoding.decode(token, prompt.next_position + i)
-            except GeneratorExit:  # nobody wants more of the answer
-                raise
-            except BaseException:
-                whole = False  # its cache may have grown in part
-                raise
-            finally:
-                if self.reuse and whole:
-                    self.reuse.keep(decoding, prepared.digests)
-                log_request(stats)
-
-        return steps()
+        return Sequence(
+            prompt=prompt,
+            pictures=tuple(pictures),
+            sampling=sampling,
+            stats=stats,
+            limit=min(max_new_tokens, room),
+            limited_by="length" if max_new_tokens <= room else "context",
+            stop=frozenset(self.manifest.stop_tokens if stop is None else stop),
+            ahead=ahead,
+            keeps_logits=keeps_logits,
+        )
 
 
 def load(
@@ -284,6 +305,7 @@ def load(
     threads: int = 0,
     verify: bool = False,
     reuse: int = REUSE,
+    together: int = TOGETHER,
 ) -> Pipeline:
     """Open a bundle on a device: "cpu" or "cuda" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto": one whose
     engines it has, if they run here, else the CPU. ``chosen`` of the result says which and why.
@@ -291,9 +313,11 @@ def load(
     ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own, or what its engines were compiled
     for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files and of
     the engines too. ``reuse``: bytes for what past requests computed, 0 for none: a question about the same images, or
-    the next turn of a conversation, then runs only what is new (runtime/reuse.py). Raises BundleError, BackendError.
+    the next turn of a conversation, then runs only what is new (runtime/reuse.py). ``together``: requests that run at
+    once; more wait for their turn. Raises BundleError, BackendError.
     """
     integer("reuse", reuse)
+    integer("together", together, 1)
     integer("threads", threads, 0, 4 * (os.cpu_count() or 1))
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
         if value is not None:
@@ -303,7 +327,7 @@ def load(
     backend, chosen = open_device(device, directory, manifest, threads, verify)
     limit = backend.max_pixels or manifest.preprocessing.max_pixels
     max_pixels = min(limit, manifest.preprocessing.max_pixels) if max_pixels is None else max_pixels
-    pipe = Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse)
+    pipe = Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse, together)
     took = round((time.perf_counter() - begin) * 1e3, 3)
     LOG.info("loaded", extra={"fields": {"bundle": str(directory), "device": chosen, "milliseconds": took}})
     return pipe

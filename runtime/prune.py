@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from ..models.checks import integer, number
 from ..models.config import MOST_SEED, PREDICTORS, PRUNE_METHODS, PRUNE_METRICS
 from ..models.errors import RequestError
+from ..models.family import Kept, View
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,17 @@ class Selection:
     def share(self) -> float:
         """K / N."""
         return self.kept / self.total
+
+    def as_kept(self) -> Kept:
+        """As of an image that is a single view."""
+        return kept_of([self], (View((0, 0, self.height, self.width), (self.rows, self.cols)),))
+
+
+def kept_of(selections: Sequence[Selection], views: tuple[View, ...]) -> Kept:
+    """What is kept of all views of an image."""
+    starts = np.cumsum([0, *(view.total for view in views)])
+    keeps = [selection.keep + start for selection, start in zip(selections, starts, strict=False)]
+    return Kept(np.concatenate(keeps).astype(np.int32), views)
 
 
 def check_prune(prune: object, also: str = "") -> Prune | None:

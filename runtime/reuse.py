@@ -1,18 +1,18 @@
-"""What past requests computed, for the next ones: caches of sequences that begin alike, and features of images."""
+"""What past requests computed, for the next ones: slots of sequences that begin alike, and features of images."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from collections.abc import Iterable
 
 import numpy as np
 
+from ..models.family import Prompt
 from .backends.session import Buffer
-from .language import Decoding, Prompt
+from .states import Digests, Slot, Slots
 
 FEATURES = 8  # one part in this many of the memory is for features, which are small
-Digests = tuple[bytes, ...]  # of the images of a request
 
 
 def digest(image: np.ndarray, keep: np.ndarray) -> bytes:
@@ -23,99 +23,99 @@ def digest(image: np.ndarray, keep: np.ndarray) -> bytes:
     return found.digest()
 
 
-class Reuse:
-    """Keeps finished sequences and image features within ``limit`` bytes, the least recently used ones go first.
+class Features:
+    """Features of images, by what they were computed from, within ``limit`` bytes; the least recently used go first."""
 
-    A sequence belongs to one request at a time, so requests on several threads never share a cache. Where caches have
-    a fixed size (``fixed``: engines), one that fits nothing is used again rather than a further one made. Where prompts
-    can only be run from their beginning (not ``appends``: session.Backend), only features are kept.
-    """
-
-    def __init__(self, limit: int, fixed: bool, appends: bool):
-        self.limit, self.fixed, self.appends = limit, fixed, appends
-        self._lock = threading.Lock()
-        self._given: deque[tuple[Decoding, Digests]] = deque()  # back, and not sorted in yet
-        self._sequences: list[tuple[Decoding, Digests]] = []  # the oldest first
-        self._features: OrderedDict[bytes, Buffer] = OrderedDict()
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._kept: OrderedDict[bytes, Buffer] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """What is kept."""
-        with self._lock:
-            self._sort_in()
-            return self._sequence_bytes() + sum(buffer.nbytes for buffer in self._features.values())
+        return sum(buffer.nbytes for buffer in self._kept.values())
 
-    def take(self, prompt: Prompt, digests: Digests) -> tuple[Decoding | None, int]:
-        """The sequence that begins like ``prompt`` the longest, and how many tokens they share.
-
-        At least one token of the prompt is left to run, and no image is shared in part. A sequence is taken if an image
-        is shared or half of it; otherwise it is left for a request that it fits better.
-        """
-        with self._lock:
-            self._sort_in()
-            best, most = -1, 0
-            for i, (sequence, images) in enumerate(self._sequences):
-                count = shared(sequence.held, images, prompt.columns, digests) if self.appends else 0
-                worth = bool((prompt.image_of[:count] >= 0).any()) or 2 * count >= sequence.length
-                if worth and count > most:
-                    best, most = i, count
-            if best < 0 and self.fixed and self._sequences:
-                one_more = self._sequence_bytes() + self._sequences[0][0].cache.nbytes
-                best = 0 if one_more > self._room() or not self.appends else -1
-            return (self._sequences.pop(best)[0], most) if best >= 0 else (None, 0)
-
-    def keep(self, sequence: Decoding, digests: Digests) -> None:
-        """Give a sequence back. Takes no lock: a dropped answer may do so in the middle of anything, on any thread."""
-        if self.limit:
-            self._given.append((sequence, digests))
-
-    def features(self, key: bytes) -> Buffer | None:
+    def get(self, key: bytes) -> Buffer | None:
         """The features of an image, if they are kept."""
-        with self._lock:
-            if key in self._features:
-                self._features.move_to_end(key)
-            return self._features.get(key)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
 
-    def keep_features(self, key: bytes, features: Buffer) -> None:
-        """Keep the features of an image."""
-        room = self.limit // FEATURES
-        with self._lock:
-            if features.nbytes <= room:
-                self._features[key] = features
-            while sum(buffer.nbytes for buffer in self._features.values()) > room:
-                self._features.popitem(last=False)
-
-    def close(self) -> None:
-        """Keep nothing from now on."""
-        self.limit = 0
-        self.clear()
+    def keep(self, key: bytes, features: Buffer) -> None:
+        """Keep the features of an image, unless they would drive out all others."""
+        if features.nbytes <= self.limit:
+            self._kept[key] = features
+        while self.nbytes > self.limit:
+            self._kept.popitem(last=False)
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._lock:
-            self._given.clear()
-            self._sequences.clear()
-            self._features.clear()
+        self._kept.clear()
 
-    def _sort_in(self) -> None:
-        while self._given:
-            sequence, digests = self._given.popleft()
-            if sequence.cache.nbytes <= self._room():  # or it would drive out all others
-                self._sequences.append((sequence, digests))
-        while self._sequence_bytes() > self._room():
-            self._sequences.pop(0)
 
-    def _room(self) -> int:
-        return self.limit - self.limit // FEATURES
+class Reuse:
+    """Which slots and features are kept, within ``limit`` bytes in all.
 
-    def _sequence_bytes(self) -> int:
-        return sum(sequence.cache.nbytes for sequence, _ in self._sequences)
+    Where slots have a fixed size (``fixed``: engines), one that fits nothing is used again rather than a further one
+    made. Where prompts can only be run from their beginning (not ``appends``: session.Backend), only features are kept.
+    """
+
+    def __init__(self, limit: int, fixed: bool, appends: bool):
+        self.fixed = fixed
+        self.appends = appends
+        self.room = limit - limit // FEATURES  # for slots
+        self.features = Features(limit // FEATURES)
+
+    def find(self, pools: Iterable[Slots], prompt: Prompt, images: Digests) -> tuple[Slot | None, int]:
+        """The idle slot whose tokens begin like ``prompt`` the longest, and how many they share.
+
+        At least one token of the prompt is left to run, and no image is shared in part. A slot is taken if an image is
+        shared or half of it; otherwise it is left for a request that it fits better.
+        """
+        best, most = None, 0
+        for slots in pools if self.appends else ():
+            for slot in slots.listed:
+                if slot.busy or not slot.length:
+                    continue
+                count = shared(slot.held, slot.images, prompt.columns, images)
+                if not slots.rewindable and count < slot.length:
+                    continue
+                worth = bool((prompt.image_of[:count] >= 0).any()) or 2 * count >= slot.length
+                if worth and count > most:
+                    best, most = slot, count
+        return best, most
+
+    def again(self, pools: Iterable[Slots]) -> Slot | None:
+        """An idle slot of fixed size to use for something else, where there is no room for one more."""
+        idle = sorted((slots for slots in pools if not slots.busy), key=lambda slots: slots.last_used)
+        if not self.fixed or not idle:
+            return None
+        one_more = sum(slots.nbytes for slots in idle) + idle[0].nbytes
+        return idle[0].listed[0] if one_more > self.room or not self.appends else None
+
+    def trim(self, pools: list[Slots]) -> None:
+        """Let go of idle slots that there is no room for, the least recently used first."""
+        idle = sorted((slots for slots in pools if not slots.busy), key=lambda slots: slots.last_used)
+        for slots in list(idle):
+            if slots.broken or slots.nbytes > self.room:  # the latter would drive out all others
+                idle.remove(slots)
+                drop(slots, pools)
+        while sum(slots.nbytes for slots in idle) > self.room:
+            drop(idle.pop(0), pools)
+
+
+def drop(slots: Slots, pools: list[Slots]) -> None:
+    """Let go of the memory of slots."""
+    pools.remove(slots)
+    slots.close()
 
 
 def shared(held: np.ndarray, images: Digests, columns: np.ndarray, digests: Digests) -> int:
-    """How many tokens a sequence and a prompt (Prompt.columns, int32 [5, S] both) begin with alike.
+    """How many tokens a sequence and a prompt (Prompt.columns, int32 [2 + A, S] both) begin with alike.
 
-    Less than all of the prompt, and only whole images.
+    Less than all of the prompt, and only whole images. With tokens 1 9 9 2 held, 9 9 an image, a prompt 1 9 9 7 8 about
+    the same image shares 3 of them; about another image it shares 1; and 1 9 9 alone shares 1, since one token is left
+    to run and the image is not split.
     """
     most = min(held.shape[1], columns.shape[1] - 1)
     same = (held[:, :most] == columns[:, :most]).all(axis=0)

@@ -62,14 +62,22 @@ class Stats:
         """Time to first token in milliseconds: everything before decode."""
         return sum(ms for stage, ms in self.milliseconds.items() if stage != "decode")
 
+    def begin(self) -> float:
+        """The time now, for ``end``."""
+        return time.perf_counter()
+
+    def end(self, name: str, begin: float) -> None:
+        """Add the time since ``begin`` to a stage."""
+        self.spans.append(Span(name, begin, time.perf_counter()))
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time of the block to a stage."""
-        begin = time.perf_counter()
+        begin = self.begin()
         try:
             yield
         finally:
-            self.spans.append(Span(name, begin, time.perf_counter()))
+            self.end(name, begin)
 
 
 def log_request(stats: Stats) -> None:

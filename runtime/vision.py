@@ -5,7 +5,7 @@ Features are one tensor [1 + L, K, D]: the embeddings of the kept tokens, then t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .backends.session import Backend, Buffer, Session, run
@@ -15,17 +15,20 @@ class Vision:
     """The vision graph on a backend. ``levels``: L, ``width``: D, ``dtype``: of the features."""
 
     def __init__(self, backend: Backend, graph: Path, levels: int, width: int, dtype: str):
-        self.backend, self.levels, self.width, self.dtype = backend, levels, width, dtype
+        self.backend = backend
+        self.levels = levels
+        self.width = width
+        self.dtype = dtype
         self.session: Session = backend.session(graph)
 
     def features(self, tokens: int) -> Buffer:
         """Memory for the features of ``tokens`` kept tokens: [1 + L, K, D], at least one (zero) token."""
         return self.backend.zeros((1 + self.levels, max(tokens, 1), self.width), self.dtype)
 
-    def encode(self, image: Buffer, keep: Buffer) -> Buffer:
-        """image uint8 [H, W, 3], keep int32 [K] -> features [1 + L, K, D]."""
+    def encode(self, image: Buffer, keep: Buffer, others: Mapping[str, Buffer]) -> Buffer:
+        """image uint8 [H, W, 3], keep int32 [K] -> features [1 + L, K, D]. ``others``: see Family.tower_inputs."""
         features = self.features(keep.shape[0])
-        run(self.session, {"image": image, "keep": keep}, {"features": features})
+        run(self.session, {"image": image, "keep": keep, **others}, {"features": features})
         return features
 
     def join(self, features: Sequence[Buffer]) -> Buffer:

@@ -16,7 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "oldest"
 EXTRAS = ("cpu", "bench")  # beside what is always installed
-RUNTIME_TESTS = ("golden_e2e", "text", "inspect", "selector", "trace", "sampling", "reuse", "cli", "bench", "privacy")
+RUNTIME_TESTS = (
+    "golden_e2e",
+    "text",
+    "inspect",
+    "selector",
+    "trace",
+    "sampling",
+    "reuse",
+    "engine",
+    "cli",
+    "bench",
+    "privacy",
+)
 TOOLS = ("pytest>=9,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7")
 
 

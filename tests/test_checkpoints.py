@@ -110,7 +110,7 @@ def other(value: Any) -> Any:
 @pytest.mark.parametrize("section", ["config.json", "text_config", "vision_config"])
 def test_every_key_that_transformers_knows_counts(section: str) -> None:
     """Another value changes the model, is refused, or is known to be harmless; nothing is passed over."""
-    base = qwen3_vl.parse_config(POCKET_RAW)
+    base = qwen3_vl.QWEN3_VL.parse(POCKET_RAW)
     harmless = {*HARMLESS, *known_keys()["generation"]}
     harmless |= {"video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings"}
     for key, default in defaults_of("qwen3_vl", section).items():
@@ -118,7 +118,7 @@ def test_every_key_that_transformers_knows_counts(section: str) -> None:
         section_of(raw, section)[key] = other(section_of(raw, section).get(key, default))
         notices: list[str] = []
         try:
-            changed = qwen3_vl.parse_config(raw, notices) != base
+            changed = qwen3_vl.QWEN3_VL.parse(raw, notices) != base
         except ppexport.CheckpointError:
             changed = True
         assert changed or key in harmless, key
@@ -130,7 +130,7 @@ def test_keys_that_every_configuration_is_asked_for_are_refused(key: str) -> Non
     raw = json.loads(json.dumps(POCKET_RAW))
     raw["text_config"][key] = ["sliding_attention"] if key == "layer_types" else 16
     with pytest.raises(ppexport.CheckpointError, match=f"text_config: '{key}' is .*other values are not supported"):
-        qwen3_vl.parse_config(raw)
+        qwen3_vl.QWEN3_VL.parse(raw)
 
 
 @pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "rope_theta", "hidden_act", "spatial_merge_size"])
@@ -141,18 +141,18 @@ def test_absent_keys_have_the_defaults_of_transformers(key: str) -> None:
     raw["text_config"].pop(key, None)
     raw[section].pop(key, None)
     theirs = Qwen3VLConfig(**{k: v for k, v in raw.items() if k != "model_type"})
-    ours = qwen3_vl.parse_config(raw)
+    ours = qwen3_vl.QWEN3_VL.parse(raw)
     text = theirs.text_config
     assert ours.text.head_dim == text.head_dim
     assert ours.text.kv_heads == text.num_key_value_heads
-    assert ours.text.rope_theta == text.rope_parameters["rope_theta"]
+    assert ours.text.rope.theta == text.rope_parameters["rope_theta"]
     assert ours.vision.merge == theirs.vision_config.spatial_merge_size
 
 
 def test_null_key_value_heads_are_one_for_every_query_head() -> None:
     raw = json.loads(json.dumps(POCKET_RAW))
     raw["text_config"]["num_key_value_heads"] = None
-    assert qwen3_vl.parse_config(raw).text.kv_heads == 4
+    assert qwen3_vl.QWEN3_VL.parse(raw).text.kv_heads == 4
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_rotary_frequencies_equal_transformers(rope: dict[str, Any]) -> None:
     raw["text_config"]["rope_scaling"] = {**rope, "mrope_section": [8, 8, 8], "rope_theta": 20000.0}
     text = Qwen3VLConfig(**{k: v for k, v in json.loads(json.dumps(raw)).items() if k != "model_type"}).text_config
     theirs = Qwen3VLTextRotaryEmbedding(text)
-    ours = qwen3_vl.parse_config(raw)
-    decoder = Decoder(ours.text)
-    decoder.axis_freq = torch.from_numpy(constants(ours.text)["axis_freq"])
+    ours = qwen3_vl.QWEN3_VL.parse(raw)
+    decoder = Decoder(ours)
+    decoder.axis_freq = torch.from_numpy(constants(ours)["axis_freq"])
     positions = torch.randint(0, 4000, (3, 1, 50), dtype=torch.int32)
     cos, sin = theirs(torch.zeros(1), positions)
     for found, expected in zip(decoder.rotary_tables(positions), (cos, sin), strict=True):
@@ -199,7 +199,7 @@ def test_other_rotary_types_are_refused_by_name() -> None:
     raw = json.loads(json.dumps(POCKET_RAW))
     raw["text_config"]["rope_scaling"].update(rope_type="longrope")
     with pytest.raises(ppexport.CheckpointError, match="rope_type is 'longrope', expected 'default' or 'yarn'"):
-        qwen3_vl.parse_config(raw)
+        qwen3_vl.QWEN3_VL.parse(raw)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_rotary_settings_that_are_not_computed(change: dict[str, float], message
     raw = json.loads(json.dumps(POCKET_RAW))
     raw["text_config"]["rope_scaling"].update({"rope_type": "yarn", "factor": 2.0, **change})
     with pytest.raises(ppexport.CheckpointError, match=message):
-        qwen3_vl.parse_config(raw)
+        qwen3_vl.QWEN3_VL.parse(raw)
 
 
 def test_quantized_checkpoints_are_told_what_to_do(pocket: Path) -> None:
@@ -267,7 +267,7 @@ def test_large_weights_are_not_taken_for_infinite(pocket: Path) -> None:
     name = "model.language_model.norm.weight"
     edit_weights(pocket, lambda tensors: tensors[name].fill_(3e38))
     checkpoint = Checkpoint.open(pocket)
-    table = qwen3_vl.weights(checkpoint.config)["language"]
+    table = qwen3_vl.QWEN3_VL.weights(checkpoint.config)["language"]
     assert bool(torch.isfinite(checkpoint.read(table["norm"])).all())
 
 

@@ -54,7 +54,7 @@ def test_measure_sees_the_loud_layers(loud: Path) -> None:
 def test_an_ordinary_model_needs_only_what_is_always_wide(tmp_path: Path) -> None:
     path = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", "fp16", "plain")
     always = ("norm", "positions")
-    assert ppexport.load(path).manifest.wide == {"vision": always, "language": always}
+    assert ppexport.load(path).manifest.float32_kinds == {"vision": always, "language": always}
 
 
 def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, m
     exact = ppexport.load(build(loud, tmp_path / "exact"), max_pixels=E2E_PIXELS)
     checked = ppexport.load(build(loud, tmp_path / "checked", "fp16", "plain"), max_pixels=E2E_PIXELS)
     kinds = ("norm", "positions", "mlp", "residual")
-    assert checked.manifest.wide == {"vision": kinds, "language": kinds}
+    assert checked.manifest.float32_kinds == {"vision": kinds, "language": kinds}
     image, ids = IMAGES / "web_gnuplot.png", np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
     expected, found = exact.encode(image), checked.encode(image)
     assert relative_error(found.embeds, expected.embeds) < 2e-2
@@ -97,7 +97,7 @@ def test_what_has_to_be_in_16_bits_and_does_not_fit_is_refused(weight: str, mess
 def test_bfloat16_needs_no_check(loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp16_range, "measure", lambda *_: pytest.fail("measured"))
     path = build(loud, tmp_path / "bundle", "bf16", "standard")
-    assert open_bundle(path)[1].wide["vision"] == ("norm", "positions")
+    assert open_bundle(path)[1].float32_kinds["vision"] == ("norm", "positions")
     types = {
         o.type.tensor_type.elem_type for o in onnx.load(path / "vision.onnx", load_external_data=False).graph.output
     }

@@ -57,8 +57,10 @@ def test_keep_embeds_and_deepstack(golden_pipe: ppexport.Pipeline, case: str) ->
 def test_two_images_in_one_request_equal_each_alone(golden_pipe: ppexport.Pipeline) -> None:
     """The features of all images of a prompt lie side by side."""
     images = [IMAGES / name for name in NAMES["two"]]
-    prepared = golden_pipe._prepare(images, ppexport.Prune(), ppexport.Stats())
-    together = golden_pipe.backend.download(golden_pipe._encode(prepared, 0))
+    ids = [1, *[500] * sum(ppexport.select(image, max_pixels=E2E_PIXELS).total for image in images), 2]
+    sequence = golden_pipe.prepare_tokens(ids, images, ppexport.Prune())
+    features = [golden_pipe.engine.features(picture) for picture in sequence.pictures]
+    together = golden_pipe.backend.download(golden_pipe.vision.join(features))
     alone = [golden_pipe.encode(image, ppexport.Prune()) for image in images]
     np.testing.assert_array_equal(together[0], np.concatenate([e.embeds for e in alone]))
     np.testing.assert_array_equal(together[1:], np.concatenate([e.deepstack for e in alone], axis=1))

@@ -166,7 +166,7 @@ def test_tracing_holds_no_weights(checkpoint: Checkpoint) -> None:
     table = checkpoint.family.weights(checkpoint.config)["language"]
     assert set(table) <= set(model.graph.initializers)
     precision = resolve(Wanted(), "fp32", "ort", False)
-    attach(model, checkpoint, "language", checkpoint.family.PREPROCESSING, DIALECTS["ort"], precision)
+    attach(model, checkpoint, "language", checkpoint.family.preprocessing, DIALECTS["ort"], precision)
     lazy = {n for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.LazyTensor)}
     assert lazy == set(table)
 

@@ -21,9 +21,10 @@ from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.lowering.dialects import DIALECTS
 from ppexport.exporters.weights.attach import attach
+from ppexport.models.family import Prompt
+from ppexport.models.layout import lay_out, on_grid
 from ppexport.models.precision import Wanted, resolve
-from ppexport.runtime.cache import FORMS, InPlace
-from ppexport.runtime.language import build_prompt
+from ppexport.runtime.language import Inputs
 from ppexport.runtime.sampling import Sampling
 
 IMAGE = 500
@@ -35,11 +36,11 @@ class Decoder:
     """A decoder graph whose caches are [B, KV, M, DH] each, whatever form its dialect gives them."""
 
     session: ort.InferenceSession
-    form: type
+    by_position: bool
 
     def run(self, _: None, inputs: dict[str, Any]) -> list[np.ndarray]:
         """Logits and the updated caches."""
-        if self.form is InPlace:
+        if not self.by_position:
             return self.session.run(None, inputs)
         names = [n for n in inputs if n.startswith(("key_", "value_"))]
         caches = np.stack([inputs[n].transpose(2, 0, 1, 3) for n in names])
@@ -60,11 +61,11 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]:
     for name, dialect in DIALECTS.items():
         model = graphs.language_graph(checkpoint.config, dialect)
         precision = resolve(Wanted(), "fp32", name, False)
-        attach(model, checkpoint, "language", checkpoint.family.PREPROCESSING, dialect, precision)
+        attach(model, checkpoint, "language", checkpoint.family.preprocessing, dialect, precision)
         path = directory / f"{name}.onnx"
         ir.save(model, path, external_data=f"{name}.data")
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        found[name] = Decoder(session, FORMS[name])
+        found[name] = Decoder(session, name == "plain")
     return found
 
 
@@ -144,9 +145,13 @@ def selection(rows: int, cols: int, keep: list[int]) -> ppexport.Selection:
     return ppexport.Selection(np.array(keep, np.int32), rows, cols, cols * 32, rows * 32, "", ppexport.Prune())
 
 
+def laid_out(ids: np.ndarray, selections: list[ppexport.Selection]) -> Prompt:
+    return lay_out(ids, IMAGE, [selection.as_kept() for selection in selections], 3, on_grid)
+
+
 def test_positions_follow_the_full_grid() -> None:
     ids = np.array([1, 2, *[IMAGE] * 6, 3, *[IMAGE] * 2, 4, 5])
-    prompt = build_prompt(ids, IMAGE, [selection(2, 3, [0, 4, 5]), selection(2, 1, [1])])
+    prompt = laid_out(ids, [selection(2, 3, [0, 4, 5]), selection(2, 1, [1])])
     assert prompt.ids.tolist() == [1, 2, IMAGE, IMAGE, IMAGE, 3, IMAGE, 4, 5]
     assert prompt.positions.tolist() == [
         [0, 1, 2, 2, 2, 5, 6, 8, 9],
@@ -159,7 +164,7 @@ def test_positions_follow_the_full_grid() -> None:
 
 
 def test_adjacent_images_are_told_apart_by_their_sizes() -> None:
-    prompt = build_prompt(np.array([IMAGE] * 5), IMAGE, [selection(1, 2, [0, 1]), selection(1, 3, [0, 1, 2])])
+    prompt = laid_out(np.array([IMAGE] * 5), [selection(1, 2, [0, 1]), selection(1, 3, [0, 1, 2])])
     assert prompt.positions[2].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -173,7 +178,7 @@ def test_adjacent_images_are_told_apart_by_their_sizes() -> None:
 )
 def test_placeholders_that_do_not_match(ids: list[int], message: str) -> None:
     with pytest.raises(ppexport.RequestError, match=message):
-        build_prompt(np.array(ids), IMAGE, [selection(2, 3, [0])])
+        laid_out(np.array(ids), [selection(2, 3, [0])])
 
 
 def test_greedy_and_sampled_choice() -> None:
@@ -212,16 +217,24 @@ def test_same_seed_same_tokens(tiny_pipe: ppexport.Pipeline, screen: np.ndarray)
 
 def test_caches_are_updated_in_place(golden_pipe: ppexport.Pipeline) -> None:
     """No step allocates or copies a cache: the bound pointers stay and hold the new entries."""
-    decoding = golden_pipe.language.start(8)
-    bound = decoding.binding._bound  # type: ignore[attr-defined]
+    language = golden_pipe.language
+    slots = language.slots(8)
+
+    def run(ids: list[int], start: int) -> None:
+        positions = np.broadcast_to(np.arange(start, start + len(ids), dtype=np.int32), (3, 1, len(ids)))
+        rows = np.full((1, len(ids)), -1, np.int32)
+        inputs = Inputs(np.array([ids], np.int32), rows, np.ascontiguousarray(positions), np.array([start], np.int32))
+        language.run(slots, 0, [0], inputs, None)
+
+    run([3, 4, 5], 0)
+    bound = slots.runs[0, 1].binding._bound  # type: ignore[attr-defined]
     keys = golden_pipe.backend.download(bound["key_0"])
     assert bound["key_0"] is bound["new_key_0"]
-    prompt = build_prompt(np.array([3, 4, 5]), IMAGE, [])
-    decoding.prefill(prompt, golden_pipe.language.no_features)
     assert np.abs(keys[0, :, :3]).min(axis=(0, 2)).min() > 0
     assert not keys[0, :, 3:].any()
     before = keys[0, :, :3].copy()
-    decoding.decode(6, prompt.next_position)
+    run([6], 3)
+    assert bound["key_0"] is slots.runs[0, 1].binding._bound["key_0"]  # type: ignore[attr-defined]
     np.testing.assert_array_equal(keys[0, :, :3], before)
     assert keys[0, :, 3].any()
     assert not keys[0, :, 4:].any()

@@ -1,4 +1,4 @@
-"""The exported graphs against the installed transformers' Qwen3VL, stage by stage, on random models."""
+"""The exported graphs of every family against the installed transformers, stage by stage, on small random models."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import ppexport
 from ppexport.build_bundle import build
+from ppexport.models import FAMILIES
 
 IMAGE, START, END = 90, 91, 92
 
 
 @dataclass(frozen=True)
 class Variant:
+    family: str  # model_type
     text: dict[str, Any]
     vision: dict[str, Any]
     tied: bool
@@ -47,14 +49,16 @@ VISION = {
     "deepstack_visual_indexes": [0, 2],
 }
 VARIANTS = {
-    "tied_two_levels": Variant(TEXT, VISION, True, ((64, 96), (160, 32))),
+    "tied_two_levels": Variant("qwen3_vl", TEXT, VISION, True, ((64, 96), (160, 32))),
     "untied_three_levels": Variant(
+        "qwen3_vl",
         {**TEXT, "num_key_value_heads": 4, "num_hidden_layers": 4},
         {**VISION, "deepstack_visual_indexes": [0, 1, 3], "num_heads": 2},
         False,
         ((96, 224),),
     ),
     "one_kv_head_one_level": Variant(
+        "qwen3_vl",
         {
             **TEXT,
             "num_key_value_heads": 1,
@@ -65,8 +69,15 @@ VARIANTS = {
         True,
         ((32, 32), (288, 64)),
     ),
-    "no_deepstack": Variant(TEXT, {**VISION, "depth": 2, "deepstack_visual_indexes": []}, False, ((128, 128),)),
+    "no_deepstack": Variant("qwen3_vl", TEXT, {**VISION, "depth": 2, "deepstack_visual_indexes": []}, False, ((128, 128),)),
 }
+
+
+CLASSES = {"qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration)}  # of transformers
+
+
+def test_every_family_is_held_against_transformers() -> None:
+    assert {variant.family for variant in VARIANTS.values()} == set(CLASSES) == set(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ class Case:
 @pytest.fixture(scope="module", params=VARIANTS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     variant = VARIANTS[request.param]
-    config = Qwen3VLConfig(
+    config_class, model_class = CLASSES[variant.family]
+    config = config_class(
         text_config=variant.text,
         vision_config={**variant.vision, "out_hidden_size": variant.text["hidden_size"]},
         image_token_id=IMAGE,
@@ -93,7 +105,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         tie_word_embeddings=variant.tied,
     )
     torch.manual_seed(7)
-    model = Qwen3VLForConditionalGeneration(config).eval()
+    model = model_class(config).eval()
     for parameter in model.parameters():  # larger than the default, so that every term shows
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1)
     directory = tmp_path_factory.mktemp(request.param)

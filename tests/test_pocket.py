@@ -141,7 +141,7 @@ def test_eval_command(tiny_bundle: Path) -> None:
 def test_trainer_saves_what_the_bundle_computes(tmp_path: Path) -> None:
     """A training batch in torch and the exported bundle give the same first token distribution."""
     torch.manual_seed(1)
-    model = train.Pocket(train.qwen3_vl.parse_config(train.pocket_config())).eval()
+    model = train.Pocket(train.qwen3_vl.QWEN3_VL.parse(train.pocket_config())).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()  # as saved
     train.save_checkpoint(model, tmp_path / "checkpoint")
@@ -200,7 +200,7 @@ def test_where_to_look_is_where_the_answer_is() -> None:
 
 def test_looking_loss_is_the_attention_that_the_decoder_pays() -> None:
     torch.manual_seed(2)
-    model = train.Pocket(train.qwen3_vl.parse_config(train.pocket_config())).eval()
+    model = train.Pocket(train.qwen3_vl.QWEN3_VL.parse(train.pocket_config())).eval()
     item = lessons.Reader(0.0).item(sample("read", 3), Random(0))
     with torch.no_grad():
         _, _, found, _ = model([item])

@@ -15,7 +15,7 @@ from terminal import runner
 
 import ppexport
 from ppexport.cli import main
-from ppexport.runtime import language
+from ppexport.runtime import engine
 from ppexport.runtime.reuse import digest, shared
 
 IMAGE = 500
@@ -135,27 +135,27 @@ def test_abandoned_answers_are_kept(pipe: ppexport.Pipeline, fresh: ppexport.Pip
 def test_caches_grow(golden_bundle: Path, fresh: ppexport.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moving the entries changes nothing; memory follows what is used, not what could be asked for."""
     expected, logits, _ = ask(fresh, [1, 2, 3], [], 40)
-    monkeypatch.setattr(language, "STEP", 8)
-    monkeypatch.setattr("ppexport.runtime.pipeline.STEP", 8)
+    monkeypatch.setattr(engine, "ROOM", 8)
     small = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS)
     found, small_logits, _ = ask(small, [1, 2, 3], [], 40)
     assert found == expected
     np.testing.assert_allclose(small_logits, logits, atol=2e-5 * np.abs(logits).max())
     assert small.reuse is not None
-    kept = small.reuse.nbytes
-    ((sequence, _),) = small.reuse._sequences
-    assert sequence.cache.nbytes == kept
-    assert sequence.length == 42
-    assert sequence.length <= sequence.capacity < 2 * 42
+    kept = small.engine.held_bytes
+    (slots,) = small.engine.pools
+    (slot,) = slots.listed
+    assert slots.nbytes == kept
+    assert slot.length == 42
+    assert slot.length <= slots.capacity < 2 * 42
     c = small.manifest.model.text
-    assert sequence.cache.nbytes == 2 * c.layers * c.kv_heads * c.head_dim * 4 * sequence.capacity
+    assert slots.nbytes == 2 * c.layers * c.kv_heads * c.head_dim * 4 * slots.capacity
 
 
 def test_a_failed_growth_is_not_kept(
     golden_bundle: Path, fresh: ppexport.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some caches of a sequence may have grown by then, others not."""
-    monkeypatch.setattr("ppexport.runtime.pipeline.STEP", 4)
+    monkeypatch.setattr(engine, "ROOM", 4)
     pipe = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS)
     steps = pipe.generate_tokens([1, 2, 3], max_new_tokens=40)
     assert next(steps).token >= 0
@@ -173,18 +173,18 @@ def test_a_dropped_answer_never_waits(pipe: ppexport.Pipeline) -> None:
     assert pipe.reuse is not None
     steps = pipe.generate_tokens([1, 2, 3, 4], max_new_tokens=8)
     next(steps)
-    with pipe.reuse._lock:
+    with pipe.engine.lock:
         steps.close()  # type: ignore[attr-defined]
-    assert pipe.reuse.nbytes > 0
+    assert pipe.engine.held_bytes > 0
 
 
 def test_what_is_too_large_drives_nothing_out(golden_bundle: Path) -> None:
     pipe = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS, reuse=1 << 20)
     assert pipe.reuse is not None
     ask(pipe, [1, 2, 3, 4], [], 2)
-    kept = pipe.reuse.nbytes
+    kept = pipe.engine.held_bytes
     ask(pipe, [9] * 2000, [])
-    assert pipe.reuse.nbytes == kept > 0
+    assert pipe.engine.held_bytes == kept > 0
     assert ask(pipe, [1, 2, 3, 4, 5], [])[2].reused_tokens == 4
 
 
@@ -194,7 +194,7 @@ def test_a_closed_pipeline_keeps_nothing(golden_bundle: Path) -> None:
         next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert pipe.reuse is not None
-    assert pipe.reuse.nbytes == 0
+    assert pipe.engine.held_bytes == 0
 
 
 def resident() -> int:
@@ -213,8 +213,8 @@ def test_memory_is_bounded(tiny_bundle: Path) -> None:
         picture = rng.integers(0, 255, (32 * rng.integers(1, 6), 32 * rng.integers(1, 6), 3), np.uint8)
         text = "What is this? " * int(rng.integers(1, 30))
         pipe.generate(text, [picture], max_new_tokens=int(rng.integers(1, 5))).text()
-        assert pipe.reuse.nbytes <= limit
-        most = max(most, pipe.reuse.nbytes)
+        assert pipe.engine.held_bytes <= limit
+        most = max(most, pipe.engine.held_bytes)
         if i == 150:
             settled = resident()
     assert most > limit // 2

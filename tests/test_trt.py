@@ -94,9 +94,9 @@ def test_buffers_that_are_not_aligned(pipe: ppexport.Pipeline) -> None:
     image = pipe.backend.upload(np.concatenate([np.zeros(1, np.uint8), array.reshape(-1)]))
     shifted = image.rows(1, 1 + array.size).reshape(*array.shape)
     keep, _ = pipe.selector.select(shifted, None)
-    expected = pipe.backend.download(pipe.vision.encode(pipe.backend.upload(array), keep))
-    np.testing.assert_array_equal(pipe.backend.download(pipe.vision.encode(shifted, keep)), expected)
-    parts = [pipe.vision.encode(shifted, keep.rows(*rows)) for rows in ((1, 4), (0, 6))]
+    expected = pipe.backend.download(pipe.vision.encode(pipe.backend.upload(array), keep, {}))
+    np.testing.assert_array_equal(pipe.backend.download(pipe.vision.encode(shifted, keep, {})), expected)
+    parts = [pipe.vision.encode(shifted, keep.rows(*rows), {}) for rows in ((1, 4), (0, 6))]
     both = pipe.backend.download(pipe.vision.join(parts))
     np.testing.assert_array_equal(both[:, :3], pipe.backend.download(parts[0]))
     np.testing.assert_array_equal(both[:, 3:], expected)
@@ -121,8 +121,7 @@ def test_decode_replays_a_graph(pipe: ppexport.Pipeline, gpu: emulator.Cuda, tar
 
 
 def test_prompt_and_tokens_run_on_their_own_profiles(pipe: ppexport.Pipeline) -> None:
-    assert pipe.reuse is not None
-    pipe.reuse.clear()  # or only the prompt's last token would be run
+    pipe.engine.forget()  # or only the prompt's last token would be run
     before = [context.runs for context in contexts(pipe)]
     assert len(tokens(pipe, "one_tau0", 5)) == 5
     assert [context.runs for context in contexts(pipe)] == [before[0] + 1, before[1] + 4]
@@ -209,10 +208,8 @@ def test_generation_ends_where_the_cache_does(bundle: Path, target: str, tmp_pat
     pipe, stats = ppexport.load(small, target), ppexport.Stats()
     steps = list(pipe.generate_tokens([5] * 20, max_new_tokens=50, stats=stats))
     assert (len(steps), stats.finish) == (4, "context")
-    decoding = pipe.language.start(24)
-    decoding.length = 24
     with pytest.raises(ppexport.RequestError, match="25 tokens, expected at most 24"):
-        decoding.decode(5, 24)
+        pipe.engine._make_room(pipe.language.slots(24), 25)
 
 
 def test_two_pipelines_on_two_threads(bundle: Path, target: str, cpu: ppexport.Pipeline) -> None:

@@ -9,8 +9,8 @@ from random import Random
 import numpy as np
 
 from ppexport.models.bytelevel import IDS, byte_tokenizer
+from ppexport.models.layout import lay_out, on_grid
 from ppexport.runtime.image import prepare
-from ppexport.runtime.language import build_prompt
 from ppexport.runtime.prune import Prune, Selection
 from ppexport.runtime.selector import packaged_selector
 from ppexport.workloads import words
@@ -63,7 +63,7 @@ class Reader:
         within_y, within_x = np.repeat([0, 1], 2), np.tile([0, 1], 2)
         y, x = (rows[:, None] * 2 + within_y).reshape(-1), (cols[:, None] * 2 + within_x).reshape(-1)
         ids, targets = self._tokens(turns, selection)
-        prompt = build_prompt(ids, IDS["<|image_pad|>"], [selection])
+        prompt = lay_out(ids, IDS["<|image_pad|>"], [selection.as_kept()], 3, on_grid)
         is_image = ids == IDS["<|image_pad|>"]
         stays = ~is_image
         stays[np.flatnonzero(is_image)[selection.keep]] = True

@@ -39,8 +39,8 @@ class Pocket(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.tower = qwen_vit.VisionTower(config.vision)
-        self.decoder = attention.Decoder(config.text)
+        self.tower = qwen_vit.Tower(config)
+        self.decoder = attention.Decoder(config)
         self.image_token = config.image_token
         self.patch_head = nn.Sequential(
             nn.LayerNorm(config.vision.width), nn.Linear(config.vision.width, CELLS * CLASSES)
@@ -57,7 +57,7 @@ class Pocket(nn.Module):
                 fan = parameter.shape[0] if "table" not in name and "positions" not in name else 2500
                 nn.init.normal_(parameter, 0.0, min(0.06, fan**-0.5))
         _look_at_neighbours(self.tower)
-        fixed = qwen_vit.constants(config.vision, qwen3_vl.PREPROCESSING)
+        fixed = qwen_vit.constants(config, qwen3_vl.PREPROCESSING)
         for module, values in ((self.tower, fixed), (self.decoder, attention.constants(config.text))):
             for name, value in values.items():
                 module.get_buffer(name).copy_(torch.from_numpy(value))
@@ -147,7 +147,7 @@ class Pocket(nn.Module):
         return loss, auxiliary, self.looking_loss(items), logits.argmax(-1)
 
 
-def _look_at_neighbours(tower: qwen_vit.VisionTower, strength: float = 5.0) -> None:
+def _look_at_neighbours(tower: qwen_vit.Tower, strength: float = 5.0) -> None:
     """Start each attention head at one of the four neighbours of a patch.
 
     Constant queries and keys (the biases) make the attention a function of the relative position alone, largest where

@@ -19,8 +19,8 @@ def save_checkpoint(model: Pocket, directory: Path) -> None:
     """The Hugging Face checkpoint in bf16: names and layouts of the weight table, reversed."""
     directory.mkdir(parents=True, exist_ok=True)
     raw = pocket_config()
-    config = qwen3_vl.parse_config(raw)
-    tables = qwen3_vl.weights(config)
+    config = qwen3_vl.QWEN3_VL.parse(raw)
+    tables = qwen3_vl.QWEN3_VL.weights(config)
     tensors = {}
     for module, graph in ((model.tower, "vision"), (model.decoder, "language")):
         parameters = dict(module.named_parameters())

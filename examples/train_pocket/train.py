@@ -214,7 +214,7 @@ def main(
     """Train, printing loss and teacher-forced accuracy per skill, saving often."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = Pocket(qwen3_vl.parse_config(pocket_config()))
+    model = Pocket(qwen3_vl.QWEN3_VL.parse(pocket_config()))
     options = (
         f"--read-steps {read_steps} --copy-steps {copy_steps} --steps {steps} --positions {positions} --rate {rate:g}"
     )

@@ -1,1 +1,13 @@
-"""Language decoders in torch: tokens and features in, logits and states out. One file per architecture."""
+"""Language decoders in torch: tokens and features in, logits and states out. One file per architecture.
+
+A file has a class ``Decoder(model, dtype, float32_kinds)`` whose layers lie in ``layers``, and ``constants(model)``,
+the values of its buffers.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import attention
+
+DECODERS: dict[str, ModuleType] = {"attention": attention}  # by ModelConfig.decoder

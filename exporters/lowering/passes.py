@@ -89,16 +89,19 @@ def _same(a: ir.Shape | None, b: ir.Shape | None, i: int) -> bool:
 def cache_rows(model: ir.Model) -> None:
     """Caches by position, and the new rows of all of them as one output.
 
-    Inputs key_i, value_i: [B, kv_heads, M, Dh] -> [M, B, kv_heads, Dh], so that the first entries of a longer cache are
-    a cache, and M can follow the length of the sequence. Outputs new_key_i, new_value_i [S, B, kv_heads, Dh] -> rows
-    [2 * layers, S, B, kv_heads, Dh]: one copy by the runtime appends all of them.
+    A cache is an input x that comes back as new_x and has the axis M. Inputs [B, kv_heads, M, Dh] -> [M, B, kv_heads,
+    Dh], so that the first entries of a longer cache are a cache, and M can follow the length of the sequence. Outputs
+    [S, B, kv_heads, Dh] each -> rows [caches, S, B, kv_heads, Dh]: one copy by the runtime appends all of them.
     """
-    graph, op = model.graph, Ops()
+    graph = model.graph
+    op = Ops()
     shape = ir.Shape([])
+    given_back = {value.name for value in graph.outputs}
+    caches = []
     for i, old in enumerate(graph.inputs):
-        if not (old.name or "").startswith(("key_", "value_")):
+        if f"new_{old.name}" not in given_back or old.shape is None or not any(n == "M" for n in old.shape):
             continue
-        assert old.shape is not None
+        caches.append(f"new_{old.name}")
         B, heads, M, width = old.shape
         shape = ir.Shape(["S", B, heads, width])
         new = ir.Value(name=old.name, shape=ir.Shape([M, B, heads, width]), type=old.type)
@@ -110,7 +113,7 @@ def cache_rows(model: ir.Model) -> None:
         return  # not a decoder
     graph.insert_before(graph[0], op.nodes)
     op = Ops()
-    rows = [v for v in graph.outputs if (v.name or "").startswith("new_")]
+    rows = [value for value in graph.outputs if value.name in caches]
     for value in rows:
         value.shape = shape
     stacked = op("Concat", *[op("Unsqueeze", v, op.ints([0])) for v in rows], axis=0)

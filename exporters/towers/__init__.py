@@ -1,1 +1,13 @@
-"""Vision towers in torch: image and kept tokens in, features out. One file per architecture."""
+"""Vision towers in torch: image and kept tokens in, features out. One file per architecture.
+
+A file has a class ``Tower(model, cast_first, dtype, float32_kinds)`` whose layers lie in ``blocks``, and
+``constants(model, preprocessing)``, the values of its buffers.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import qwen_vit
+
+TOWERS: dict[str, ModuleType] = {"qwen_vit": qwen_vit}  # by ModelConfig.tower

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...models.config import Preprocessing, VisionConfig
+from ...models.config import ModelConfig, Preprocessing, VisionConfig
 from ..layers import LayerNorm, Linear
 from ..lowering import ops
 
@@ -21,13 +21,18 @@ from ..lowering import ops
 class Block(nn.Module):
     """Pre-norm transformer block with full attention and two-dimensional rotary positions."""
 
-    def __init__(self, c: VisionConfig, dtype: torch.dtype, wide: Set[str]):
+    def __init__(self, c: VisionConfig, dtype: torch.dtype, float32_kinds: Set[str]):
         super().__init__()
-        self.heads, self.head_dim = c.heads, c.head_dim
-        self.dtype, self.wide_mlp = dtype, "mlp" in wide
-        self.norm1, self.norm2 = LayerNorm(c.width, c.norm_eps), LayerNorm(c.width, c.norm_eps)
-        self.qkv, self.proj = Linear(c.width, 3 * c.width), Linear(c.width, c.width)
-        self.fc1, self.fc2 = Linear(c.width, c.ffn), Linear(c.ffn, c.width)
+        self.heads = c.heads
+        self.head_dim = c.head_dim
+        self.dtype = dtype
+        self.float32_mlp = "mlp" in float32_kinds
+        self.norm1 = LayerNorm(c.width, c.norm_eps)
+        self.norm2 = LayerNorm(c.width, c.norm_eps)
+        self.qkv = Linear(c.width, 3 * c.width)
+        self.proj = Linear(c.width, c.width)
+        self.fc1 = Linear(c.width, c.ffn)
+        self.fc2 = Linear(c.ffn, c.width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B * T, width]; cos, sin [B, T, Dh / 2]; mask bool [B, T] or None -> [B * T, width]."""
@@ -39,7 +44,7 @@ class Block(nn.Module):
         out = ops.attention(q, k, v, self.head_dim**-0.5, mask).reshape(-1, width)
         out = ops.watch("attention", self.proj(out))
         x = ops.watch("residual", x + out.to(x.dtype))
-        h = self.norm2(x).to(torch.float32 if self.wide_mlp else self.dtype)
+        h = self.norm2(x).to(torch.float32 if self.float32_mlp else self.dtype)
         inner = ops.gelu(ops.watch("mlp", self.fc1(h)), "tanh")
         return ops.watch("residual", x + ops.watch("mlp", self.fc2(inner)).to(x.dtype))
 
@@ -47,12 +52,15 @@ class Block(nn.Module):
 class Merger(nn.Module):
     """merge x merge patches -> one token of the language model's width; normalises before or after merging."""
 
-    def __init__(self, c: VisionConfig, norm_merged: bool, dtype: torch.dtype, wide: Set[str]):
+    def __init__(self, c: VisionConfig, norm_merged: bool, dtype: torch.dtype, float32_kinds: Set[str]):
         super().__init__()
-        self.dtype, self.inner = dtype, torch.float32 if "merger" in wide else dtype
-        self.merged, self.norm_merged = c.width * c.merge**2, norm_merged
+        self.dtype = dtype
+        self.inner = torch.float32 if "merger" in float32_kinds else dtype
+        self.merged = c.width * c.merge**2
+        self.norm_merged = norm_merged
         self.norm = LayerNorm(self.merged if norm_merged else c.width, c.norm_eps)
-        self.fc1, self.fc2 = Linear(self.merged, self.merged), Linear(self.merged, c.out_width)
+        self.fc1 = Linear(self.merged, self.merged)
+        self.fc2 = Linear(self.merged, c.out_width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, width] -> [K, D]."""
@@ -64,7 +72,7 @@ class Merger(nn.Module):
         return ops.watch("features", self.fc2(inner)).to(self.dtype)
 
 
-class VisionTower(nn.Module):
+class Tower(nn.Module):
     """Image and kept indices in, features out: the embeddings, and with them the deepstack levels.
 
     Constants (``scale``, ``shift``, ``inv_freq``) are buffers filled by ``constants``: on the meta device, where
@@ -73,19 +81,21 @@ class VisionTower(nn.Module):
 
     def __init__(
         self,
-        c: VisionConfig,
+        model: ModelConfig,
         cast_first: bool = False,
         dtype: torch.dtype = torch.float32,
-        wide: Set[str] = frozenset(),
+        float32_kinds: Set[str] = frozenset(),
     ):
         super().__init__()
-        self.c, self.cast_first, self.dtype = c, cast_first, dtype
-        self.residual = torch.float32 if "residual" in wide else dtype
+        self.c = c = model.vision
+        self.cast_first = cast_first
+        self.dtype = dtype
+        self.residual = torch.float32 if "residual" in float32_kinds else dtype
         self.patch_embed = Linear(c.patch * c.patch * c.channels, c.width)
         self.positions = nn.Parameter(torch.empty(c.positions, c.width))
-        self.blocks = nn.ModuleList(Block(c, dtype, wide) for _ in range(c.depth))
-        self.merger = Merger(c, False, dtype, wide)
-        self.deepstack = nn.ModuleList(Merger(c, True, dtype, wide) for _ in c.deepstack)
+        self.blocks = nn.ModuleList(Block(c, dtype, float32_kinds) for _ in range(c.depth))
+        self.merger = Merger(c, False, dtype, float32_kinds)
+        self.deepstack = nn.ModuleList(Merger(c, True, dtype, float32_kinds) for _ in c.deepstack)
         self.register_buffer("scale", torch.empty(c.patch * c.patch * c.channels))
         self.register_buffer("shift", torch.empty(c.patch * c.patch * c.channels))
         self.register_buffer("inv_freq", torch.empty(c.head_dim // 4))
@@ -184,9 +194,11 @@ class VisionTower(nn.Module):
         return torch.cos(angles).to(self.dtype), torch.sin(angles).to(self.dtype)
 
 
-def constants(c: VisionConfig, pre: Preprocessing) -> dict[str, np.ndarray]:
+def constants(model: ModelConfig, pre: Preprocessing) -> dict[str, np.ndarray]:
     """Values of the tower's buffers, float32: pixel scale and shift (mean and std folded), rotary frequencies."""
-    mean, std = np.array(pre.mean), np.array(pre.std)
+    c = model.vision
+    mean = np.array(pre.mean)
+    std = np.array(pre.std)
     half = c.head_dim // 2
     return {
         "scale": np.tile(1 / (255 * std), c.patch * c.patch).astype(np.float32),

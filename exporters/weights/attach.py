@@ -14,10 +14,10 @@ from ...models.config import Preprocessing, Weight
 from ...models.errors import CheckpointError
 from ...models.precision import BITS, BYTES, PARTS, Precision
 from ..checkpoint import Checkpoint
-from ..decoders import attention
+from ..decoders import DECODERS
 from ..graphs import PRECISIONS, compute_precision
 from ..lowering.dialects import Dialect
-from ..towers import qwen_vit
+from ..towers import TOWERS
 from .gptq import Moments
 from .quantized_nodes import Stored, Users, store_blocks, store_rows
 
@@ -37,7 +37,7 @@ def attach(
     """
     table: dict[str, Weight] = checkpoint.family.weights(checkpoint.config)[graph]
     c = checkpoint.config
-    fixed = qwen_vit.constants(c.vision, pre) if graph == "vision" else attention.constants(c.text)
+    fixed = TOWERS[c.tower].constants(c, pre) if graph == "vision" else DECODERS[c.decoder].constants(c)
     computed = compute_precision(precision.base, dialect)
     if precision.quantized:
         model.graph.opset_imports[""] = max(model.graph.opset_imports[""], 21)  # the first with blocks

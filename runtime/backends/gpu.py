@@ -25,7 +25,8 @@ class GpuBackend:
     max_pixels: int | None = None
     appends = True
     byte_max = True  # engines and ``plain`` graphs calculate on floats
-    cache_step = 128  # the used part of a cache by position grows in such steps, so that shapes seldom change
+    batches = False
+    cache_multiple = 128  # the used part of a cache by position grows in such steps, so that shapes seldom change
 
     def __init__(self) -> None:
         self.cuda = cuda.api()
@@ -70,16 +71,18 @@ class GpuBackend:
             return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(buffer.shape)
         return raw.view(NUMPY[buffer.dtype]).reshape(buffer.shape).copy()
 
-    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
+    def copy_into(self, target: Buffer, at: int, source: Buffer, count: int | None = None) -> None:
         """See session.Backend; on the device."""
-        rows, width = source.shape[1], source.nbytes // source.shape[0]
-        row = width // rows
+        source_pitch = source.nbytes // source.shape[0]
+        row = source_pitch // source.shape[1]
+        target_pitch = target.shape[1] * row
+        width = source_pitch if count is None else count * row
+        to = target.pointer + at * row
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        pitch = target.shape[1] * row
         with self.lock:
             cuda.check(
                 self.cuda.cudaMemcpy2DAsync(
-                    target.pointer + at * row, pitch, source.pointer, width, width, source.shape[0], kind, self.stream
+                    to, target_pitch, source.pointer, source_pitch, width, source.shape[0], kind, self.stream
                 )
             )
             self._in_flight.append(source.owner)

@@ -109,7 +109,8 @@ class OrtCpu:
     name = "onnxruntime-cpu"
     capacity: int | None = None
     max_pixels: int | None = None
-    cache_step = 1
+    cache_multiple = 1
+    batches = True
     appends = True
 
     def __init__(self, threads: int = 0):
@@ -157,9 +158,10 @@ class OrtCpu:
         start = buffer.pointer - buffer.owner.ctypes.data
         return memory[start : start + buffer.nbytes].view(NUMPY[buffer.dtype]).reshape(buffer.shape)
 
-    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
+    def copy_into(self, target: Buffer, at: int, source: Buffer, count: int | None = None) -> None:
         """See session.Backend."""
-        self.download(target)[:, at : at + source.shape[1]] = self.download(source)
+        count = source.shape[1] if count is None else count
+        self.download(target)[:, at : at + count] = self.download(source)[:, :count]
 
     def wait(self) -> None:
         """See session.Backend; a run returns when it is done."""

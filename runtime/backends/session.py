@@ -79,7 +79,8 @@ class Backend(Protocol):
     name: str
     capacity: int | None  # tokens that a cache holds, where that is fixed
     max_pixels: int | None  # of images, where there is a limit
-    cache_step: int  # a cache by position is read in multiples of this
+    cache_multiple: int  # a cache by position is read in multiples of so many entries
+    batches: bool  # may a run of the decoder hold several sequences?
     byte_max: bool  # does it have Max and Min on bytes? (models.config.prune_file)
     appends: bool  # may the rest of a prompt, of any length, be run behind what a cache holds?
 
@@ -98,8 +99,11 @@ class Backend(Protocol):
     def download(self, buffer: Buffer) -> np.ndarray:
         """A buffer as a host array; where that is host memory, a view of it. bfloat16 becomes float32."""
 
-    def copy_into(self, target: Buffer, at: int, source: Buffer) -> None:
-        """target[:, at : at + n] = source, for a source [A, n, ...] and a target [A, m, ...], m >= at + n."""
+    def copy_into(self, target: Buffer, at: int, source: Buffer, count: int | None = None) -> None:
+        """target[:, at : at + count] = source[:, :count], for a source [A, n, ...] and a target [A, m, ...].
+
+        ``count``: None for all n; m >= at + count.
+        """
 
     def wait(self) -> None:
         """Return when everything that was started is done, so that times can be measured."""

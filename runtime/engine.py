@@ -1,0 +1,400 @@
+"""The loop that all requests share: each step runs a part of one prompt, and one more token of every other sequence."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Several
+
+import numpy as np
+
+from ..models.errors import BackendError, RequestError
+from .answer import Step
+from .backends.session import Buffer
+from .language import Inputs, Language
+from .reuse import Reuse, drop
+from .sequence import Picture, Sequence
+from .states import Slot, Slots
+from .stats import log_request
+from .vision import Vision
+
+TOGETHER = 8  # sequences that run at once, if nothing else is asked for
+CHUNK = 256  # tokens of a prompt that run at once while other sequences wait for their next token
+ROOM = 256  # tokens that a slot has room for at least, beyond what is known to be needed
+NO_LOGITS = np.empty(0, np.float32)
+
+
+class Engine:
+    """Runs sequences together. Any thread may call any method; ``cancel`` never waits.
+
+    ``context``: tokens of the longest sequence; ``together``: sequences that run at once, others wait for their turn;
+    ``reuse``: None keeps nothing.
+    """
+
+    def __init__(self, language: Language, vision: Vision, reuse: Reuse | None, context: int, together: int = TOGETHER):
+        self.language = language
+        self.vision = vision
+        self.reuse = reuse
+        self.context = context
+        self.together = together
+        self.pools: list[Slots] = []
+        self.lock = threading.RLock()
+        self._waiting: deque[Sequence] = deque()
+        self._active: list[Sequence] = []
+        self._dropped: deque[Sequence] = deque()  # cancelled, and not taken out yet
+        self._clock = 0  # sequences that have ended
+
+    @property
+    def held_bytes(self) -> int:
+        """What is kept of past requests."""
+        with self.lock:
+            self._take_out()
+            kept = self.reuse.features.nbytes if self.reuse else 0
+            return kept + sum(slots.nbytes for slots in self.pools if not slots.busy)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence run with the others."""
+        with self.lock:
+            self._waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Let a sequence end where it is; what it computed is kept for others.
+
+        Takes no lock: the garbage collector may do this in the middle of anything, on any thread.
+        """
+        if not sequence.cancelled:
+            sequence.cancelled = True
+            if not sequence.finished:
+                log_request(sequence.stats)
+            self._dropped.append(sequence)
+
+    def next(self, sequence: Sequence) -> Step | None:
+        """The next token of an added sequence, None at its end; others run on with it.
+
+        Raises what ended the sequence early.
+        """
+        while True:
+            with self.lock:
+                if sequence.pending:
+                    return sequence.pending.popleft()
+                if sequence.error is not None:
+                    raise sequence.error
+                if sequence.finished or sequence.cancelled:
+                    return None
+                self.step()
+
+    def step(self) -> list[Sequence]:
+        """At most one chunk of one prompt, and one more token of every sequence that has a first one.
+
+        Returns the sequences that got a token, or ended. A sequence that fails has an ``error``, and others run on.
+        """
+        with self.lock:
+            self._take_out()
+            self._leave_broken()
+            self._admit()
+            return [*self._decode(), *self._prefill()]
+
+    def forget(self) -> None:
+        """Keep nothing of past requests."""
+        with self.lock:
+            self._take_out()
+            self._drop_idle()
+            if self.reuse is not None:
+                self.reuse.features.clear()
+
+    def close(self) -> None:
+        """End all sequences and keep nothing."""
+        with self.lock:
+            for sequence in [*self._waiting, *self._active]:
+                self.cancel(sequence)
+            self._take_out()
+            self.reuse = None
+            self._drop_idle()
+
+    # ------------------------------------------------------------------------------------- slots
+
+    def _take_out(self) -> None:
+        """Sequences that were cancelled."""
+        while self._dropped:
+            sequence = self._dropped.popleft()
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+            if sequence in self._active:
+                self._end(sequence)
+
+    def _leave_broken(self) -> None:
+        """End the sequences whose memory was left half changed, by an interruption of another one."""
+        for slots in [slots for slots in self.pools if slots.broken]:
+            inside = [sequence for sequence in self._active if sequence.runs_in(slots)]
+            self._fail(inside, BackendError("a run of several requests was interrupted; ask again"))
+            if slots in self.pools:
+                drop(slots, self.pools)
+
+    def _admit(self) -> None:
+        """Waiting sequences get slots. Those that wait for their readers do not keep others from running."""
+        while self._waiting and sum(not sequence.stalled for sequence in self._active) < self.together:
+            sequence = self._waiting.popleft()
+            try:
+                slot, known = self._slot_for(sequence)
+            except Exception as err:
+                sequence.error = err
+                sequence.finished = True
+                continue
+            slot.busy = True
+            sequence.slot = slot
+            sequence.rest = sequence.prompt.after(known)
+            left = np.unique(sequence.rest.image_of[sequence.rest.image_of >= 0])
+            sequence.images_to_encode = [sequence.pictures[i] for i in left]
+            sequence.stats.reused_tokens = known
+            self._active.append(sequence)
+
+    def _slot_for(self, sequence: Sequence) -> tuple[Slot, int]:
+        """A slot, and how many tokens of the prompt it holds already.
+
+        Case 1: one that an earlier request left. Case 2: beside the sequences that run, so that they run as one batch.
+        Case 3: memory of its own.
+        """
+        tokens = len(sequence.prompt.ids) + min(sequence.limit - 1, ROOM)
+        if self.reuse is not None:  # case 1
+            found, known = self.reuse.find(self.pools, sequence.prompt, sequence.digests)
+            if found is not None:
+                found.rewind(known)
+                return found, known
+        slot = self._beside_others(tokens)  # case 2
+        if slot is None and self.reuse is not None:
+            slot = self.reuse.again(self.pools)
+        if slot is not None:
+            slot.rewind(0)
+            return slot, 0
+        slots = self.language.slots(self.language.backend.capacity or tokens)  # case 3
+        self.pools.append(slots)
+        return slots.listed[0], 0
+
+    def _beside_others(self, tokens: int) -> Slot | None:
+        """A slot of the memory that most sequences run in; it grows by doubling up to ``together`` slots."""
+        running = [sequence.slot.slots for sequence in self._active if sequence.slot is not None]
+        if not running or not self.language.batches:
+            return None
+        slots = max(running, key=running.count)
+        idle = sorted((slot for slot in slots.listed if not slot.busy), key=lambda slot: slot.last_used)
+        empty = [slot for slot in idle if not slot.length]
+        if not empty and len(slots.listed) < self.together:
+            slots.grow(min(2 * len(slots.listed), self.together), max(slots.capacity, tokens))
+            empty = [slot for slot in slots.listed if not slot.busy and not slot.length]
+        return next(iter([*empty, *idle]), None)
+
+    def _make_room(self, slots: Slots, tokens: int) -> None:
+        """Room for ``tokens`` tokens in every slot, and some more, so that entries are seldom moved."""
+        if tokens <= slots.capacity:
+            return
+        if self.language.backend.capacity:
+            raise RequestError(f"{tokens} tokens, expected at most {slots.capacity} (the cache's capacity)")
+        slots.grow(len(slots.listed), max(tokens, min(tokens + max(ROOM, tokens // 4), self.context)))
+
+    def _end(self, sequence: Sequence) -> None:
+        """Take a sequence out; its slot is kept for others if anything is."""
+        self._active.remove(sequence)
+        slot = sequence.slot
+        assert slot is not None
+        sequence.slot = None
+        sequence.features = None
+        sequence.parts.clear()
+        slot.busy = False
+        slot.images = sequence.digests
+        self._clock += 1
+        slot.last_used = self._clock
+        if self.reuse is None:
+            if not slot.slots.broken:
+                slot.rewind(0)
+            self._drop_idle()
+        else:
+            self.reuse.trim(self.pools)
+
+    def _drop_idle(self) -> None:
+        for slots in [slots for slots in self.pools if not slots.busy]:
+            drop(slots, self.pools)
+
+    def _fail(self, sequences: Several[Sequence], error: BaseException) -> None:
+        for sequence in sequences:
+            sequence.error = error
+            sequence.finished = True
+            log_request(sequence.stats)
+            slot = sequence.slot
+            assert slot is not None
+            if not slot.slots.broken:
+                slot.rewind(0)
+            self._end(sequence)
+
+    # ------------------------------------------------------------------------------------- prompts
+
+    def _prefill(self) -> list[Sequence]:
+        """One image or one chunk of the first prompt that is not done; all of it where nobody else waits for tokens."""
+        sequence = next((s for s in self._active if not s.decodes), None)
+        if sequence is None:
+            return []
+        others = any(s.decodes and not s.stalled for s in self._active)
+        try:
+            while not sequence.encoded:
+                self._encode(sequence)
+                if others and sequence.pictures:
+                    return []
+            return self._run_prompt(sequence, CHUNK if others and self.language.backend.appends else None)
+        except Exception as err:
+            self._fail([sequence], err)
+            return [sequence]
+
+    def _encode(self, sequence: Sequence) -> None:
+        """Features of one more image that the slot does not hold; ``encoded`` when all are there."""
+        with sequence.stats.stage("vision"):
+            missing = sequence.images_to_encode
+            if missing:
+                sequence.parts.append(self.features(missing.pop(0)))
+                self.language.backend.wait()
+            sequence.encoded = not missing
+            if sequence.encoded and sequence.parts:
+                sequence.features = self.vision.join(sequence.parts)
+                sequence.parts.clear()
+
+    def features(self, picture: Picture) -> Buffer:
+        """Features of an image [1 + L, K, D] on the backend; computed where they are not kept."""
+        kept = self.reuse.features.get(picture.digest) if self.reuse else None
+        if kept is not None:
+            return kept
+        computed = self.vision.join([self.vision.encode(view.image, view.keep, view.others) for view in picture.views])
+        if self.reuse:
+            self.reuse.features.keep(picture.digest, computed)
+        return computed
+
+    def _run_prompt(self, sequence: Sequence, most: int | None) -> list[Sequence]:
+        """Run what is left of a prompt, or ``most`` tokens of it."""
+        rest, slot = sequence.rest, sequence.slot
+        assert rest is not None
+        assert slot is not None
+        begin = sequence.done
+        end = len(rest.ids) if most is None else min(begin + most, len(rest.ids))
+        with sequence.stats.stage("prefill"):
+            self._make_room(slot.slots, slot.length + end - begin)
+            inputs = Inputs(
+                rest.ids[None, begin:end],
+                rest.feature_rows[None, begin:end],
+                rest.positions[:, None, begin:end],
+                np.array([slot.length], np.int32),
+            )
+            logits = self.language.run(slot.slots, slot.index, [slot.index], inputs, sequence.features)
+            slot.append(rest.columns[:, begin:end])
+        sequence.done = end
+        if end < len(rest.ids):
+            return []
+        sequence.features = None
+        return self._choose([sequence], logits)
+
+    # -------------------------------------------------------------------------------------- tokens
+
+    def _decode(self) -> list[Sequence]:
+        """One more token of every sequence that has one and whose reader is not far behind."""
+        advanced = []
+        for batch in self._batches():
+            begin = [sequence.stats.begin() for sequence in batch]
+            try:
+                logits = self._run_tokens(batch)
+            except Exception as err:
+                self._fail(batch, err)
+                advanced += batch
+                continue
+            for sequence, at in zip(batch, begin, strict=True):
+                sequence.stats.end("decode", at)
+            advanced += self._choose(batch, logits)
+        return advanced
+
+    def _batches(self) -> Iterator[list[Sequence]]:
+        """Sequences that run as one: those of the same memory, or each alone."""
+        ready = [sequence for sequence in self._active if sequence.decodes and not sequence.stalled]
+        for slots in list(self.pools):
+            batch = [sequence for sequence in ready if sequence.runs_in(slots)]
+            if self.language.batches and batch:
+                yield batch
+            else:
+                yield from ([sequence] for sequence in batch)
+
+    def _run_tokens(self, batch: list[Sequence]) -> np.ndarray:
+        """Run the last token of each: logits float32 [len(batch), V].
+
+        The rows between the first and the last slot run all. One that lies idle there, or waits, runs a token that
+        nobody asked for: it is written behind the slot's own end, and the next token there takes its place.
+        """
+        places = [sequence.slot for sequence in batch if sequence.slot is not None]
+        slots = places[0].slots
+        first = min(slot.index for slot in places)
+        rows = slots.listed[first : max(slot.index for slot in places) + 1]
+        self._make_room(slots, max(slot.length for slot in rows) + 1)
+        n = len(rows)
+        ids = np.zeros((n, 1), np.int32)
+        positions = np.zeros((self.language.model.axes, n, 1), np.int32)
+        for sequence, slot in zip(batch, places, strict=True):
+            ids[slot.index - first] = sequence.token
+            positions[:, slot.index - first] = sequence.next_position
+        start = np.array([slot.length for slot in rows], np.int32)
+        inputs = Inputs(ids, np.full((n, 1), -1, np.int32), positions, start)
+        active = [slot.index for slot in places]
+        logits = self.language.run(slots, first, active, inputs, None)
+        for slot in places:
+            row = slot.index - first
+            slot.append(np.vstack([ids[row], [-1], positions[:, row]]).astype(np.int32))
+        return logits[[slot.index - first for slot in places]] if n > 1 else logits
+
+    def _choose(self, batch: list[Sequence], logits: np.ndarray) -> list[Sequence]:
+        """The next token of each, from logits float32 [len(batch), V]."""
+        for sequence, row in zip(batch, logits, strict=True):
+            stats = sequence.stats
+            try:
+                token = sequence.sampling.choose(row, sequence.rng)
+            except Exception as err:
+                self._fail([sequence], err)
+                continue
+            sequence.token = token
+            stats.generated_tokens += 1
+            full = stats.generated_tokens == sequence.limit
+            stats.finish = "stop" if token in sequence.stop else sequence.limited_by if full else ""
+            sequence.pending.append(Step(token, row.copy() if sequence.keeps_logits else NO_LOGITS))
+            if stats.finish:
+                sequence.finished = True
+                self._end(sequence)
+                log_request(stats)
+        return batch
+
+
+class Steps(Iterator[Step]):
+    """Iterate for the tokens of a sequence; it runs when it is read, and ends when this is closed or dropped."""
+
+    def __init__(self, engine: Engine, sequence: Sequence, added: bool = False):
+        self._engine = engine
+        self._sequence = sequence
+        self._added = added
+        self._closed = False
+
+    def __next__(self) -> Step:
+        if self._closed:
+            raise StopIteration
+        if not self._added:
+            self._added = True
+            self._engine.add(self._sequence)
+        try:
+            step = self._engine.next(self._sequence)
+        except BaseException:
+            self.close()
+            raise
+        if step is None:
+            self.close()
+            raise StopIteration
+        return step
+
+    def close(self) -> None:
+        """Nobody wants more of it."""
+        if not self._closed:
+            self._closed = True
+            if self._added:
+                self._engine.cancel(self._sequence)
+
+    def __del__(self) -> None:
+        self.close()

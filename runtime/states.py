@@ -1,0 +1,297 @@
+"""What sequences remember of their tokens: the decoder's states, each one allocation with a slot for every sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ..models.config import State
+from .backends.session import Backend, Binding, Buffer
+
+Digests = tuple[bytes, ...]  # of the images of a request
+
+
+class Slot:
+    """One sequence's row of the states, and what its entries were computed from."""
+
+    def __init__(self, slots: Slots, index: int):
+        self.slots = slots
+        self.index = index
+        self.length = 0  # tokens in it
+        self.images: Digests = ()
+        self.busy = False  # does a sequence run in it?
+        self.last_used = 0  # rising
+        self._columns: list[np.ndarray] = []
+
+    @property
+    def held(self) -> np.ndarray:
+        """What the entries were computed from: int32 [2 + A, length], as Prompt.columns."""
+        start = np.empty((self.slots.column_rows, 0), np.int32)
+        self._columns = [np.concatenate([start, *self._columns], axis=1)[:, : self.length]]
+        return self._columns[0]
+
+    def rewind(self, length: int) -> None:
+        """Go on after the first ``length`` tokens; the entries behind them are written anew."""
+        self._columns = [self.held[:, :length]]
+        self.length = length
+        if not length:
+            self.slots.clear(self.index)
+
+    def append(self, columns: np.ndarray) -> None:
+        """Entries for further tokens, int32 [2 + A, n], have been written."""
+        self._columns.append(columns.copy())
+        self.length += columns.shape[1]
+
+
+class Form(Protocol):
+    """Memory of some of the states, in the way that the decoder graph takes them."""
+
+    nbytes: int
+
+    def grow(self, slots: int, capacity: int, used: int) -> None:
+        """Move to memory for more slots or tokens; the first ``used`` entries of every slot stay."""
+
+    def attach(self, binding: Binding, first: int, count: int) -> None:
+        """Bind the rows ``first`` ... of the slots to a binding that has not run yet."""
+
+    def before(self, binding: Binding, length: int, tokens: int) -> None:
+        """Bind for a run that adds so many tokens to the ``length`` that are there."""
+
+    def after(self, first: int, count: int, active: Sequence[int], length: int, tokens: int) -> None:
+        """Keep what that run of ``count`` rows computed for the slots ``active``."""
+
+    def clear(self, slot: int) -> None:
+        """A new sequence begins in the slot."""
+
+
+class InPlace:
+    """States with an entry per token, input and output of the graph at once: dialects ``ort`` and ``standard``."""
+
+    def __init__(self, backend: Backend, states: Sequence[State], dtype: str):
+        self.backend = backend
+        self.states = states
+        self.dtype = dtype
+        self.memory: dict[str, Buffer] = {}
+        self.nbytes = 0
+
+    def grow(self, slots: int, capacity: int, used: int) -> None:
+        """See Form; one state after the other, so that little is there twice."""
+        self.nbytes = 0
+        for state in self.states:
+            new = self.backend.zeros(state.sized(slots, capacity), _dtype(state, self.dtype))
+            old = self.memory.get(state.name)
+            if old is not None and used:
+                rows = new.rows(0, old.shape[0])
+                self.backend.copy_into(_entries(rows, state), 0, _entries(old, state), used)
+            self.memory[state.name] = new
+            self.nbytes += new.nbytes
+
+    def attach(self, binding: Binding, first: int, count: int) -> None:
+        """See Form."""
+        for name, buffer in self.memory.items():
+            rows = buffer.rows(first, first + count)
+            binding.input(name, rows)
+            binding.output(f"new_{name}", rows)
+
+    def before(self, binding: Binding, length: int, tokens: int) -> None:
+        """See Form."""
+
+    def after(self, first: int, count: int, active: Sequence[int], length: int, tokens: int) -> None:
+        """See Form."""
+
+    def clear(self, slot: int) -> None:
+        """See Form; the graph looks at no entry before it has written it."""
+
+
+class ByPosition:
+    """One buffer [caches, capacity, 1, kv_heads, Dh] for a single slot: dialect ``plain``.
+
+    The graph reads what is used and puts out new rows. Where nothing is used yet, one entry is bound; the graph masks
+    out what lies behind the used part.
+    """
+
+    def __init__(self, backend: Backend, states: Sequence[State], dtype: str):
+        self.backend = backend
+        self.names = [state.name for state in states]
+        self.dtype = dtype
+        _, heads, _, width = states[0].shape
+        self.row = (1, int(heads), int(width))
+        self.memory: Buffer | None = None
+        self.new: Buffer | None = None
+        self.nbytes = 0
+
+    def grow(self, slots: int, capacity: int, used: int) -> None:
+        """See Form."""
+        memory = self.backend.zeros((len(self.names), capacity, *self.row), self.dtype)
+        if self.memory is not None and used:
+            self.backend.copy_into(memory, 0, self.memory, used)
+        self.memory = memory
+        self.nbytes = memory.nbytes
+        self.new = None
+
+    def attach(self, binding: Binding, first: int, count: int) -> None:
+        """See Form."""
+
+    def before(self, binding: Binding, length: int, tokens: int) -> None:
+        """See Form."""
+        assert self.memory is not None
+        capacity = self.memory.shape[1]
+        multiple = self.backend.cache_multiple
+        used = min(capacity, -(-length // multiple) * multiple) if length else 1
+        for i, name in enumerate(self.names):
+            cache = self.memory.rows(i, i + 1).reshape(capacity, *self.row)
+            binding.input(name, cache.rows(0, used))
+        if self.new is None or self.new.shape[1] != tokens:
+            self.new = self.backend.zeros((len(self.names), tokens, *self.row), self.dtype)
+            binding.output("rows", self.new)
+
+    def after(self, first: int, count: int, active: Sequence[int], length: int, tokens: int) -> None:
+        """See Form."""
+        assert self.memory is not None
+        assert self.new is not None
+        self.backend.copy_into(self.memory, length, self.new)
+
+    def clear(self, slot: int) -> None:
+        """See Form."""
+
+
+class Copied:
+    """States without an entry per token: the graph puts out new ones, which are copied back for active slots only."""
+
+    def __init__(self, backend: Backend, states: Sequence[State], dtype: str):
+        self.backend = backend
+        self.states = states
+        self.dtype = dtype
+        self.memory: dict[str, Buffer] = {}
+        self.new: dict[tuple[int, int], dict[str, Buffer]] = {}  # by first row and count
+        self.nbytes = 0
+
+    def grow(self, slots: int, capacity: int, used: int) -> None:
+        """See Form."""
+        self.new.clear()
+        self.nbytes = 0
+        for state in self.states:
+            new = self.backend.zeros(state.sized(slots, capacity), _dtype(state, self.dtype))
+            old = self.memory.get(state.name)
+            if old is not None:
+                self.backend.copy_into(_flat(new.rows(0, old.shape[0])), 0, _flat(old))
+            self.memory[state.name] = new
+            self.nbytes += new.nbytes
+
+    def attach(self, binding: Binding, first: int, count: int) -> None:
+        """See Form."""
+        made = {}
+        for name, buffer in self.memory.items():
+            made[name] = self.backend.zeros((count, *buffer.shape[1:]), buffer.dtype)
+            binding.input(name, buffer.rows(first, first + count))
+            binding.output(f"new_{name}", made[name])
+        self.new[first, count] = made
+
+    def before(self, binding: Binding, length: int, tokens: int) -> None:
+        """See Form."""
+
+    def after(self, first: int, count: int, active: Sequence[int], length: int, tokens: int) -> None:
+        """See Form."""
+        for name, new in self.new[first, count].items():
+            for slot in active:
+                row = slot - first
+                self.backend.copy_into(_flat(self.memory[name].rows(slot, slot + 1)), 0, _flat(new.rows(row, row + 1)))
+
+    def clear(self, slot: int) -> None:
+        """See Form."""
+        for buffer in self.memory.values():
+            row = buffer.rows(slot, slot + 1)
+            self.backend.copy_into(_flat(row), 0, _flat(self.backend.zeros(row.shape, row.dtype)))
+
+
+class Run:
+    """The decoder graph bound to some rows of the states."""
+
+    def __init__(self, binding: Binding, logits: Buffer):
+        self.binding = binding
+        self.logits = logits  # float32 [count, 1, V]
+        self.inputs: dict[str, Buffer] = {}  # kept for the next run with as many tokens
+        self.features: Buffer | None = None
+
+
+class Slots:
+    """Memory of several sequences of up to ``capacity`` tokens. ``column_rows``: 2 + A, see Prompt.columns."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        states: Sequence[State],
+        dtype: str,
+        by_position: bool,
+        column_rows: int,
+        capacity: int,
+    ):
+        caches = [state for state in states if state.by_token]
+        others = [state for state in states if not state.by_token]
+        self.forms: list[Form] = []
+        if caches:
+            form = ByPosition if by_position else InPlace
+            self.forms.append(form(backend, caches, dtype))
+        if others:
+            self.forms.append(Copied(backend, others, dtype))
+        self.column_rows = column_rows
+        self.rewindable = all(state.rewindable for state in states)
+        self.listed: list[Slot] = []
+        self.capacity = 0
+        self.runs: dict[tuple[int, int], Run] = {}  # by first row and count
+        self.broken = False  # was a change to the memory interrupted?
+        self.grow(1, capacity)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all states."""
+        return sum(form.nbytes for form in self.forms)
+
+    @property
+    def busy(self) -> bool:
+        """Does any sequence run in it?"""
+        return any(slot.busy for slot in self.listed)
+
+    @property
+    def last_used(self) -> int:
+        """When a sequence ended here the last time."""
+        return max(slot.last_used for slot in self.listed)
+
+    def grow(self, count: int, capacity: int) -> None:
+        """Have ``count`` slots of ``capacity`` tokens; what is held stays."""
+        used = max((slot.length for slot in self.listed), default=0)
+        self.broken = True
+        self.runs.clear()  # they hold the memory before
+        for form in self.forms:
+            form.grow(count, capacity, used)
+        self.broken = False
+        self.listed += [Slot(self, i) for i in range(len(self.listed), count)]
+        self.capacity = capacity
+
+    def clear(self, index: int) -> None:
+        """A new sequence begins in the slot."""
+        for form in self.forms:
+            form.clear(index)
+
+    def close(self) -> None:
+        """Give the memory back at once, rather than when the garbage collector finds that slots name each other."""
+        self.runs.clear()
+        self.forms.clear()
+        self.listed.clear()
+
+
+def _dtype(state: State, computed: str) -> str:
+    return computed if state.dtype == "compute" else state.dtype
+
+
+def _entries(buffer: Buffer, state: State) -> Buffer:
+    """A state with an entry per token as [everything before it, M, everything behind it]."""
+    at = state.shape.index("M")
+    return buffer.reshape(math.prod(buffer.shape[:at]), buffer.shape[at], math.prod(buffer.shape[at + 1 :]))
+
+
+def _flat(buffer: Buffer) -> Buffer:
+    return buffer.reshape(1, math.prod(buffer.shape))
