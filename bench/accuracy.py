@@ -19,8 +19,8 @@ from machine import describe
 
 import ppexport
 from ppexport.eval import Result, evaluate
+from ppexport.models.pruners.pixelprune import PixelPrune
 from ppexport.runtime.pipeline import Pipeline
-from ppexport.runtime.prune import Prune
 from ppexport.workloads.screens import SKILLS
 
 LEVELS = (0, 2, 5, 10, 25)  # tau in 1 / 255
@@ -28,7 +28,9 @@ METHODS = ("pred_2d", "raster", "unique", "random")
 Row = dict[str, Any]
 
 
-def measure(pipe: Pipeline, prune: Prune | None, level: int | None, count: int, full: dict[str, Result]) -> list[Row]:
+def measure(
+    pipe: Pipeline, prune: PixelPrune | None, level: int | None, count: int, full: dict[str, Result]
+) -> list[Row]:
     """One row per skill; ``full`` holds the unpruned results, to compare sample by sample."""
     rows = []
     for skill in SKILLS:
@@ -68,7 +70,7 @@ def sweep(bundle: Path, levels: tuple[int, ...], count: int) -> list[Row]:
     rows = measure(pipe, None, None, count, full)
     for method in METHODS:
         for level in levels_of(method, levels):
-            rows += measure(pipe, Prune(method, tau=level / 255), level, count, full)
+            rows += measure(pipe, PixelPrune(method, tau=level / 255), level, count, full)
     return rows
 
 

@@ -30,7 +30,7 @@ from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 
 
-def measure(pipe: ppexport.Pipeline, prune: ppexport.Prune, image: np.ndarray, repeats: int) -> dict[str, object]:
+def measure(pipe: ppexport.Pipeline, prune: ppexport.PixelPrune, image: np.ndarray, repeats: int) -> dict[str, object]:
     times: dict[bool, list[float]] = {False: [], True: []}
     stages: list[float] = []
     for i in range(repeats + 5):
@@ -68,7 +68,7 @@ def main(repeats: int, output: Path | None) -> None:
             bundle = build(checkpoint, Path(name) / f"{checkpoint.name}.bundle")
             pipe = ppexport.load(bundle)
             for tau, flat in ((0.0, False), (0.05, True)):
-                row = measure(pipe, ppexport.Prune(tau=tau), photo_like(640, 480, flat), count)
+                row = measure(pipe, ppexport.PixelPrune(tau=tau), photo_like(640, 480, flat), count)
                 result["rows"].append({"model": checkpoint.name, **row})
                 print(json.dumps(result["rows"][-1]), flush=True)
             del pipe

@@ -55,7 +55,7 @@ class Reference:
         return answer["ms"], answer["keep"]
 
 
-def ours(image: np.ndarray, prune: ppexport.Prune, resize: bool) -> tuple[float, list[int]]:
+def ours(image: np.ndarray, prune: ppexport.PixelPrune, resize: bool) -> tuple[float, list[int]]:
     selector = packaged_selector(32)
     begin = time.perf_counter()
     pixels = prepare(image, 32, 65536, 16777216) if resize else image
@@ -102,7 +102,7 @@ def copy_bandwidth() -> float:
 MEMORY = """
 import sys, numpy, ppexport
 from ppexport.runtime.selector import packaged_selector
-selector, prune = packaged_selector(32), ppexport.Prune(tau=float(sys.argv[2]), anchored=sys.argv[3] == "1")
+selector, prune = packaged_selector(32), ppexport.PixelPrune(tau=float(sys.argv[2]), anchored=sys.argv[3] == "1")
 selector.select(selector.backend.upload(numpy.arange(64 * 64 * 3, dtype=numpy.uint8).reshape(64, 64, 3)), prune)
 image = selector.backend.upload(numpy.load(sys.argv[1]))
 status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
@@ -142,7 +142,7 @@ def main(
             for file, array in zip(files, (image, pixels), strict=True):
                 np.save(file, array)
             for (tau, anchored), front in [*((s, False) for s in SETTINGS), (SETTINGS[0], True)]:
-                prune = ppexport.Prune(tau=tau, anchored=anchored)
+                prune = ppexport.PixelPrune(tau=tau, anchored=anchored)
                 mine, theirs = [], []
                 for i in range(repeats + 2):
                     ms, keep = ours(image if front else pixels, prune, front)

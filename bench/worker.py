@@ -39,7 +39,7 @@ def main() -> None:
             pipe.engine.forget()
         stats, times, tokens = ppexport.Stats(), [], []
         images = [request["image"]] if request["image"] else []
-        prune = ppexport.Prune() if request["prune"] else None
+        prune = ppexport.PixelPrune() if request["prune"] else None
         steps = pipe.generate_tokens(request["ids"], images, prune, request["tokens"], stats=stats, stop=())
         for step in steps:
             times.append(time.perf_counter())

@@ -16,24 +16,26 @@ import onnx_ir as ir
 
 from ..models import manifest
 from ..models.checks import shown
-from ..models.config import ModelConfig, Preprocessing, prune_file
+from ..models.config import ModelConfig, Preprocessing
 from ..models.errors import CheckpointError
 from ..models.hfconfig import Reader, defaults_of
 from ..models.manifest import sha256
 from ..models.precision import BYTES, Precision, Wanted, resolve
+from ..models.pruners import Pruner, settings_of
+from ..models.pruners.pixelprune import PixelPrune, prune_file
 from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
 from .fp16_range import float32_kinds
 from .lowering.dialects import DIALECTS, Dialect
-from .pruners.packaged import pruning_graphs
+from .pruners import Sizes, pruning_graphs
 from .run_model import Sample
 from .weights.attach import attach, not_in_blocks, weight_bytes
 from .weights.gptq import Moments, collect
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 FROM_DTYPE = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-FILES = {"prune": prune_file("pred_2d", "max"), "vision": "vision.onnx", "language": "language.onnx"}
+FILES = {"vision": "vision.onnx", "language": "language.onnx"}
 HEAD_DIM_STEP = 8  # of GroupQueryAttention; it loads graphs with other widths, and fails when they run
 FIXED_RAM = 680_000_000  # bytes: torch, the exporter and one traced graph
 # bytes to run the layers in float32: for each value of the largest tensor, and for each unit inside of vision's MLPs
@@ -49,6 +51,7 @@ class Plan:
     precision: Precision
     dialect: str
     preprocessing: Preprocessing
+    prune: tuple[Pruner, ...]  # of requests that do not say how
     weights: int  # bytes of the stored weights
     disk: int  # bytes the bundle takes
     ram: int  # bytes of memory at the peak
@@ -66,10 +69,12 @@ def plan(
     dialect: str = "ort",
     engines: bool = False,
     calibrated: int = 0,
+    prune: Sequence[Pruner] = (PixelPrune(),),
 ) -> Plan:
     """Open and check a checkpoint and estimate what its bundle needs (``engines``: they will be compiled from it).
 
-    ``calibrated``: images that matrices in int4 are fitted to. Raises CheckpointError.
+    ``calibrated``: images that matrices in int4 are fitted to; ``prune``: what the bundle says where requests do not.
+    Raises CheckpointError.
     """
     checkpoint = Checkpoint.open(path)
     if dialect not in DIALECTS:
@@ -115,13 +120,13 @@ def plan(
         matrices = [w.shape for graph in _fitted(precision) for w in tables[graph].values() if len(w.shape) == 2]
         disk += sum(4 * inner**2 for _, inner in matrices)
     # the largest tensor: as mapped, as read, as converted, as integers
-    tables = checkpoint.family.weights(checkpoint.config).values()
-    largest = max(math.prod(weight.shape) for table in tables for weight in table.values())
+    tables = checkpoint.family.weights(checkpoint.config)
+    largest = max(math.prod(weight.shape) for table in tables.values() for weight in table.values())
     ram = FIXED_RAM + largest * (2 * 4 if checkpoint.dtype == "F32" else 2 * 2) + largest * BYTES[precision.base]
     if calibrated:
         per_value, per_unit = CALIBRATION_RAM
         ram += per_value * largest + per_unit * checkpoint.config.vision.ffn
-    return Plan(checkpoint, precision, dialect, pre, weights, disk, ram, tuple(notices))
+    return Plan(checkpoint, precision, dialect, pre, tuple(prune), weights, disk, ram, tuple(notices))
 
 
 def _fitted(precision: Precision) -> list[str]:
@@ -152,7 +157,8 @@ def export(
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision.base, kinds[name])
     progress("trace", 3, 3)
-    for name, graph in pruning_graphs(config.vision.block, dialect).items():
+    sizes = Sizes(config.vision.block, config.levels, config.text.width, graphs.PRECISIONS[plan.compute])
+    for name, graph in pruning_graphs(sizes, dialect).items():
         ir.save(graph, directory / name)
     with tempfile.TemporaryDirectory(dir=directory) as moments_directory:
         moments: Moments | None = None
@@ -181,6 +187,8 @@ def _manifest(
     files: dict[str, manifest.FileRecord],
     hashes: dict[str, str],
 ) -> manifest.Manifest:
+    pixel = next((pruner for pruner in plan.prune if isinstance(pruner, PixelPrune)), PixelPrune())
+    usual = prune_file(pixel.graph)  # what engines are compiled of
     return manifest.Manifest(
         schema=manifest.SCHEMA,
         family=config.family,
@@ -189,10 +197,10 @@ def _manifest(
         compute=plan.compute,
         float32_kinds=kinds,
         interface=interface,
-        graphs={name: manifest.Graph(file, dialect.name) for name, file in FILES.items()},
+        graphs={name: manifest.Graph(file, dialect.name) for name, file in {"prune": usual, **FILES}.items()},
         model=config,
         preprocessing=plan.preprocessing,
-        prune=manifest.PruneDefaults(),
+        prune=settings_of(plan.prune),
         context=config.text.context,
         stop_tokens=_stop_tokens(plan.checkpoint),
         versions={

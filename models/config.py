@@ -10,22 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which selector graphs ship with the package
-PREDICTORS, PRUNE_METRICS = ("pred_2d", "raster", "serpentine"), ("max", "mae", "rmse")
-PRUNE_METHODS = (*PREDICTORS, "unique", "conncomp", "random")  # random needs no graph of its own
-MOST_SEED = 2**31 - 2  # of the baselines
-# (method, metric) of every pruning graph; unique knows equal and not equal only
-PRUNE_GRAPHS = (*((m, d) for m in (*PREDICTORS, "conncomp") for d in PRUNE_METRICS), ("unique", "max"))
-
-
-def prune_file(method: str, metric: str, byte_max: bool = True) -> str:
-    """The name of the graph of a method and a metric, in a bundle and in the package.
-
-    Graphs for ONNX Runtime come in two forms with equal results: one with Max and Min on bytes (``byte_max``), which
-    it has from 1.24 on, and one without, for older ones.
-    """
-    return f"prune.{method}.{metric}{'' if byte_max else '.no_byte_max'}.onnx"
-
 
 @dataclass(frozen=True)
 class VisionConfig:

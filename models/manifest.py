@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import ModelConfig, Preprocessing
-from .errors import BundleError
+from .errors import BundleError, RequestError
 from .precision import BITS, BYTES, PARTS, Precision
+from .pruners import PruneSetting, pruners_of
 from .strict import StrictError, from_json, to_json
 
 SCHEMA = 4
@@ -35,16 +36,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class PruneDefaults:
-    """How images are pruned when a request does not say (see runtime/prune.py)."""
-
-    method: str = "pred_2d"
-    metric: str = "max"
-    tau: float = 0.0
-    anchored: bool = True
-
-
-@dataclass(frozen=True)
 class FileRecord:
     """Size and hash of one file."""
 
@@ -66,7 +57,7 @@ class Manifest:
     graphs: dict[str, Graph]  # "prune", "vision", "language"
     model: ModelConfig
     preprocessing: Preprocessing
-    prune: PruneDefaults
+    prune: tuple[PruneSetting, ...]  # of requests that do not say; empty: nothing is pruned
     context: int  # longest sequence in tokens, prompt and answer together
     stop_tokens: tuple[int, ...]  # generation ends at any of these
     versions: dict[str, str]  # of the tools that made the bundle
@@ -100,7 +91,11 @@ def read(directory: Path) -> Manifest:
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
-        todo = "upgrade ppexport" if newer else "build the bundle again with this version of ppexport"
+        source = data.get("source") if isinstance(data, dict) else None
+        name = source.get("name") if isinstance(source, dict) else None
+        made_from = f", where CHECKPOINT is what it was made from ({name})" if isinstance(name, str) else ""
+        again = f"build it again: ppexport build CHECKPOINT -o NEW_BUNDLE{made_from}"
+        todo = "upgrade ppexport" if newer else again
         raise BundleError(f"{path}: found schema version {schema!r}, expected {SCHEMA}; {todo}")
     try:
         manifest = from_json(Manifest, data)
@@ -121,6 +116,10 @@ def _check(manifest: Manifest) -> None:
             raise StrictError(f"{key}: found {found!r}, expected one of: {', '.join(allowed)}")
     if set(manifest.graphs) != set(GRAPHS):
         raise StrictError(f"graphs: found {sorted(manifest.graphs)}, expected language, prune, vision")
+    try:
+        pruners_of(manifest.prune)
+    except RequestError as err:
+        raise StrictError(f"prune: {err}") from err
     needed = {graph.file for graph in manifest.graphs.values()} | {"vision.onnx.data", "language.onnx.data"}
     needed |= {"tokenizer.json", "chat_template.jinja"} if manifest.interface == "text" else set()
     for name in sorted(needed - set(manifest.files)):

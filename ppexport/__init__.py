@@ -32,9 +32,10 @@ if TYPE_CHECKING:
         RequestError,
         SpaceError,
     )
+    from .models.pruners.pixelprune import PixelPrune
     from .runtime.answer import Answer, Step
     from .runtime.pipeline import Encoded, Pipeline, load
-    from .runtime.prune import Prune, Selection
+    from .runtime.prune import Selection
     from .runtime.sampling import Sampling
     from .runtime.selector import select, select_frames
     from .runtime.sequence import Request
@@ -44,7 +45,8 @@ _WHERE = {
     "build_bundle": ("build",),
     "runtime.answer": ("Answer", "Step"),
     "runtime.pipeline": ("Encoded", "Pipeline", "load"),
-    "runtime.prune": ("Prune", "Selection"),
+    "models.pruners.pixelprune": ("PixelPrune",),
+    "runtime.prune": ("Selection",),
     "runtime.selector": ("select", "select_frames"),
     "runtime.stats": ("Stats",),
     "runtime.sampling": ("Sampling",),
@@ -69,8 +71,8 @@ __all__ = [
     "Encoded",
     "ImageError",
     "Pipeline",
+    "PixelPrune",
     "PpexportError",
-    "Prune",
     "Request",
     "RequestError",
     "Sampling",

@@ -16,6 +16,8 @@ from .models.errors import BackendError, BundleError, CheckpointError, RequestEr
 from .models.manifest import FILE, Manifest
 from .models.precision import Wanted
 from .models.profiles import Profiles
+from .models.pruners import Pruner, listed
+from .models.pruners.pixelprune import PixelPrune
 from .partial import is_free, partial_directory
 from .runtime.bundle import open_bundle
 from .trt_build import Options, prepare
@@ -35,13 +37,15 @@ def build(
     calibration: Calibration | None = None,
     on_plan: Callable[[Plan, Profiles | None], None] = lambda plan, sizes: None,
     progress: Progress = lambda stage, done, total: None,
+    prune: Pruner | Sequence[Pruner] | None = PixelPrune(),  # noqa: B008 (frozen)
 ) -> Path:
     """Make a bundle directory from a Hugging Face checkpoint directory; returns its path.
 
     ``precision``: of the stored weights, "auto" (the checkpoint's; bf16 for a float32 checkpoint and a target), "fp32",
     "fp16", "bf16", "int8", "int4" or "w8a8"; a Wanted says it part by part (models/precision.py). ``targets``: what to
     compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes`` and ``options`` are theirs). ``dialect``
-    "auto" is "standard" with a target and "ort" without. ``calibration``: images that int4 is fitted to. ``on_plan`` is
+    "auto" is "standard" with a target and "ort" without. ``calibration``: images that int4 is fitted to, pruned as the
+    bundle prunes. ``prune``: how requests are pruned that do not say (models/pruners), None: not at all. ``on_plan`` is
     told what will be done before that is written. An existing empty directory may be the output.
     Raises CheckpointError, SpaceError (disk or memory would not suffice), BundleError (the output exists), BackendError
     (packages are not installed, or a compiler refuses), RequestError (sizes that do not fit). On any error or
@@ -64,7 +68,8 @@ def build(
         dialect = "standard" if targets else "ort"
     wanted = precision if isinstance(precision, Wanted) else Wanted(precision)
     images = calibration.files() if calibration else []
-    plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images))
+    pruners = listed(prune)
+    plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images), pruners)
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
         config, preprocessing = plan.checkpoint.config, plan.preprocessing

@@ -12,7 +12,6 @@ from PIL import Image
 
 from .models.config import ModelConfig
 from .runtime.image import images_in, prepare
-from .runtime.prune import Prune
 from .runtime.selector import select
 from .runtime.text import Text
 from .workloads.screens import sample
@@ -50,7 +49,7 @@ class Calibration:
         found = []
         for file in self.files():
             image = prepare(file, model.vision.block, *sizes)
-            selection = select(image, Prune(), patch, merge, *sizes)
+            selection = select(image, plan.prune, patch, merge, *sizes)
             ids = prompt_ids(text, model, self.question, [selection.total])
             prompt = plan.checkpoint.family.layout(model, ids, [selection.as_kept()])
             found.append(Sample(image, selection.keep, prompt.ids, prompt.feature_rows, prompt.positions))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -12,17 +11,19 @@ import click
 from . import logs
 from .bench.commands import bench
 from .interrupts import Interrupts
-from .models.config import MOST_SEED, PRUNE_METHODS
 from .models.errors import PpexportError, SpaceError
 from .models.precision import BITS, BYTES, Wanted
+from .models.pruners.pixelprune import MOST_SEED, PRUNE_METHODS
 from .models.version import __version__
 from .options import (
     calibration_of,
     device_option,
     engine_options,
     engines_of,
-    prune_of,
+    prune_for,
     prune_options,
+    prune_settings,
+    size_options,
     weight_options,
     weights_of,
 )
@@ -86,6 +87,8 @@ main.params += logs.options()
     "fastest first token on a CPU.",
 )
 @weight_options
+@prune_options
+@click.option("--no-prune", is_flag=True, help="Requests that do not say how to prune keep every token.")
 @click.option(
     "--dialect",
     type=click.Choice(["auto", "ort", "standard", "plain"]),
@@ -117,9 +120,16 @@ def build(
     from . import progress
     from .build_bundle import build as build_bundle
     from .build_bundle import compile_in_place
+    from .models.pruners.pixelprune import PixelPrune
 
-    wanted, calibration = weights_of(options), calibration_of(options)
-    if output is None and (not targets or wanted != Wanted() or dialect != "auto" or calibration):
+    wanted = weights_of(options)
+    calibration = calibration_of(options)
+    settings = prune_settings(options)
+    no_prune = options.pop("no_prune")
+    if no_prune and settings:
+        raise click.UsageError("--no-prune goes with no other option of pruning")
+    changes = wanted != Wanted() or dialect != "auto" or calibration or settings or no_prune
+    if output is None and (not targets or changes):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
     sizes, engine = engines_of(**options)
     if not targets and (sizes is not None or engine != type(engine)()):
@@ -128,7 +138,10 @@ def build(
         if output is None:
             compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:
-            build_bundle(source, output, wanted, dialect, targets, sizes, engine, calibration, bar.plan, bar.update)
+            prune = None if no_prune else PixelPrune(**settings)
+            build_bundle(
+                source, output, wanted, dialect, targets, sizes, engine, calibration, bar.plan, bar.update, prune
+            )
     if not quiet:
         click.echo(f"built {output or source}")
 
@@ -138,6 +151,7 @@ def build(
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
 @prune_options
+@size_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
 @device_option
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
@@ -164,33 +178,31 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
     """Ask BUNDLE one question or more (PROMPT) about images. Answers go to stdout, the statistics to stderr."""
     from .run import run as run_bundle
 
-    asked, no_prune = prune_of(options), options.pop("no_prune")
-    if no_prune and asked:
-        raise click.UsageError("--no-prune goes with no other option of pruning")
+    settings = prune_settings(options)
+    no_prune = options.pop("no_prune")
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
-    prune: Any = None if no_prune else asked or "default"
-    run_bundle(bundle, prompts, images, prune, **options)
+    run_bundle(bundle, prompts, images, lambda: prune_for(bundle, settings, no_prune), **options)
 
 
 @main.command("eval")
 @click.argument("bundle", type=click.Path())
-@click.option("--workload", type=click.Choice(["pocket"]), default="pocket", show_default=True, help="What to ask.")
-@click.option("--skills", help="Comma-separated: read, transcribe, locate, yesno. Default: all.")
+@click.option(
+    "--workload",
+    default="screens",
+    show_default=True,
+    metavar="screens|FILE.jsonl",
+    help='Synthetic screens, or your own questions: {"image": ..., "question": ..., "answer": ...} on each line.',
+)
+@click.option("--skills", help="Of the screens, comma-separated: read, transcribe, locate, yesno. Default: all.")
 @click.option("--tau", "taus", type=click.FloatRange(0, 1), multiple=True, help="Prune at this tau; may be repeated.")
 @click.option("--no-prune", is_flag=True, help="Keep every token; goes with --tau to compare.")
-@click.option(
-    "--method",
-    type=click.Choice(PRUNE_METHODS),
-    default="pred_2d",
-    show_default=True,
-    help="How to prune.",
-)
+@click.option("--method", type=click.Choice(PRUNE_METHODS), help="How to prune. Default: as the bundle.")
 @device_option
-@click.option("-n", "--n", "count", type=click.IntRange(1), default=200, show_default=True, help="Samples per skill.")
+@click.option("-n", "--n", "count", type=click.IntRange(1), help="Questions per skill.  [default: 200; FILE: all]")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every answer included.")
 def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> None:
-    """Accuracy of BUNDLE on held-out synthetic screens, per skill, with confidence intervals."""
+    """Accuracy of BUNDLE on held-out synthetic screens or your own questions, with confidence intervals."""
     from .eval import main as run_eval
 
     run_eval(bundle, workload, skills.split(",") if skills else None, **options)
@@ -199,23 +211,28 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="The profile file to write.")
+@click.option("--bundle", type=click.Path(), help="Prune and resize as this bundle does.")
 @prune_options
+@size_options
 @click.option("--no-prune", is_flag=True, help="Plan for images that are not pruned.")
 @click.option("--capacity", type=click.IntRange(2), default=4096, show_default=True, help="Tokens in a cache.")
 @click.option("--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question.")
-@click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
-@click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
-def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> None:
+@click.option("--patch", type=click.IntRange(1), help="Pixels per patch side.  [default: the bundle's, else 16]")
+@click.option("--merge", type=click.IntRange(1), help="Patches per token side.  [default: the bundle's, else 2]")
+def plan(images: tuple[str, ...], output: str, bundle: str | None, no_prune: bool, **sizes: Any) -> None:
     """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
     from . import plan as planner
     from .models import profiles
-    from .runtime.prune import Prune
+    from .models.pruners.pixelprune import PixelPrune
 
-    asked = prune_of(sizes)
-    if no_prune and asked:
-        raise click.UsageError("--no-prune goes with no other option of pruning")
-    prune = None if no_prune else asked or Prune()
+    settings = prune_settings(sizes)
     given = {name: value for name, value in sizes.items() if value is not None}
+    if bundle is not None:
+        prune, given = planner.as_bundle(bundle, prune_for(bundle, settings, no_prune), given)
+    elif no_prune and settings:
+        raise click.UsageError("--no-prune goes with no other option of pruning")
+    else:
+        prune = None if no_prune else PixelPrune(**settings)
     target = profiles.writable(output)
     with click.progressbar(length=len(images), label="select", file=sys.stderr) as bar:
         made = planner.plan(images, prune, progress=lambda done, total: bar.update(1), **given)
@@ -231,6 +248,7 @@ def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> 
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @prune_options
+@size_options
 @click.option("--prune-seed", type=click.IntRange(0, MOST_SEED), help="Of --method random and conncomp.  [default: 0]")
 @click.option("--frames", is_flag=True, help="IMAGES are frames of one recording: drop what stands still, too.")
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
@@ -246,7 +264,7 @@ def plan(images: tuple[str, ...], output: str, no_prune: bool, **sizes: Any) -> 
 def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> None:
     """Show what would be pruned of IMAGES, without a model (sizes as for Qwen3-VL)."""
     from . import inspect as view
-    from .runtime.prune import Prune
+    from .models.pruners.pixelprune import PixelPrune
 
     given = [
         name for name in ("tau", "method", "max_tokens", "overlay", "frames") if options[name] not in (None, False)
@@ -255,7 +273,7 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
         raise click.UsageError(f"--sweep goes with --metric and --mode only, found --{given[0].replace('_', '-')}")
     if prune_seed is not None and options["method"] not in ("random", "conncomp"):
         raise click.UsageError("--prune-seed is for --method random or conncomp")
-    prune = replace(prune_of(options) or Prune(), seed=prune_seed or 0)
+    prune = PixelPrune(**prune_settings(options), seed=prune_seed or 0)
     view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
 
 
@@ -276,14 +294,10 @@ def verify(bundles: tuple[str, ...], checkpoint: str, images: tuple[str, ...], *
     """Hold what bundles compute against CHECKPOINT in float32, stage by stage; exit code 1 if one is too far off."""
     from .verify import main as run_verify
 
-    asked, no_prune = prune_of(options), options.pop("no_prune")
-    if no_prune and asked:
-        raise click.UsageError("--no-prune goes with no other option of pruning")
-    for name in ("min_pixels", "max_pixels"):
-        if options.pop(name) is not None:
-            raise click.UsageError("images are resized as the bundle says")
-    prune: Any = None if no_prune else asked or "default"
-    sys.exit(run_verify(bundles, checkpoint, images, prune=prune, **options))
+    settings = prune_settings(options)
+    no_prune = options.pop("no_prune")
+    prunes = [prune_for(bundle, settings, no_prune) for bundle in bundles]
+    sys.exit(run_verify(bundles, checkpoint, images, prunes=prunes, **options))
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""``ppexport eval``: accuracy of a bundle on the pocket workload, per skill and prune setting."""
+"""``ppexport eval``: accuracy of a bundle on synthetic screens or a user's own questions, under every prune setting."""
 
 from __future__ import annotations
 
@@ -6,25 +6,46 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import click
 import numpy as np
 
+from .models.checks import shown
 from .models.errors import RequestError
+from .models.pruners import Pruner, changed, listed
+from .models.pruners.pixelprune import PixelPrune
 from .runtime.pipeline import Pipeline, load
-from .runtime.prune import Prune
+from .runtime.sequence import PruneLike
+from .workloads.own import read_tasks
 from .workloads.score import score
 from .workloads.screens import HELD_OUT, SKILLS, sample
+
+SCREENS = "screens"
+COUNT = 200  # screens of each skill
+LONGEST = 200  # tokens of an answer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its answer."""
+
+    image: Any
+    question: str
+    answer: str
+    score: Callable[[str], float]
 
 
 @dataclass(frozen=True)
 class Result:
     """One skill under one prune setting."""
 
-    skill: str
+    skill: str  # or the name of the user's file
     setting: str  # "off", or method and tau
     n: int
     accuracy: float  # share of right answers; transcribe: of right characters
@@ -35,15 +56,30 @@ class Result:
     answers: tuple[tuple[str, str, float], ...]  # expected, found, score
 
 
-def evaluate(pipe: Pipeline, skill: str, prune: Prune | None, count: int) -> Result:
-    """Ask about ``count`` held-out samples of a skill, greedily."""
-    answers, kept, total, begin = [], 0, 0, time.perf_counter()
+def evaluate(pipe: Pipeline, skill: str, prune: PruneLike, count: int = COUNT) -> Result:
+    """Ask about ``count`` held-out screens of a skill, greedily."""
+    return ask(pipe, skill, screens(skill, count), count, prune)
+
+
+def screens(skill: str, count: int) -> Iterator[Asked]:
+    """Held-out screens of a skill."""
     for i in range(count):
         made = sample(skill, HELD_OUT + i)
-        answer = pipe.generate(made.question, [np.asarray(made.image)], prune, max_new_tokens=200)
+        yield Asked(np.asarray(made.image), made.question, made.answer, partial(score, made))
+
+
+def ask(pipe: Pipeline, skill: str, questions: Iterator[Asked], count: int, prune: PruneLike) -> Result:
+    """Ask ``count`` questions, greedily."""
+    answers = []
+    kept = 0
+    total = 0
+    begin = time.perf_counter()
+    for asked in questions:
+        answer = pipe.generate(asked.question, [asked.image], prune, max_new_tokens=LONGEST)
         found = answer.text().strip()
-        answers.append((made.answer, found, score(made, found)))
-        kept, total = kept + answer.stats.kept, total + answer.stats.total
+        answers.append((asked.answer, found, asked.score(found)))
+        kept += answer.stats.kept
+        total += answer.stats.total
     seconds = time.perf_counter() - begin
     scores = [s for _, _, s in answers]
     if skill == "transcribe":
@@ -53,14 +89,21 @@ def evaluate(pipe: Pipeline, skill: str, prune: Prune | None, count: int) -> Res
     else:
         accuracy = sum(scores) / count
         low, high = _wilson(accuracy, count)
-    name = "off" if prune is None else f"{prune.method} tau {prune.tau:.4g}"
+    name = setting_name(pipe.prune if isinstance(prune, str) else prune)
     return Result(skill, name, count, accuracy, low, high, kept / total, seconds, tuple(answers))
+
+
+def setting_name(prune: Pruner | Sequence[Pruner] | None) -> str:
+    """For people: "off", or the method and tau of PixelPrune and the names of others."""
+    names = [f"{p.method} tau {p.tau:.4g}" if isinstance(p, PixelPrune) else p.name for p in listed(prune)]
+    return ", ".join(names) or "off"
 
 
 def _wilson(p: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion."""
     z = 1.96
-    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    middle = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
@@ -76,18 +119,22 @@ def _bootstrap(scores: Sequence[float], weights: Sequence[int]) -> tuple[float, 
     return means[25], means[974]
 
 
-def settings(taus: Sequence[float], no_prune: bool, method: str) -> list[Prune | None]:
-    """The prune settings asked for: tau 0 if none is named."""
-    chosen: list[Prune | None] = [None] if no_prune else []
-    wanted = taus or ([] if no_prune else [0.0])
-    return chosen + [Prune(method, tau=tau) for tau in wanted]
+def settings(pipe: Pipeline, taus: Sequence[float], no_prune: bool, method: str | None) -> list[PruneLike]:
+    """The prune settings asked for: that of the bundle if none is named."""
+    chosen: list[PruneLike] = [None] if no_prune else []
+    given = {} if method is None else {"method": method}
+    if not taus and not no_prune:
+        chosen.append(changed(pipe.prune, given) if given else "default")
+    return chosen + [changed(pipe.prune, {**given, "tau": tau}) for tau in taus]
 
 
-def results(pipe: Pipeline, skills: Sequence[str], chosen: Sequence[Prune | None], count: int) -> Iterator[Result]:
-    """Every skill under every setting."""
-    for prune in chosen:
-        for skill in skills:
-            yield evaluate(pipe, skill, prune, count)
+def questions_of(workload: str, skills: Sequence[str] | None, count: int | None) -> list[tuple[str, int, list[Asked]]]:
+    """Names and questions of a user's file; raises RequestError for options that are for screens, and bad files."""
+    if skills:
+        raise RequestError(f"skills are of the workload '{SCREENS}', found {workload!r:.80}; leave --skills out")
+    tasks = read_tasks(workload)[:count]
+    asked = [Asked(task.image, task.question, task.answer, task.score) for task in tasks]
+    return [(shown(Path(workload).name), len(asked), asked)]
 
 
 def main(
@@ -96,28 +143,46 @@ def main(
     skills: Sequence[str] | None,
     taus: Sequence[float],
     no_prune: bool,
-    method: str,
+    method: str | None,
     device: str,
-    count: int,
+    count: int | None,
     as_json: bool,
 ) -> None:
     """Print a table, or JSON with every answer."""
-    unknown = sorted(set(skills or ()) - set(SKILLS))
+    unknown = sorted(set(skills or ()) - set(SKILLS)) if workload == SCREENS else []
     if unknown:
         raise RequestError(f"skill is {unknown[0]!r}, expected one of: {', '.join(SKILLS)}")
+    own = [] if workload == SCREENS else questions_of(workload, skills, count)
     found = []
     pipe = load(bundle, device)
     if not as_json:
         click.echo(f"{'skill':<12}{'pruning':<24}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}")
-    for r in results(pipe, skills or SKILLS, settings(taus, no_prune, method), count):
+    for r in _results(pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method), count or COUNT):
         found.append(asdict(r))
         if not as_json:
-            interval = f"{r.low:.1%} .. {r.high:.1%}"
-            each = r.seconds / r.n * 1e3
-            line = (
-                f"{r.skill:<12}{r.setting:<24}{r.accuracy:>9.1%}{interval:>18}{r.kept_share:>8.1%}{r.n:>6}{each:>9.1f}"
-            )
-            click.echo(line)
+            click.echo(line(r))
             sys.stdout.flush()
     if as_json:
         click.echo(json.dumps({"bundle": bundle, "workload": workload, "results": found}, ensure_ascii=False))
+
+
+def _results(
+    pipe: Pipeline,
+    own: list[tuple[str, int, list[Asked]]],
+    skills: Sequence[str],
+    chosen: Sequence[PruneLike],
+    count: int,
+) -> Iterator[Result]:
+    """A user's questions, or every skill, under every setting."""
+    for prune in chosen:
+        for name, n, asked in own:
+            yield ask(pipe, name, iter(asked), n, prune)
+        for skill in () if own else skills:
+            yield evaluate(pipe, skill, prune, count)
+
+
+def line(r: Result) -> str:
+    """A row of the table."""
+    interval = f"{r.low:.1%} .. {r.high:.1%}"
+    each = r.seconds / r.n * 1e3
+    return f"{r.skill:<12}{r.setting:<24}{r.accuracy:>9.1%}{interval:>18}{r.kept_share:>8.1%}{r.n:>6}{each:>9.1f}"

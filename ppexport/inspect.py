@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from .models.checks import shown, writable
-from .models.config import PREDICTORS
 from .models.errors import ImageError, RequestError, SpaceError
+from .models.pruners.pixelprune import PREDICTORS, PixelPrune
 from .overlay import overlay as drawn
 from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
-from .runtime.prune import Prune, Selection
+from .runtime.prune import Selection
 from .runtime.selector import packaged_selector, select, select_frames
 
 LEVELS = (0, 1, 2, 3, 5, 8, 13, 20, 32, 64)  # tau in 1 / 255, of a sweep
@@ -29,7 +29,7 @@ Shares = dict[str, list[tuple[int, float]]]  # method -> (level, kept share)
 
 def main(
     images: Sequence[str],
-    prune: Prune,
+    prune: PixelPrune,
     frames: bool = False,
     as_json: bool = False,
     overlay: str | None = None,
@@ -64,7 +64,7 @@ def main(
         click.echo(together(found))
 
 
-def mode_of(prune: Prune) -> str:
+def mode_of(prune: PixelPrune) -> str:
     """ "anchored" or "sliding"."""
     return "anchored" if prune.anchored else "sliding"
 
@@ -110,7 +110,9 @@ def check_matplotlib() -> None:
         raise RequestError("a plot needs matplotlib; install it with: pip install 'ppexport[plot]'") from err
 
 
-def over_tau(images: Sequence[str], prune: Prune, progress: Callable[[], None] = lambda: None, **sizes: int) -> Shares:
+def over_tau(
+    images: Sequence[str], prune: PixelPrune, progress: Callable[[], None] = lambda: None, **sizes: int
+) -> Shares:
     """The share of all tokens of the images that each method keeps, over tau; metric and mode as in ``prune``.
 
     ``progress`` is called after every image.
@@ -123,7 +125,7 @@ def over_tau(images: Sequence[str], prune: Prune, progress: Callable[[], None] =
         pixels = selector.backend.upload(prepare(image, selector.block, *limits))
         for method, level in _settings():
             exact = method == "unique"
-            tried = Prune(method) if exact else replace(prune, method=method, tau=level / 255, max_tokens=None)
+            tried = PixelPrune(method) if exact else replace(prune, method=method, tau=level / 255, max_tokens=None)
             found = selector.select(pixels, tried)[1]
             kept[method, level] = kept.get((method, level), 0) + found.kept
         total += found.total

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from .models.config import PRUNE_METHODS, PRUNE_METRICS
 from .models.precision import BITS, BLOCKS, BYTES, Wanted
+from .models.pruners.pixelprune import PRUNE_METHODS, PRUNE_METRICS
 
 
 def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how to prune and at which size."""
+    """The options that say how to prune."""
     for option in reversed(
         [
             click.option(
@@ -26,15 +26,29 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--mode",
                 type=click.Choice(["anchored", "sliding"]),
                 help="With --tau over 0, compare with the reconstruction (anchored: no error exceeds tau) or with the "
-                "raw neighbour (sliding: errors can add up). Default: anchored.",
+                "raw neighbour (sliding: errors can add up). Default: as the bundle, else anchored.",
             ),
-            click.option("--method", type=click.Choice(PRUNE_METHODS), help="Default: pred_2d."),
-            click.option("--metric", type=click.Choice(PRUNE_METRICS), help="Distance of two tokens. Default: max."),
+            click.option("--method", type=click.Choice(PRUNE_METHODS), help="Default: as the bundle, else pred_2d."),
+            click.option(
+                "--metric",
+                type=click.Choice(PRUNE_METRICS),
+                help="Distance of two tokens. Default: as the bundle, else max.",
+            ),
             click.option(
                 "--max-tokens",
                 type=click.IntRange(1),
                 help="Of an image: raise tau to the smallest value that keeps no more.",
             ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say at which size images are looked at."""
+    for option in reversed(
+        [
             click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."),
             click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."),
         ]
@@ -46,16 +60,25 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
 PRUNE = ("tau", "mode", "method", "metric", "max_tokens")
 
 
-def prune_of(options: dict[str, Any]) -> Any:
-    """Take the prune options out of ``options``: a Prune, or None where the user gave none of them."""
-    from .runtime.prune import Prune
-
+def prune_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the prune options out of ``options``: the settings of PixelPrune that the user gave."""
     given = {name: options.pop(name) for name in PRUNE if name in options}
     given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return None
-    mode = given.pop("mode", "anchored")
-    return Prune(**given, anchored=mode == "anchored")
+    if "mode" in given:
+        given["anchored"] = given.pop("mode") == "anchored"
+    return given
+
+
+def prune_for(bundle: str, settings: dict[str, Any], no_prune: bool) -> Any:
+    """What to ask a bundle for: its own pruners, with the settings that were given; None with ``no_prune``."""
+    if no_prune and settings:
+        raise click.UsageError("--no-prune goes with no other option of pruning")
+    if no_prune or not settings:
+        return None if no_prune else "default"
+    from .models.pruners import changed, pruners_of
+    from .runtime.bundle import open_bundle
+
+    return changed(pruners_of(open_bundle(bundle)[1].prune), settings)
 
 
 device_option = click.option(

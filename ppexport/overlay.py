@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .models.config import PREDICTORS
+from .models.pruners.pixelprune import PREDICTORS
 from .runtime.image import ImageLike, read
 from .runtime.prune import Selection
 

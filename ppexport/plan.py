@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from .models import profiles
 from .models.errors import RequestError
 from .models.profiles import Profile, Profiles
-from .runtime.prune import Prune, Selection
+from .models.pruners import Pruner, listed, pruners_of
+from .models.pruners.pixelprune import PixelPrune
+from .runtime.bundle import open_bundle
+from .runtime.prune import Selection
 from .runtime.selector import select
 
+PruneLike = Pruner | Sequence[Pruner] | None
 APART = 1.5  # a further bucket pays where it is at least this much larger than the one before
 
 
@@ -28,26 +34,30 @@ class Plan:
 
 def plan(
     images: Sequence[str],
-    prune: Prune | None,
+    prune: PruneLike,
     patch: int = 16,
     merge: int = 2,
     min_pixels: int = 65536,
     max_pixels: int = profiles.MAX_PIXELS["standard"],
     capacity: int = profiles.CAPACITY["standard"],
     text_tokens: int = 256,
+    compiled: str = PixelPrune().graph,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Select on every image and place the sizes of the engines.
 
     Sizes from 1 to those of the largest image are covered even where nothing of it could be pruned; what differs is
-    where the engines are fastest. ``text_tokens``: of the longest question. Raises ImageError, RequestError (also for
+    where the engines are fastest. ``text_tokens``: of the longest question; ``compiled``: the graph that the
+    engines prune with. Raises ImageError, RequestError (also for
     a method that engines do not have).
     """
-    if prune is not None and (prune.method, prune.metric) != ("pred_2d", "max"):
-        raise RequestError(f"engines prune with pred_2d and max only, found {prune.method} and {prune.metric}")
+    pruners = listed(prune)
+    for pruner in pruners:
+        if pruner.graph != compiled:
+            raise RequestError(f"engines prune with {compiled} only, found {pruner.graph}")
     selections = []
     for i, image in enumerate(images):
-        selections.append(select(image, prune, patch, merge, min_pixels, max_pixels))
+        selections.append(select(image, pruners, patch, merge, min_pixels, max_pixels))
         progress(i + 1, len(images))
     kept = tuple(s.kept for s in selections)
     largest = max(s.total for s in selections)
@@ -71,6 +81,25 @@ def plan(
         served.append(len(inside) / len(kept))
     sizes = Profiles(profiles.SCHEMA, max_pixels, capacity, ({**sides},), tuple(vision), tuple(prefill))
     return Plan(sizes, kept, tuple(s.total for s in selections), tuple(served))
+
+
+def as_bundle(
+    bundle: str | Path, prune: PruneLike | Literal["default"], sizes: dict[str, Any]
+) -> tuple[PruneLike, dict[str, Any]]:
+    """How a bundle prunes and resizes: pruners, and the arguments of ``plan`` that ``sizes`` does not give.
+
+    Raises BundleError.
+    """
+    _, manifest = open_bundle(bundle)
+    vision = manifest.model.vision
+    own = {
+        "patch": vision.patch,
+        "merge": vision.merge,
+        "min_pixels": manifest.preprocessing.min_pixels,
+        "max_pixels": min(profiles.MAX_PIXELS["standard"], manifest.preprocessing.max_pixels),
+        "compiled": manifest.graphs["prune"].file.removesuffix(".onnx"),
+    }
+    return pruners_of(manifest.prune) if prune == "default" else prune, {**own, **sizes}
 
 
 def bucket_edges(kept: Sequence[int], largest: int) -> list[int]:

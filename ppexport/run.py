@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +27,7 @@ def run(
     bundle: str,
     prompts: Sequence[str],
     images: Sequence[str],
-    prune: PruneLike = "default",
+    prune: Callable[[], PruneLike],
     device: str = "auto",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -40,7 +40,10 @@ def run(
     quiet: bool = False,
     **generation: Any,
 ) -> None:
-    """Load the bundle, stream answers to stdout, print the statistics to stderr (or all of it as JSON)."""
+    """Load the bundle, stream answers to stdout, print the statistics to stderr (or all of it as JSON).
+
+    ``prune``: asked when everything else was checked.
+    """
     if overlay:
         check_picture(overlay, images)
     if trace is not None:
@@ -52,9 +55,10 @@ def run(
         )
     prompts = [_as_utf8(prompt) for prompt in prompts]
     asked: list[tuple[str, Stats]] = []
+    pruners = prune()  # reads the bundle
     pipe = load(bundle, device, min_pixels, max_pixels, threads, verify, 0 if no_reuse else REUSE)
     for i, prompt in enumerate(prompts):
-        answer = pipe.generate(prompt, images, prune, **generation)
+        answer = pipe.generate(prompt, images, pruners, **generation)
         with EndsLine() as out:
             out.open = not as_json  # an empty answer is a line, too
             for piece in answer:

@@ -209,7 +209,7 @@ def main(
     checkpoint: str,
     images: Sequence[str],
     question: str,
-    prune: PruneLike,
+    prunes: Sequence[PruneLike],
     device: str,
     tokens: int,
     as_json: bool,
@@ -217,11 +217,14 @@ def main(
     kl: float,
     agreement: float,
 ) -> int:
-    """Print a table or JSON; 0 if every bundle is within the limits, else 1."""
+    """Print a table or JSON; 0 if every bundle is within the limits, else 1. ``prunes``: of each bundle."""
     for bundle in bundles:
         open_bundle(bundle)  # before minutes of work
     with Bar(as_json) as bar:
-        reports = [verify(b, checkpoint, images, question, prune, device, tokens, bar.update) for b in bundles]
+        reports = [
+            verify(bundle, checkpoint, images, question, prune, device, tokens, bar.update)
+            for bundle, prune in zip(bundles, prunes, strict=True)
+        ]
     for bundle in bundles:
         if changed := other_files(bundle, checkpoint):
             click.echo(f"{bundle}: was not built from these files of {checkpoint}: {', '.join(changed)}", err=True)

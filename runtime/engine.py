@@ -258,6 +258,8 @@ class Engine:
 
     def features(self, picture: Picture) -> Buffer:
         """Features of an image [1 + L, K, D] on the backend; computed where they are not kept."""
+        if picture.features is not None:
+            return picture.features
         kept = self.reuse.features.get(picture.digest) if self.reuse else None
         if kept is not None:
             return kept

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Collection
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ import numpy as np
 from ..models import FAMILIES
 from ..models.checks import integer
 from ..models.errors import BundleError, RequestError
-from ..models.family import Views
+from ..models.family import Kept, Views
 from ..models.manifest import Manifest
+from ..models.pruners import Pruner, listed, pruners_of
 from .answer import Answer
 from .backends.devices import open_device
 from .backends.session import Backend
@@ -25,7 +27,7 @@ from .engine import TOGETHER, Engine, Steps
 from .image import ImageLike, resized
 from .language import Language
 from .messages import PromptLike, images_of, with_images
-from .prune import Prune, Selection, check_prune, kept_of
+from .prune import FeaturePruners, Selection, kept_of
 from .reuse import Reuse, digest
 from .sampling import Sampling
 from .selector import Selector
@@ -80,14 +82,14 @@ class Pipeline:
         model = manifest.model
         dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
         graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
-        p = manifest.prune
         self.manifest = manifest
         self.backend = backend
         self.family = FAMILIES[manifest.family]
-        self.prune = Prune(p.method, p.metric, p.tau, p.anchored)  # of requests that do not say
+        self.prune = pruners_of(manifest.prune)  # of requests that do not say
         self.chosen = chosen  # where it runs, and why there
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
+        self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
         self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
         dialect = manifest.graphs["language"].dialect
         # first: loading the largest graph takes the most memory
@@ -228,14 +230,17 @@ class Pipeline:
 
     def _pictures(self, images: Several[ImageLike], prune: PruneLike, stats: Stats) -> list[Picture]:
         """Stages image and prune: read, resize, upload, select."""
-        setting = self.prune if isinstance(prune, str) and prune == "default" else check_prune(prune, " or 'default'")
+        default = isinstance(prune, str) and prune == "default"
+        pruners = self.prune if default else listed(prune, " or 'default'")
         pictures = []
         for image in images:
-            pictures.append(self._picture(image, setting, stats))
+            picture = self._picture(image, pruners, stats)
+            later = [pruner for pruner in pruners if pruner.after == "vision"]
+            pictures.append(self._pruned_later(picture, later, stats) if later else picture)
             stats.images += pictures[-1].selections
         return pictures
 
-    def _picture(self, image: ImageLike, prune: Prune | None, stats: Stats) -> Picture:
+    def _picture(self, image: ImageLike, pruners: Several[Pruner], stats: Stats) -> Picture:
         model = self.manifest.model
         with stats.stage("image"):
             pixels, shown_as = self.pixels(image)
@@ -245,7 +250,7 @@ class Pipeline:
                 top, left, height, width = view.box
                 buffers.append(self.backend.upload(pixels[top : top + height, left : left + width]))
         with stats.stage("prune"):
-            chosen = [self.selector.select(buffer, prune, WORTH) for buffer in buffers]
+            chosen = [self.selector.select(buffer, pruners, WORTH) for buffer in buffers]
             selections = tuple(selection for _, selection in chosen)
             kept = kept_of(selections, views)
             shown = []
@@ -257,6 +262,31 @@ class Pipeline:
             with stats.stage("reuse"):
                 key = digest(pixels, kept.keep)
         return Picture(tuple(shown), selections, kept, key)
+
+    def _pruned_later(self, picture: Picture, pruners: Several[Pruner], stats: Stats) -> Picture:
+        """Prune what the vision tower makes of an image: it runs now, since the prompt follows from what is kept."""
+        with self.engine.lock:
+            with stats.stage("vision"):
+                features = self.engine.features(picture)
+                self.backend.wait()
+            with stats.stage("prune"):
+                features, rows = self.feature_pruners.prune(features, pruners)
+        kept = Kept(picture.kept.keep[rows], picture.kept.views)
+        selections = []
+        start = 0
+        for selection in picture.selections:
+            mine = kept.keep[(kept.keep >= start) & (kept.keep < start + selection.total)] - start
+            others = (*selection.others, *pruners)
+            selections.append(replace(selection, keep=mine.astype(np.int32), others=others))
+            start += selection.total
+        key = hashlib.sha256(picture.digest + repr((pruners, kept.keep.tolist())).encode()).digest()
+        return replace(
+            picture,
+            selections=tuple(selections),
+            kept=kept,
+            digest=key if picture.digest else b"",
+            features=features,
+        )
 
     def _sequence(
         self,

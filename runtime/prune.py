@@ -1,65 +1,17 @@
-"""How to prune (Prune) and what is kept of an image (Selection); selector.py goes from one to the other."""
+"""What is kept of an image, and the pruners that look at features; those that look at pixels are in selector.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..models.checks import integer, number
-from ..models.config import MOST_SEED, PREDICTORS, PRUNE_METHODS, PRUNE_METRICS
-from ..models.errors import RequestError
 from ..models.family import Kept, View
-
-
-@dataclass(frozen=True)
-class Prune:
-    """How to prune; a property of a request.
-
-    Source: PixelPrune. tau is the distance up to which two tokens still count as equal, as a share of 255: 0 drops
-    exact repetitions only. Raises RequestError for values out of range.
-    """
-
-    # "pred_2d": prediction from the left, upper and upper-left neighbour; "raster", "serpentine": from the token before
-    # it in that scan; "unique": the first of all equal tokens, anywhere. Baselines to measure accuracy against, which
-    # keep as many as pred_2d: "random", and "conncomp" (about as many): an even share of every connected component
-    method: str = "pred_2d"
-    metric: str = "max"  # distance: the largest difference of a byte, their mean ("mae") or root mean square ("rmse")
-    tau: float = 0.0  # 0 ... 1
-    anchored: bool = True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour
-    max_tokens: int | None = None  # of an image: raise tau to the smallest that keeps no more (selector.py)
-    seed: int = 0  # of the baselines
-
-    def __post_init__(self) -> None:
-        plain = {"tau": number("tau", self.tau, "a number from 0 to 1", 0, 1)}
-        plain["seed"] = integer("seed", self.seed, 0, MOST_SEED)
-        if self.max_tokens is not None:
-            plain["max_tokens"] = integer("max_tokens", self.max_tokens, 1)
-        for name, value in plain.items():  # of numpy's types, too
-            object.__setattr__(self, name, value)
-        if not isinstance(self.anchored, bool):
-            raise RequestError(f"anchored is {self.anchored!r}, expected True or False")
-        if not isinstance(self.method, str) or self.method not in PRUNE_METHODS:
-            raise RequestError(f"method is {self.method!r}, expected one of: {', '.join(PRUNE_METHODS)}")
-        if not isinstance(self.metric, str) or self.metric not in PRUNE_METRICS:
-            raise RequestError(f"metric is {self.metric!r}, expected one of: {', '.join(PRUNE_METRICS)}")
-        if self.method == "unique" and (self.metric, self.tau, self.anchored) != ("max", 0, True):
-            raise RequestError(
-                f"method 'unique' has metric {self.metric!r}, tau {self.tau:g} and anchored {self.anchored}, expected "
-                "'max', 0 and True: it drops copies only"
-            )
-        if self.max_tokens is not None and self.method not in PREDICTORS:
-            raise RequestError(f"max_tokens goes with {', '.join(PREDICTORS)}, found method {self.method!r}")
-
-    def threshold(self, block: int) -> int:
-        """The largest distance that counts as equal, as the graphs take it (exporters/pruners/metrics.py).
-
-        For tokens of ``block`` x ``block`` pixels: the largest difference of a byte, the sum of all differences, or the
-        sum of their squares.
-        """
-        count, level = 3 * block**2, 255 * self.tau
-        return int({"max": level, "mae": level * count, "rmse": level**2 * count}[self.metric] + 1e-6)
+from ..models.pruners import Pruner
+from ..models.pruners.pixelprune import PixelPrune, prune_file
+from .backends.session import Backend, Buffer, Session, run
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +24,8 @@ class Selection:
     width: int  # of the resized image, in pixels
     height: int
     reason: str  # why nothing was pruned, or why not as asked; empty otherwise
-    prune: Prune | None  # as it was used: with the tau that max_tokens led to; None where pruning is off
+    prune: PixelPrune | None  # as it was used: with the tau that max_tokens led to; None where it is off
+    others: tuple[Pruner, ...] = ()  # further pruners that were used
 
     @property
     def total(self) -> int:
@@ -101,8 +54,41 @@ def kept_of(selections: Sequence[Selection], views: tuple[View, ...]) -> Kept:
     return Kept(np.concatenate(keeps).astype(np.int32), views)
 
 
-def check_prune(prune: object, also: str = "") -> Prune | None:
-    """``prune`` if it is a Prune or None; raises RequestError (``also``: what else the caller takes)."""
-    if prune is not None and not isinstance(prune, Prune):
-        raise RequestError(f"prune is {prune!r:.80}, expected ppexport.Prune(...), None (off){also}")
-    return prune
+class FeaturePruners:
+    """The graphs of a bundle that drop tokens behind the vision tower. ``block``: pixels per side of a merged token."""
+
+    def __init__(self, backend: Backend, folder: Path, block: int):
+        self.backend = backend
+        self.folder = folder
+        self.block = block
+        self._sessions: dict[str, Session] = {}
+
+    def prune(self, features: Buffer, pruners: Sequence[Pruner]) -> tuple[Buffer, np.ndarray]:
+        """features [1 + L, K, D] -> those that all ``pruners``, one after the other, leave, and their rows, int32 [K'].
+
+        The rows rise.
+        """
+        rows = np.arange(features.shape[1], dtype=np.int32)
+        for pruner in pruners:
+            features, left = self._one(features, pruner)
+            rows = rows[left]
+        return features, rows
+
+    def _one(self, features: Buffer, pruner: Pruner) -> tuple[Buffer, np.ndarray]:
+        file = prune_file(pruner.graph)
+        if file not in self._sessions:
+            self._sessions[file] = self.backend.session(self.folder / file)
+        session = self._sessions[file]
+        levels, K, width = features.shape
+        given = {name: self._scalar(n) for name, n in pruner.inputs(self.block).items() if name in session.inputs}
+        order = self.backend.zeros((K,), "int32")
+        count = self.backend.zeros((1,), "int32")
+        pruned = self.backend.zeros(features.shape, features.dtype)
+        run(session, {"features": features, **given}, {"order": order, "count": count, "pruned": pruned})
+        n = int(self.backend.download(count)[0])
+        left = self.backend.zeros((levels, n, width), features.dtype)
+        self.backend.copy_into(left, 0, pruned, n)
+        return left, self.backend.download(order.rows(0, n)).copy()
+
+    def _scalar(self, value: int) -> Buffer:
+        return self.backend.upload(np.array([value], np.int32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 
 from ..models.checks import integer
-from ..models.config import PREDICTORS, SELECTOR_BLOCKS, prune_file
 from ..models.errors import RequestError
+from ..models.pruners import Pruner, listed
+from ..models.pruners.pixelprune import PREDICTORS, SELECTOR_BLOCKS, PixelPrune, graph_name, prune_file
 from .backends.session import Backend, Buffer, Session, run
 from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
-from .prune import Prune, Selection, check_prune
+from .prune import Selection
 
 LEVELS = {"max": 255, "mae": 2040, "rmse": 2040}  # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
 NOTHING = dict.fromkeys(PREDICTORS, "no token repeats its neighbours")  # why all tokens are kept
@@ -31,9 +32,9 @@ class Found:
 
     order: Buffer  # int32 [N], the kept ones and then the dropped ones
     count: int
-    prune: Prune | None  # with the tau that was used
+    prune: PixelPrune | None  # with the tau that was used
     distance: Buffer | None = None  # int32 [N], where tokens are predicted
-    note: str = ""
+    reason: str = ""
 
 
 class Selector:
@@ -49,35 +50,59 @@ class Selector:
         self.block = block
         self.byte_max = backend.byte_max or dialect != "ort"
         self._sessions: dict[str, Session] = {}
-        self.session("pred_2d", "max")  # the usual one is loaded at once
+        self.session(PixelPrune().graph)  # the usual one is loaded at once
 
-    def session(self, method: str, metric: str) -> Session:
-        """The graph of a method and a metric, loaded when it is first asked for."""
-        file = prune_file(method, metric, self.byte_max)
+    def session(self, graph: str) -> Session:
+        """A graph by its name (Pruner.graph), loaded when it is first asked for."""
+        file = prune_file(graph, self.byte_max)
         if file not in self._sessions:
             self._sessions[file] = self.backend.session(self.folder / file)
         return self._sessions[file]
 
-    def select(self, image: Buffer, prune: Prune | None, worth: float = 0.0) -> tuple[Buffer, Selection]:
+    def select(
+        self, image: Buffer, prune: Pruner | Sequence[Pruner] | None, worth: float = 0.0
+    ) -> tuple[Buffer, Selection]:
         """image uint8 [H, W, 3] on the backend -> the keep indices there (int32 [K]) and what was decided.
 
-        Where less than the share ``worth`` of the tokens would be dropped, all are kept, and the selection says so.
+        Of several pruners, what all of them keep is kept. Where less than the share ``worth`` of the tokens would be
+        dropped, all are kept, and the selection says so. Raises RequestError for a ``prune`` that is none.
         """
+        pruners = [pruner for pruner in listed(prune) if pruner.after == "image"]
         total = self._total(image)
-        if prune is None:
-            found = Found(self._all(total), total, None, note="pruning is off")
-        else:
-            found = self._choose(image, prune)
-            dropped = total - found.count
-            fits = prune.max_tokens is None or total <= prune.max_tokens
-            if not dropped:
-                found = replace(found, note=NOTHING[prune.method])
-            elif dropped < worth * total and fits:
-                note = f"only {dropped} of {total} tokens could be dropped, which saves nothing"
-                found = replace(found, order=self._all(total), count=total, note=note)
-        return self._selection(image, found)
+        if not pruners:
+            reason = "" if listed(prune) else "pruning is off"
+            return self._selection(image, Found(self._all(total), total, None, reason=reason))
+        pixel = next((pruner for pruner in pruners if isinstance(pruner, PixelPrune)), None)
+        others = tuple(pruner for pruner in pruners if not isinstance(pruner, PixelPrune))
+        found = Found(self._all(total), total, None)
+        if pixel is not None:
+            found = self._choose(image, pixel)
+        if others:
+            found = self._both(image, found, others)
+        dropped = total - found.count
+        fits = pixel is None or pixel.max_tokens is None or total <= pixel.max_tokens
+        if not dropped:
+            reason = NOTHING[pixel.method] if pixel is not None and not others else "nothing could be dropped"
+            found = replace(found, reason=reason)
+        elif dropped < worth * total and fits:
+            reason = f"only {dropped} of {total} tokens could be dropped, which saves nothing"
+            found = replace(found, order=self._all(total), count=total, reason=reason)
+        return self._selection(image, found, others)
 
-    def frames(self, images: Iterable[Buffer], prune: Prune) -> Iterator[Selection]:
+    def _both(self, image: Buffer, found: Found, others: Sequence[Pruner]) -> Found:
+        """What is kept already and by all the others."""
+        total = self._total(image)
+        kept = np.zeros(total, bool)
+        kept[self.backend.download(found.order)[: found.count]] = True
+        for pruner in others:
+            order, count = self._run(image, self.session(pruner.graph), pruner.inputs(self.block))[:2]
+            left = np.zeros(total, bool)
+            left[self.backend.download(order)[:count]] = True
+            kept &= left
+        kept[0] = True  # a prompt needs one
+        return replace(found, order=self._order(total, np.flatnonzero(kept)), count=int(kept.sum()), distance=None)
+
+    def frames(self, images: Iterable[Buffer], prune: PixelPrune) -> Iterator[Selection]:
         """Frames of one recording, uint8 [H, W, 3] of one size -> what is kept of each (exporters/pruners/temporal.py).
 
         The first one is an image like any other; of the others, tokens that are what they were before are dropped too,
@@ -88,8 +113,8 @@ class Selector:
             raise RequestError(f"frames are predicted by pred_2d with a fixed tau, found {found}")
         return self._frames(images, prune)
 
-    def _frames(self, images: Iterable[Buffer], prune: Prune) -> Iterator[Selection]:
-        session, reference = self.session("temporal", prune.metric), None
+    def _frames(self, images: Iterable[Buffer], prune: PixelPrune) -> Iterator[Selection]:
+        session, reference = self.session(graph_name("temporal", prune.metric)), None
         for image in images:
             order, count = self._numbers(self._total(image)), self._numbers(1)
             shown = self.backend.zeros(image.shape, "uint8")
@@ -99,10 +124,10 @@ class Selector:
             run(session, inputs, {"order": order, "count": count, "shown": shown})
             found, reference = Found(order, self._read(count), prune), shown
             if found.count == self._total(image):
-                found = replace(found, note=NOTHING["pred_2d"])
+                found = replace(found, reason=NOTHING["pred_2d"])
             yield self._selection(image, found)[1]
 
-    def _choose(self, image: Buffer, prune: Prune) -> Found:
+    def _choose(self, image: Buffer, prune: PixelPrune) -> Found:
         """Run the graph, for the baselines after that of pred_2d, which says how many to keep."""
         if prune.method not in ("random", "conncomp"):
             return self._fit(image, prune) if prune.max_tokens else self._predict(image, prune)
@@ -113,7 +138,7 @@ class Selector:
         others = 1 + np.random.default_rng(prune.seed).choice(total - 1, count - 1, replace=False)
         return Found(self._order(total, np.concatenate([[0], others])), count, prune)
 
-    def _fit(self, image: Buffer, prune: Prune) -> Found:
+    def _fit(self, image: Buffer, prune: PixelPrune) -> Found:
         """With the smallest tau from ``prune.tau`` on that keeps at most ``max_tokens``, by bisection.
 
         That is exact where a larger tau never keeps more, which drifting pictures can break by a few tokens. If HIGHEST
@@ -130,12 +155,14 @@ class Selector:
         best = at(high) if high > low else first
         if best.count > most:
             assert first.distance is not None
-            note = f"tau {highest:g} would keep {best.count} tokens, expected at most {most}; kept are the {most} that "
-            note += "differ most from their prediction"
+            reason = (
+                f"tau {highest:g} would keep {best.count} tokens, expected at most {most}; kept are the {most} that "
+            )
+            reason += "differ most from their prediction"
             distance = self.backend.download(first.distance).astype(np.int64)
             distance[0] = np.iinfo(np.int64).max  # the first token is predicted from nothing
             kept = np.argsort(-distance, kind="stable")[:most]
-            return Found(self._order(self._total(image), kept), most, prune, note=note)
+            return Found(self._order(self._total(image), kept), most, prune, reason=reason)
         while high - low > 1:
             middle = (low + high) // 2
             tried = at(middle)
@@ -145,23 +172,26 @@ class Selector:
                 low = middle
         return best
 
-    def _predict(self, image: Buffer, prune: Prune, target: int = 0) -> Found:
+    def _predict(self, image: Buffer, prune: PixelPrune, target: int = 0) -> Found:
+        inputs = {**prune.inputs(self.block), "target": target}
+        order, count, outputs = self._run(image, self.session(prune.graph), inputs)
+        return Found(order, count, prune, outputs.get("distance"))
+
+    def _run(self, image: Buffer, session: Session, given: Mapping[str, int]) -> tuple[Buffer, int, dict[str, Buffer]]:
+        """Order, count and all outputs of a graph; of ``given``, what it takes."""
         total = self._total(image)
-        session = self.session(prune.method, prune.metric)
-        values = {"threshold": prune.threshold(self.block), "anchored": prune.anchored, "target": target}
-        values["seed"] = prune.seed
-        inputs = {name: self._upload(value) for name, value in values.items() if name in session.inputs}
+        inputs = {name: self._upload(value) for name, value in given.items() if name in session.inputs}
         outputs = {name: self._numbers(1 if name == "count" else total) for name in session.outputs}
         run(session, {"image": image, **inputs}, outputs)
-        return Found(outputs["order"], self._read(outputs["count"]), prune, outputs.get("distance"))
+        return outputs["order"], self._read(outputs["count"]), outputs
 
-    def _selection(self, image: Buffer, found: Found) -> tuple[Buffer, Selection]:
+    def _selection(self, image: Buffer, found: Found, others: tuple[Pruner, ...] = ()) -> tuple[Buffer, Selection]:
         keep = found.order.rows(0, found.count)
         host = self.backend.download(keep).copy()
         host.flags.writeable = False
         height, width, _ = image.shape
         rows, cols = height // self.block, width // self.block
-        return keep, Selection(host, rows, cols, width, height, found.note, found.prune)
+        return keep, Selection(host, rows, cols, width, height, found.reason, found.prune, others)
 
     def _total(self, image: Buffer) -> int:
         height, width, _ = image.shape
@@ -198,7 +228,7 @@ def packaged_selector(block: int) -> Selector:
 
 def select(
     image: ImageLike,
-    prune: Prune | None = Prune(),  # noqa: B008 (frozen)
+    prune: Pruner | Sequence[Pruner] | None = PixelPrune(),  # noqa: B008 (frozen)
     patch: int = 16,
     merge: int = 2,
     min_pixels: int = MIN_PIXELS,
@@ -209,7 +239,6 @@ def select(
     ``image``: a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3]; it is resized as for a model with
     these patch and merge sizes and pixel limits (defaults: Qwen3-VL). Raises ImageError, RequestError.
     """
-    check_prune(prune)
     selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
     pixels = prepare(image, selector.block, min_pixels, max_pixels)
     return selector.select(selector.backend.upload(pixels), prune)[1]
@@ -217,7 +246,7 @@ def select(
 
 def select_frames(
     frames: Iterable[ImageLike],
-    prune: Prune = Prune(),  # noqa: B008 (frozen)
+    prune: PixelPrune = PixelPrune(),  # noqa: B008 (frozen)
     patch: int = 16,
     merge: int = 2,
     min_pixels: int = MIN_PIXELS,
@@ -228,8 +257,8 @@ def select_frames(
     Arguments as for ``select``; frames are taken one by one. ``keep`` of a frame that stands still is empty. Raises
     ImageError, and RequestError for frames of several sizes, and for a ``prune`` that is not pred_2d with a fixed tau.
     """
-    if not isinstance(prune, Prune):
-        raise RequestError(f"prune is {prune!r:.80}, expected ppexport.Prune(...)")
+    if not isinstance(prune, PixelPrune):
+        raise RequestError(f"prune is {prune!r:.80}, expected ppexport.PixelPrune(...)")
     if isinstance(frames, (str, bytes, os.PathLike, Image.Image)) or not isinstance(frames, Iterable):
         raise RequestError(f"frames is a {type(frames).__name__}, expected a list of images")
     selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))

@@ -12,16 +12,17 @@ import numpy as np
 
 from ..models.checks import integer
 from ..models.family import Kept, Prompt
+from ..models.pruners import Pruner
 from .answer import Step
 from .backends.session import Buffer
 from .image import ImageLike
 from .messages import PromptLike
-from .prune import Prune, Selection
+from .prune import Selection
 from .sampling import Sampling
 from .states import Slot, Slots
 from .stats import Stats
 
-PruneLike = Prune | Literal["default"] | None
+PruneLike = Pruner | Several[Pruner] | Literal["default"] | None
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a request, after the pruners that look at pixels."""
+    """One image of a request, after all pruners."""
 
     views: tuple[Shown, ...]
     selections: tuple[Selection, ...]  # of each view
     kept: Kept
     digest: bytes  # of its pixels and of what is kept; empty where nothing is reused
+    features: Buffer | None = None  # [1 + L, K, D], where pruners have looked at them already
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ import onnxruntime as ort
 from hypothesis import strategies as st
 from invariants import check_order
 
-from ppexport.models.config import PREDICTORS, PRUNE_GRAPHS, prune_file
+from ppexport.models.pruners.pixelprune import PREDICTORS, PRUNE_GRAPHS, graph_name, prune_file
 
 BLOCK = 4  # small tokens, so that grids of 12 x 12 are small pictures
 PAIRS = [(method, metric) for method, metric in PRUNE_GRAPHS if method in PREDICTORS]
@@ -21,9 +21,9 @@ def session(dialect: str, method: str, metric: str, block: int = BLOCK) -> ort.I
     import onnx_ir as ir
 
     from ppexport.exporters.lowering.dialects import DIALECTS
-    from ppexport.exporters.pruners.packaged import pruning_graphs
+    from ppexport.exporters.pruners import Sizes, pruning_graphs
 
-    model = ir.to_proto(pruning_graphs(block, DIALECTS[dialect])[prune_file(method, metric)])
+    model = ir.to_proto(pruning_graphs(Sizes(block), DIALECTS[dialect])[prune_file(graph_name(method, metric))])
     onnx.checker.check_model(model, full_check=True)
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -354,7 +354,7 @@ def test_images_without_placeholders(golden_pipe: ppexport.Pipeline, screen: np.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prune": 0.1}, "prune is 0.1, expected ppexport.Prune"),
+        ({"prune": 0.1}, "prune is 0.1, expected ppexport.PixelPrune"),
         ({"prune": np.zeros(2)}, "prune is array"),
         ({"images": {"a.png"}}, "images is a set, expected a list of images"),
         ({"images": None}, "images is a NoneType, expected a list of images"),
@@ -383,7 +383,7 @@ def test_wrong_arguments(tiny_pipe: ppexport.Pipeline, screen: np.ndarray, argum
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prune": "default"}, "prune is 'default', expected ppexport.Prune"),
+        ({"prune": "default"}, "prune is 'default', expected ppexport.PixelPrune"),
         ({"patch": None}, "patch is None, expected a whole number"),
         ({"patch": -16, "merge": -2}, "patch is -16, expected at least 1"),
         ({"min_pixels": None}, "min_pixels is None, expected a whole number"),

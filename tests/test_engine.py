@@ -57,12 +57,12 @@ def requests(totals: list[int]) -> list[tuple[Any, ...]]:
     first, second = ([IMAGE] * n for n in totals)
     return [
         ([1, 2, 3], [], None, 24),
-        ([1, *first, 2, 7], PICTURES[:1], ppexport.Prune(), 12),
+        ([1, *first, 2, 7], PICTURES[:1], ppexport.PixelPrune(), 12),
         ([5] * 40, [], None, 3),
-        ([1, *first, 9, *second, 2], PICTURES, ppexport.Prune(), 8),
+        ([1, *first, 9, *second, 2], PICTURES, ppexport.PixelPrune(), 8),
         ([8, *second, 2], PICTURES[1:], None, 16),
         ([7], [], None, 1),
-        ([40, 41, *second, 3, 4, 5], PICTURES[1:], ppexport.Prune(tau=0.02), 20),
+        ([40, 41, *second, 3, 4, 5], PICTURES[1:], ppexport.PixelPrune(tau=0.02), 20),
         (list(range(10, 90)), [], None, 30),
     ]
 

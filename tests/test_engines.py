@@ -166,7 +166,7 @@ def test_a_refused_graph_is_quoted_and_leaves_the_bundle_as_it_was(
     """A graph with NonZero needs a plugin; the engines that were there stay."""
     compile_bundle(bundle, RTX, None, SMALL)
     before = {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
-    model = onnx.load(bundle / "prune.pred_2d.max.onnx")
+    model = onnx.load(bundle / "pixelprune.pred_2d.max.onnx")
     node = onnx.helper.make_node("NonZero", ["image_f"], ["order64"])
     model.graph.node.extend([onnx.helper.make_node("Cast", ["image"], ["image_f"], to=onnx.TensorProto.FLOAT), node])
     model.graph.node.append(onnx.helper.make_node("Cast", ["order64"], ["order"], to=onnx.TensorProto.INT32))
@@ -176,7 +176,7 @@ def test_a_refused_graph_is_quoted_and_leaves_the_bundle_as_it_was(
     broken = model.SerializeToString()
     read = Path.read_bytes
     monkeypatch.setattr(
-        Path, "read_bytes", lambda path: broken if path.name == "prune.pred_2d.max.onnx" else read(path)
+        Path, "read_bytes", lambda path: broken if path.name == "pixelprune.pred_2d.max.onnx" else read(path)
     )
     with pytest.raises(ppexport.BackendError, match=r"tensorrt-rtx 1\.\d.* refuses the prune graph: .*NonZero"):
         compile_bundle(bundle, RTX, None, SMALL)

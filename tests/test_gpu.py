@@ -9,8 +9,8 @@ import pytest
 
 import ppexport
 from ppexport.build_bundle import build
-from ppexport.models.config import PRUNE_GRAPHS
 from ppexport.models.errors import PpexportError
+from ppexport.models.pruners.pixelprune import PRUNE_GRAPHS
 from ppexport.runtime.backends import cuda, trt_api
 from ppexport.runtime.image import prepare
 from ppexport.trt_build import Options
@@ -44,8 +44,10 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> ppexport.Pipeline:
     return ppexport.load(build(POCKET, tmp_path_factory.mktemp("cpu") / "bundle", "fp16"), "cpu")
 
 
-@pytest.mark.parametrize("prune", [None, ppexport.Prune()], ids=["unpruned", "pruned"])
-def test_answers_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline, prune: ppexport.Prune | None) -> None:
+@pytest.mark.parametrize("prune", [None, ppexport.PixelPrune()], ids=["unpruned", "pruned"])
+def test_answers_equal_the_cpu(
+    pipe: ppexport.Pipeline, cpu: ppexport.Pipeline, prune: ppexport.PixelPrune | None
+) -> None:
     for skill in SKILLS:
         for seed in range(5):
             made = sample(skill, HELD_OUT + seed)
@@ -61,7 +63,7 @@ def test_selections_equal_the_cpu(pipe: ppexport.Pipeline, method: str, metric: 
     for i, made in enumerate(sample(skill, HELD_OUT + 7) for skill in SKILLS):
         image = prepare(made.image, 32, 1, 1 << 20)
         for tau in (0.0,) if method == "unique" else (0.0, 0.02, 0.3):
-            prune = ppexport.Prune(method, metric, tau, seed=i if method == "conncomp" else 0)
+            prune = ppexport.PixelPrune(method, metric, tau, seed=i if method == "conncomp" else 0)
             found = pipe.selector.select(pipe.backend.upload(image), prune)[1]
             np.testing.assert_array_equal(found.keep, ppexport.select(image, prune, min_pixels=1).keep)
 

@@ -17,7 +17,7 @@ from test_cli import invoke
 
 import ppexport
 from ppexport.inspect import LEVELS
-from ppexport.models.config import PREDICTORS, PRUNE_METHODS
+from ppexport.models.pruners.pixelprune import PREDICTORS, PRUNE_METHODS
 from ppexport.overlay import ABOVE, BESIDE, EDGE, KEPT, OTHERWISE, TINTS, overlay, sources
 from ppexport.runtime.selector import select_frames
 
@@ -47,7 +47,7 @@ def test_inspect_json(tmp_path: Path) -> None:
     code, out, _ = invoke("inspect", SCREEN, "--json", "--tau", "0.05")
     assert code == 0
     (found,) = json.loads(out)
-    assert found["keep"] == ppexport.select(SCREEN, ppexport.Prune(tau=0.05)).keep.tolist()
+    assert found["keep"] == ppexport.select(SCREEN, ppexport.PixelPrune(tau=0.05)).keep.tolist()
     assert found["prune"] == {
         "method": "pred_2d",
         "metric": "max",
@@ -86,7 +86,7 @@ def test_every_dropped_token_is_shown_as_what_it_was_predicted_from(
 ) -> None:
     """The tints tell the specification's predictions: 28 pixels a token here, made of 4."""
     large = np.kron(image, np.ones((7, 7, 1), np.uint8))
-    prune = ppexport.Prune(method, "max", level / 255, anchored)
+    prune = ppexport.PixelPrune(method, "max", level / 255, anchored)
     selection = ppexport.select(large, prune, patch=14, min_pixels=1)
     rows, cols = selection.rows, selection.cols
     found = sources(large, selection).reshape(-1)
@@ -121,7 +121,7 @@ def test_what_stands_still_is_neither_from_the_left_nor_from_above() -> None:
 def test_the_legend_names_what_is_in_the_picture(screen: np.ndarray) -> None:
     """Each colour stands in the legend if and only if it is in the picture, also where the legend takes more lines."""
     for method, expected in (("pred_2d", {BESIDE, ABOVE}), ("random", {OTHERWISE})):
-        selection = ppexport.select(screen, ppexport.Prune(method), min_pixels=1)
+        selection = ppexport.select(screen, ppexport.PixelPrune(method), min_pixels=1)
         legend = np.asarray(overlay(screen, selection))[128:]
         assert legend.shape[0] >= 4 * 14
         colours = {tuple(c) for c in legend.reshape(-1, 3)}  # swatches have an outline in the pure colour
@@ -172,7 +172,7 @@ def test_sweep_is_a_table_and_a_plot(tmp_path: Path) -> None:
     _, out, _ = invoke("inspect", SCREEN, "--sweep", tmp_path / "s.png", "--json", "--metric", "mae")
     shares = json.loads(out)
     assert shares["pred_2d"][0] == [0, pytest.approx(198 / 768)]
-    assert shares["unique"] == [[0, pytest.approx(ppexport.select(SCREEN, ppexport.Prune("unique")).share)]]
+    assert shares["unique"] == [[0, pytest.approx(ppexport.select(SCREEN, ppexport.PixelPrune("unique")).share)]]
     for method in PREDICTORS:
         kept = [share for _, share in shares[method]]
         assert kept[-1] < kept[0]

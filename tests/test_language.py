@@ -142,7 +142,7 @@ def test_dialects_agree_with_images(decoders: dict[str, Decoder]) -> None:
 
 
 def selection(rows: int, cols: int, keep: list[int]) -> ppexport.Selection:
-    return ppexport.Selection(np.array(keep, np.int32), rows, cols, cols * 32, rows * 32, "", ppexport.Prune())
+    return ppexport.Selection(np.array(keep, np.int32), rows, cols, cols * 32, rows * 32, "", ppexport.PixelPrune())
 
 
 def laid_out(ids: np.ndarray, selections: list[ppexport.Selection]) -> Prompt:

@@ -73,7 +73,7 @@ image = {str(IMAGES / "web_gnuplot.png")!r}
 golden = np.load({str(GOLDEN / "e2e" / "one_tau0.npz")!r})
 assert ppexport.select(image).kept == 198
 pipe = ppexport.load({str(golden_bundle)!r}, max_pixels=600000)
-steps = list(pipe.generate_tokens(golden["input_ids"], [image], ppexport.Prune(), max_new_tokens=12))
+steps = list(pipe.generate_tokens(golden["input_ids"], [image], ppexport.PixelPrune(), max_new_tokens=12))
 assert [s.token for s in steps] == golden["generated"].tolist()
 assert pipe.encode(image).embeds.shape == (159, 128)
 from ppexport.cli import main

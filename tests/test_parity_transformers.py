@@ -69,7 +69,9 @@ VARIANTS = {
         True,
         ((32, 32), (288, 64)),
     ),
-    "no_deepstack": Variant("qwen3_vl", TEXT, {**VISION, "depth": 2, "deepstack_visual_indexes": []}, False, ((128, 128),)),
+    "no_deepstack": Variant(
+        "qwen3_vl", TEXT, {**VISION, "depth": 2, "deepstack_visual_indexes": []}, False, ((128, 128),)
+    ),
 }
 
 

@@ -122,8 +122,10 @@ def test_plan_command(tmp_path: Path, model: ModelConfig) -> None:
 
 def test_plan_errors(tmp_path: Path) -> None:
     Image.new("RGB", (640, 640)).save(tmp_path / "a.png")
-    with pytest.raises(ppexport.RequestError, match="engines prune with pred_2d and max only, found raster and max"):
-        planner.plan([str(tmp_path / "a.png")], ppexport.Prune("raster"))
+    with pytest.raises(
+        ppexport.RequestError, match=r"engines prune with pixelprune\.pred_2d\.max only, found pixelprune\.raster\.max"
+    ):
+        planner.plan([str(tmp_path / "a.png")], ppexport.PixelPrune("raster"))
     command = ["plan", str(tmp_path / "a.png"), "-o", str(tmp_path / "p.json"), "--capacity", "300"]
     result = runner().invoke(main, command)
     assert result.exit_code == 1

@@ -150,7 +150,7 @@ def test_trainer_saves_what_the_bundle_computes(tmp_path: Path) -> None:
     assert size < 12e6
     pipe = ppexport.load(build(tmp_path / "checkpoint", tmp_path / "bundle"))
     made = sample("read", 3)
-    for pruned_share, prune in ((1.0, ppexport.Prune()), (0.0, None)):
+    for pruned_share, prune in ((1.0, ppexport.PixelPrune()), (0.0, None)):
         item = lessons.Reader(pruned_share).item(made, Random(0))
         with torch.no_grad():
             loss, *_ = model([item, item])

@@ -79,8 +79,8 @@ def test_parity_with_transformers(skill: str, seed: int, tmp_path_factory: pytes
     assert wide.text.encode(made.question, [count]).tolist() == ids[0].tolist()
 
 
-@pytest.mark.parametrize("prune", [None, ppexport.Prune()], ids=["unpruned", "pruned"])
-def test_answers_about_the_screen_of_the_demo(pipe: ppexport.Pipeline, prune: ppexport.Prune | None) -> None:
+@pytest.mark.parametrize("prune", [None, ppexport.PixelPrune()], ids=["unpruned", "pruned"])
+def test_answers_about_the_screen_of_the_demo(pipe: ppexport.Pipeline, prune: ppexport.PixelPrune | None) -> None:
     for question, answer in (("What is the Region?", "Porto"), ("What is the Brightness?", "46%")):
         assert pipe.generate(question, [Image.open(SCREEN)], prune).text() == answer
 
@@ -88,6 +88,6 @@ def test_answers_about_the_screen_of_the_demo(pipe: ppexport.Pipeline, prune: pp
 @pytest.mark.parametrize(("skill", "floor"), [("read", 0.8), ("transcribe", 0.85), ("locate", 0.8), ("yesno", 0.8)])
 def test_accuracy_floor(pipe: ppexport.Pipeline, skill: str, floor: float) -> None:
     """Ten held-out samples per skill, pruned at tau = 0; the figures on 200 are in docs/accuracy.md."""
-    found = evaluate(pipe, skill, ppexport.Prune(), 10)
+    found = evaluate(pipe, skill, ppexport.PixelPrune(), 10)
     assert found.kept_share < 0.6
     assert found.accuracy >= floor, found.answers

@@ -18,8 +18,9 @@ from prune_spec import anchors_of, distance, select, token, visit
 
 import ppexport
 from ppexport.exporters.lowering.dialects import DIALECTS
-from ppexport.exporters.pruners.packaged import DIRECTORY, packaged, pruning_graphs
-from ppexport.models.config import PREDICTORS, PRUNE_GRAPHS, PRUNE_METRICS
+from ppexport.exporters.pruners import Sizes, pruning_graphs
+from ppexport.exporters.pruners.packaged import DIRECTORY, packaged
+from ppexport.models.pruners.pixelprune import PREDICTORS, PRUNE_GRAPHS, PRUNE_METRICS
 from ppexport.runtime.backends import trt_api
 from ppexport.runtime.backends.ort import OrtCpu
 from ppexport.runtime.image import prepare
@@ -46,7 +47,7 @@ def test_selection_equals_the_reference(name: str, case: str) -> None:
     """Every case, although the reference compares floats: no distance of these images lies on a threshold."""
     expected = np.load(GOLDEN / "selection" / f"{name}.npz")
     method, metric, tau, mode = case.split("|")
-    selection = ppexport.select(source(name), ppexport.Prune(method, metric, float(tau), mode == "anchored"))
+    selection = ppexport.select(source(name), ppexport.PixelPrune(method, metric, float(tau), mode == "anchored"))
     check_selection(selection)
     _, h, w = expected["grid_thw"]
     assert (selection.rows, selection.cols) == (h // 2, w // 2)
@@ -68,7 +69,7 @@ def test_every_kind_of_golden_case_is_there() -> None:
 def test_graph_equals_the_specification(
     method: str, metric: str, image: np.ndarray, level: int, anchored: bool
 ) -> None:
-    threshold = ppexport.Prune(method, metric, level / 255).threshold(BLOCK)
+    threshold = ppexport.PixelPrune(method, metric, level / 255).threshold(BLOCK)
     expected = select(image, BLOCK, method, metric, threshold, anchored)
     for dialect in DIALECTS:
         assert run(session(dialect, method, metric), image, threshold, anchored) == expected
@@ -78,7 +79,7 @@ def test_graph_equals_the_specification(
 @given(image=images(), level=LEVELS, pair=st.sampled_from(PAIRS))
 def test_distances_are_those_to_the_prediction(image: np.ndarray, level: int, pair: tuple[str, str]) -> None:
     """Sliding, a token is dropped if and only if its distance is at most the threshold."""
-    threshold = ppexport.Prune(*pair, level / 255).threshold(BLOCK)
+    threshold = ppexport.PixelPrune(*pair, level / 255).threshold(BLOCK)
     kept = set(select(image, BLOCK, *pair, threshold, False))
     rows, cols = image.shape[0] // BLOCK, image.shape[1] // BLOCK
     apart = lambda a, b: distance(pair[1], token(image, BLOCK, a), token(image, BLOCK, b))  # noqa: E731
@@ -96,7 +97,7 @@ def test_distances_are_those_to_the_prediction(image: np.ndarray, level: int, pa
 @given(image=images(), level=LEVELS, pair=st.sampled_from(PAIRS))
 def test_anchored_errors_never_exceed_tau(image: np.ndarray, level: int, pair: tuple[str, str]) -> None:
     """Of what a decoder makes of the kept tokens and their places, which is all it gets."""
-    threshold = ppexport.Prune(*pair, level / 255).threshold(BLOCK)
+    threshold = ppexport.PixelPrune(*pair, level / 255).threshold(BLOCK)
     kept = run(session("ort", *pair), image, threshold, True)
     expected, anchors = anchors_of(image, BLOCK, *pair, threshold, True)
     assert set(kept) == expected == set(anchors.values())
@@ -143,7 +144,7 @@ def decode(
 
 @pytest.mark.parametrize("name", INDEX)
 def test_unique_on_real_images(name: str) -> None:
-    assert ppexport.select(source(name), ppexport.Prune("unique")).kept == INDEX[name]["unique_tokens"]
+    assert ppexport.select(source(name), ppexport.PixelPrune("unique")).kept == INDEX[name]["unique_tokens"]
 
 
 def test_sums_stay_exact_where_float32_would_not() -> None:
@@ -161,7 +162,7 @@ def test_sums_stay_exact_where_float32_would_not() -> None:
 @pytest.mark.parametrize(("method", "metric"), PRUNE_GRAPHS)
 def test_selection_is_the_same_in_every_run_and_on_many_threads(method: str, metric: str, threads: int) -> None:
     image = prepare(IMAGES / "web_gnuplot.png", 32, 1, 1 << 24)
-    prune = ppexport.Prune(method, metric, 0.0 if method == "unique" else 0.02)
+    prune = ppexport.PixelPrune(method, metric, 0.0 if method == "unique" else 0.02)
     expected = ppexport.select(image, prune).keep
     selector = Selector(OrtCpu(threads), DIRECTORY / "32", 32)
     with ThreadPoolExecutor(4) as pool:
@@ -171,7 +172,7 @@ def test_selection_is_the_same_in_every_run_and_on_many_threads(method: str, met
 
 def test_graphs_use_standard_operators_and_no_nonzero() -> None:
     for dialect in DIALECTS.values():
-        for graph in pruning_graphs(32, dialect).values():
+        for graph in pruning_graphs(Sizes(32), dialect).values():
             nodes = list(graph.graph.all_nodes())
             assert {node.domain for node in nodes} == {""}
             assert "NonZero" not in {node.op_type for node in nodes}
@@ -185,7 +186,7 @@ def test_the_form_for_older_onnxruntime_selects_the_same(method: str, metric: st
     for file in ("web_gnuplot.png", "gui_mousepad.png"):
         image = newer.backend.upload(prepare(IMAGES / file, 32, 1, 1 << 24))
         for tau in (0.0, 0.05) if method != "unique" else (0.0,):
-            found = [each.select(image, ppexport.Prune(method, metric, tau))[1].keep for each in (newer, older)]
+            found = [each.select(image, ppexport.PixelPrune(method, metric, tau))[1].keep for each in (newer, older)]
             np.testing.assert_array_equal(*found)
 
 
@@ -197,14 +198,14 @@ def test_packaged_graphs_are_what_the_exporter_makes() -> None:
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plain"])
-@pytest.mark.parametrize("file", pruning_graphs(32, DIALECTS["standard"]))
+@pytest.mark.parametrize("file", pruning_graphs(Sizes(32), DIALECTS["standard"]))
 def test_every_graph_compiles_for_tensorrt(dialect: str, file: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     log = trt_api.logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    model = ir.to_proto(pruning_graphs(32, DIALECTS[dialect])[file]).SerializeToString()
+    model = ir.to_proto(pruning_graphs(Sizes(32), DIALECTS[dialect])[file]).SerializeToString()
     assert parser.parse(model), log.messages
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for i in range(network.num_inputs):

@@ -16,7 +16,7 @@ import ppexport
 from ppexport.exporters.lowering.dialects import DIALECTS
 from ppexport.exporters.pruners import unique
 from ppexport.exporters.pruners.pixelprune import prune_graph
-from ppexport.models.config import PRUNE_METRICS
+from ppexport.models.pruners.pixelprune import PRUNE_METRICS
 
 
 @settings(max_examples=60, deadline=None)
@@ -28,7 +28,7 @@ from ppexport.models.config import PRUNE_METRICS
     seed=st.integers(0, 2**31 - 2),
 )
 def test_components_equal_the_specification(image: np.ndarray, level: int, metric: str, target: int, seed: int) -> None:
-    threshold = ppexport.Prune(metric=metric, tau=level / 255).threshold(BLOCK)
+    threshold = ppexport.PixelPrune(metric=metric, tau=level / 255).threshold(BLOCK)
     expected = components(image, BLOCK, metric, threshold, target, seed)
     numbers = {"threshold": threshold, "target": target, "seed": seed}
     inputs = {"image": image, **{name: np.array([n], np.int32) for name, n in numbers.items()}}
@@ -64,7 +64,7 @@ def test_frames_equal_the_specification(
 ) -> None:
     """Three frames in a row: noise, tokens that move, light that changes."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    threshold = ppexport.Prune(metric=metric, tau=level / 255).threshold(BLOCK)
+    threshold = ppexport.PixelPrune(metric=metric, tau=level / 255).threshold(BLOCK)
     shown: np.ndarray | None = None
     pictures = dict.fromkeys(DIALECTS, image)
     for _ in range(3):

@@ -38,7 +38,11 @@ def fresh(bundle: Path) -> ppexport.Pipeline:
 
 
 def ask(
-    pipe: ppexport.Pipeline, ids: list[int], images: list[Path], count: int = 6, prune: ppexport.Prune | None = None
+    pipe: ppexport.Pipeline,
+    ids: list[int],
+    images: list[Path],
+    count: int = 6,
+    prune: ppexport.PixelPrune | None = None,
 ) -> tuple[list[int], np.ndarray, ppexport.Stats]:
     stats = ppexport.Stats()
     steps = list(pipe.generate_tokens(ids, images, prune, max_new_tokens=count, stats=stats, stop=()))
@@ -53,9 +57,12 @@ def check(pipe: ppexport.Pipeline, fresh: ppexport.Pipeline, *request: object) -
     return found, stats
 
 
-@pytest.mark.parametrize("prune", [None, ppexport.Prune()])
+@pytest.mark.parametrize("prune", [None, ppexport.PixelPrune()])
 def test_a_conversation_equals_fresh_runs(
-    pipe: ppexport.Pipeline, fresh: ppexport.Pipeline, prune: ppexport.Prune | None, monkeypatch: pytest.MonkeyPatch
+    pipe: ppexport.Pipeline,
+    fresh: ppexport.Pipeline,
+    prune: ppexport.PixelPrune | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three turns, the second brings another image; each runs its own tokens and images only."""
     seen = []
@@ -85,7 +92,7 @@ def test_a_second_question_about_the_same_image(pipe: ppexport.Pipeline, fresh: 
     assert stats.reused_tokens == len(image)
     _, stats = check(pipe, fresh, [*image, 3, 8, 9], [picture])
     assert stats.reused_tokens == len(image) + 2  # one token is left to run
-    _, stats = check(pipe, fresh, [*image, 3], [picture], 6, ppexport.Prune())
+    _, stats = check(pipe, fresh, [*image, 3], [picture], 6, ppexport.PixelPrune())
     assert stats.reused_tokens == 0  # other tokens are kept
     _, stats = check(pipe, fresh, image, [picture])
     assert stats.reused_tokens == 0  # nothing is left behind the image, which is not split

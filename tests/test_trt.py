@@ -72,7 +72,7 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> ppexport.Pipeline:
 
 def tokens(pipe: ppexport.Pipeline, case: str, count: int = 12) -> list[int]:
     ids = np.load(GOLDEN / "e2e" / f"{case}.npz")["input_ids"]
-    prune = None if case.endswith("full") else ppexport.Prune()
+    prune = None if case.endswith("full") else ppexport.PixelPrune()
     images = [IMAGES / name for name in NAMES[case[:3]]]
     return [step.token for step in pipe.generate_tokens(ids, images, prune, max_new_tokens=count)]
 
@@ -83,7 +83,7 @@ def test_greedy_tokens_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipe
 
 
 def test_features_equal_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
-    found, expected = (p.encode(IMAGES / "web_gnuplot.png", ppexport.Prune()) for p in (pipe, cpu))
+    found, expected = (p.encode(IMAGES / "web_gnuplot.png", ppexport.PixelPrune()) for p in (pipe, cpu))
     np.testing.assert_array_equal(found.keep, expected.keep)
     np.testing.assert_allclose(found.embeds, expected.embeds, atol=2e-3 * np.abs(expected.embeds).max())
 
@@ -236,15 +236,13 @@ def test_an_unbound_input_is_an_error(pipe: ppexport.Pipeline) -> None:
 
 
 def test_engines_prune_with_one_method(pipe: ppexport.Pipeline) -> None:
-    message = (
-        r"prune.raster.max.onnx is not compiled for tensorrt[-rtx]*: engines prune with prune.pred_2d.max.onnx only"
-    )
+    message = r"pixelprune.raster.max.onnx is not compiled for .*: engines prune with pixelprune.pred_2d.max.onnx only"
     with pytest.raises(ppexport.RequestError, match=message):
-        pipe.encode(IMAGES / "web_gnuplot.png", ppexport.Prune("raster"))
+        pipe.encode(IMAGES / "web_gnuplot.png", ppexport.PixelPrune("raster"))
 
 
 def test_anchored_selection_equals_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
-    image, prune = IMAGES / "pdf_gnuplot-020.png", ppexport.Prune(tau=0.1)
+    image, prune = IMAGES / "pdf_gnuplot-020.png", ppexport.PixelPrune(tau=0.1)
     found, expected = (p.encode(image, prune).keep for p in (pipe, cpu))
     np.testing.assert_array_equal(found, expected)
 
@@ -389,12 +387,12 @@ def test_a_second_question_runs_what_is_new(
     """Behind the cache of the first one, and where engines cannot do that, with the features of the first one."""
     ids = np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
     picture, other = [IMAGES / NAMES["one"][0]], np.append(ids, [7, 9])
-    expected = [s.token for s in cpu.generate_tokens(other, picture, ppexport.Prune(), max_new_tokens=6)]
-    list(pipe.generate_tokens(ids, picture, ppexport.Prune(), max_new_tokens=2))
+    expected = [s.token for s in cpu.generate_tokens(other, picture, ppexport.PixelPrune(), max_new_tokens=6)]
+    list(pipe.generate_tokens(ids, picture, ppexport.PixelPrune(), max_new_tokens=2))
     monkeypatch.setattr(pipe.vision, "encode", None)  # its features are kept
     gc.collect()
     allocated, stats = len(gpu.allocated), ppexport.Stats()
-    steps = pipe.generate_tokens(other, picture, ppexport.Prune(), max_new_tokens=6, stats=stats)
+    steps = pipe.generate_tokens(other, picture, ppexport.PixelPrune(), max_new_tokens=6, stats=stats)
     assert [s.token for s in steps] == expected
     assert (stats.reused_tokens >= stats.kept) == pipe.backend.appends
     assert len(gpu.allocated) <= allocated + 4  # no further cache

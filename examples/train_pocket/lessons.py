@@ -10,8 +10,9 @@ import numpy as np
 
 from ppexport.models.bytelevel import IDS, byte_tokenizer
 from ppexport.models.layout import lay_out, on_grid
+from ppexport.models.pruners.pixelprune import PixelPrune
 from ppexport.runtime.image import prepare
-from ppexport.runtime.prune import Prune, Selection
+from ppexport.runtime.prune import Selection
 from ppexport.runtime.selector import packaged_selector
 from ppexport.workloads import words
 from ppexport.workloads.canvas import FONT_SIZES, Canvas, Sample
@@ -55,7 +56,7 @@ class Reader:
         """Resize, select, tokenize; turns as the chat template writes them, up to ``more`` after the first."""
         turns = [made, *further(made, rng, more)]
         image = prepare(np.asarray(made.image), BLOCK, MIN_PIXELS, MAX_PIXELS)
-        prune = Prune() if rng.random() < self.pruned_share else None
+        prune = PixelPrune() if rng.random() < self.pruned_share else None
         _, selection = self.selector.select(self.selector.backend.upload(image), prune)
         rows, cols = np.divmod(selection.keep, selection.cols)
         H, W = image.shape[:2]

@@ -4,7 +4,7 @@ Algorithm: PixelPrune (OPPO-Mente-Lab). A token is a block of the image. With A 
 token X, ``pred_2d`` predicts X from B if C matches A and C does not match B, otherwise from A; the first row from the
 left, the first column from above. ``raster`` and ``serpentine`` predict a token from the one before it in that scan.
 X is dropped if it matches its prediction; the first token is kept. Not of PixelPrune are ``unique`` (unique.py),
-``conncomp`` (components.py) and the prediction from the frame before (temporal.py).
+``conncomp`` (conncomp.py) and the prediction from the frame before (temporal.py).
 
 Tokens match if their distance is at most the threshold, an integer in the unit of the metric (metrics.py). Compared
 are the tokens themselves (sliding), or what a decoder would rebuild of them (anchored). Where every match between
@@ -17,10 +17,11 @@ Compaction is CumSum + ScatterElements: NonZero would need a data-dependent shap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from ...models.config import PRUNE_GRAPHS
+from ...models.pruners.pixelprune import PRUNE_GRAPHS, graph_name
 from ..graphs import clean
 from ..lowering.dialects import Dialect
 from ..lowering.onnx_writer import Ops
@@ -28,10 +29,18 @@ from . import anchored, conncomp, unique
 from .grid import Grid, odd, previous
 from .metrics import Metric
 
+if TYPE_CHECKING:
+    from . import Sizes
+
 IR_VERSION = 10
 PREDICTED = ("threshold", "anchored")  # inputs beside the image, where tokens are predicted
 INPUTS = {"unique": (), "conncomp": ("threshold", "target", "seed")}
 Branch = Callable[[Ops], Sequence[ir.Value]]
+
+
+def graphs(sizes: Sizes, dialect: Dialect) -> dict[str, ir.Model]:
+    """Of every method and metric; see exporters/pruners/__init__.py."""
+    return {graph_name(*pair): prune_graph(sizes.block, dialect, *pair) for pair in PRUNE_GRAPHS}
 
 
 def prune_graph(block: int, dialect: Dialect, method: str = "pred_2d", metric: str = "max") -> ir.Model:

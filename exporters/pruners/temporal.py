@@ -1,6 +1,6 @@
 """Prediction of a frame from the one before and from itself, in one: what a token was, or what its neighbour is.
 
-A token is dropped if it matches what was shown at its place for the frame before; if not, pred_2d (prune.py) decides.
+A token is dropped if it matches what was shown at its place for the frame before; if not, pred_2d decides.
 Anchored, both compare with what is shown for a token when it is dropped: what was shown there before, or what is shown
 for the neighbour that it repeats. That is always an original token of this or an earlier frame, so its error never
 exceeds tau, however long the recording. The state is again an index per position, into the tokens of the image and of
@@ -10,15 +10,25 @@ what was shown before. Sliding, tokens are compared with the frame before and th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from ...models.pruners.pixelprune import PRUNE_METRICS, graph_name
 from ..lowering.dialects import Dialect
 from ..lowering.onnx_writer import Ops
 from . import anchored
 from .grid import Grid
 from .metrics import Metric
 from .pixelprune import compact, either, finish, from_above, image_input, inexact, output
+
+if TYPE_CHECKING:
+    from . import Sizes
+
+
+def graphs(sizes: Sizes, dialect: Dialect) -> dict[str, ir.Model]:
+    """Of every metric; see exporters/pruners/__init__.py."""
+    return {graph_name("temporal", metric): temporal_graph(sizes.block, dialect, metric) for metric in PRUNE_METRICS}
 
 
 def temporal_graph(block: int, dialect: Dialect, metric: str = "max") -> ir.Model:

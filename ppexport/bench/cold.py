@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 
 
 def main(given: dict) -> float:  # type: ignore[type-arg]
     """``given``: fields of measure.Plan, and bundle, image, prompt, and ``started``, seconds of time.time."""
     from ..calibration import prompt_ids
-    from ..runtime.image import prepare
+    from ..models.pruners import changed
     from ..runtime.pipeline import load
 
     sizes = (given["min_pixels"], given["max_pixels"])
     pipe = load(given["bundle"], given["device"], *sizes, given["threads"], reuse=0)
     tau = given["taus"][0]
-    prune = None if tau is None else replace(pipe.prune, tau=tau)
+    prune = None if tau is None else changed(pipe.prune, {"tau": tau})
     if pipe.text is not None:
         pipe.generate(given["prompt"], [given["image"]], prune, max_new_tokens=1).text()
     else:
-        pixels = prepare(given["image"], pipe.selector.block, pipe.min_pixels, pipe.max_pixels)
-        total = pixels.shape[0] * pixels.shape[1] // pipe.selector.block**2
+        total = sum(view.total for view in pipe.pixels(given["image"])[1].views)
         next(pipe.generate_tokens(prompt_ids(None, pipe.manifest.model, "", [total]), [given["image"]], prune))
     return (time.time() - given["started"]) * 1e3
 

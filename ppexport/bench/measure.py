@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +23,12 @@ import numpy as np
 from ..calibration import prompt_ids
 from ..models.errors import BackendError
 from ..models.manifest import FILE, sha256
+from ..models.pruners import Pruner, changed
 from ..models.version import __version__
 from ..overlay import overlay
 from ..runtime.bundle import open_bundle
 from ..runtime.image import prepare
 from ..runtime.pipeline import Pipeline, load
-from ..runtime.prune import Prune
 from ..runtime.stats import Stats
 from . import machine, schema
 from .power import Meter
@@ -284,9 +284,9 @@ def _pictures(pipe: Pipeline, questions: Sequence[Question], plan: Plan) -> Iter
                 yield schema.Picture(item=item, tau=tau, webp=base64.b64encode(written.getvalue()).decode())
 
 
-def _prune(pipe: Pipeline, tau: float | None) -> Prune | None:
+def _prune(pipe: Pipeline, tau: float | None) -> tuple[Pruner, ...] | None:
     """As the bundle prunes, at this tau."""
-    return None if tau is None else replace(pipe.prune, tau=tau)
+    return None if tau is None else changed(pipe.prune, {"tau": tau})
 
 
 def _said(pipe: Pipeline, tokens: Sequence[int]) -> str:

@@ -81,7 +81,7 @@ class Backend(Protocol):
     max_pixels: int | None  # of images, where there is a limit
     cache_multiple: int  # a cache by position is read in multiples of so many entries
     batches: bool  # may a run of the decoder hold several sequences?
-    byte_max: bool  # does it have Max and Min on bytes? (models.config.prune_file)
+    byte_max: bool  # does it have Max and Min on bytes? (models.pruners.pixelprune.prune_file)
     appends: bool  # may the rest of a prompt, of any length, be run behind what a cache holds?
 
     def session(self, path: Path) -> Session:
