@@ -84,7 +84,10 @@ def pick(rows: list[Row], method: str, level: int | None) -> dict[str, Row]:
 
 
 def accuracy_table(rows: list[Row], levels: tuple[int, ...]) -> str:
-    lines = [f"| method | tau | kept | {' | '.join(SKILLS)} |", "| --- | ---: | ---: " + "| ---: " * len(SKILLS) + "|"]
+    lines = [
+        f"| method | tau | kept | {' | '.join(SKILLS)} |",
+        "| --- | ---: | ---: " + "| ---: " * len(SKILLS) + "|",
+    ]
     for method, level in [("off", None), *((m, v) for m in METHODS for v in levels_of(m, levels))]:
         at = pick(rows, method, level)
         kept = sum(row["kept_share"] for row in at.values()) / len(at)
@@ -119,11 +122,16 @@ def draw(rows: list[Row], levels: tuple[int, ...], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(SKILLS), figsize=(12, 3.4), sharey=True, layout="constrained")
     for axis, skill in zip(axes, SKILLS, strict=True):
-        axis.axhline(100 * pick(rows, "off", None)[skill]["accuracy"], color="gray", linestyle=":", label="unpruned")
+        axis.axhline(
+            100 * pick(rows, "off", None)[skill]["accuracy"], color="gray", linestyle=":", label="unpruned"
+        )
         for method, marker in zip(METHODS, "osdx", strict=True):
             at = [pick(rows, method, level)[skill] for level in levels_of(method, levels)]
             axis.plot(
-                [100 * r["kept_share"] for r in at], [100 * r["accuracy"] for r in at], marker=marker, label=method
+                [100 * r["kept_share"] for r in at],
+                [100 * r["accuracy"] for r in at],
+                marker=marker,
+                label=method,
             )
         axis.set_title(skill)
         axis.set_xlabel("tokens kept, %")
@@ -144,11 +152,15 @@ def fill(page: Path, name: str, text: str) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option(
-    "--never-pruned", type=click.Path(path_type=Path, exists=True), help="Of the model trained without pruning."
+    "--never-pruned",
+    type=click.Path(path_type=Path, exists=True),
+    help="Of the model trained without pruning.",
 )
 @click.option("-n", "--count", default=200, show_default=True, help="Held-out samples per skill.")
 @click.option("-o", "--output", type=click.Path(path_type=Path))
-@click.option("--docs", type=click.Path(path_type=Path, exists=True), help="Directory with accuracy.md, to be updated.")
+@click.option(
+    "--docs", type=click.Path(path_type=Path, exists=True), help="Directory with accuracy.md, to be updated."
+)
 def main(bundle: Path, never_pruned: Path | None, count: int, output: Path | None, docs: Path | None) -> None:
     begin = time.time()
     rows = sweep(bundle, LEVELS, count)

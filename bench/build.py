@@ -42,14 +42,19 @@ def build_once(checkpoint: Path, work: Path, precision: str, target: str | None)
     if target:
         record = json.loads((output / "engines" / target / "record.json").read_text(encoding="utf-8"))
         for graph, engine in record["engines"].items():
-            row |= {f"{graph}_compile_seconds": engine["build_seconds"], f"{graph}_engine_bytes": engine["bytes"]}
+            row |= {
+                f"{graph}_compile_seconds": engine["build_seconds"],
+                f"{graph}_engine_bytes": engine["bytes"],
+            }
     shutil.rmtree(output)
     return row
 
 
 @click.command()
 @click.option("--shape", default="2b", show_default=True, type=click.Choice(["tiny", "300m", "2b"]))
-@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead.")
+@click.option(
+    "--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead."
+)
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--target", type=click.Choice(["tensorrt-rtx", "tensorrt"]), help="Compile engines, too.")
 @click.option("--runs", default=3, show_default=True)

@@ -70,7 +70,9 @@ def main(images: int, held_out: int, blocks: str, output: Path | None) -> None:
             for calibration in (None, Calibration([work / "images"])):
                 bundle = work / f"{block}-{bool(calibration)}"
                 build(POCKET, bundle, Wanted("int4", vision="int4", block=block), calibration=calibration)
-                results.append({"block": block, "calibrated": images if calibration else 0, **measure(bundle, screens)})
+                results.append(
+                    {"block": block, "calibrated": images if calibration else 0, **measure(bundle, screens)}
+                )
                 print(json.dumps(results[-1]), flush=True)
     result = {
         "what": "pocket model, layers and vision in int4, against float32: means over held-out screens; a cosine is "

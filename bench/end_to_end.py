@@ -34,7 +34,9 @@ QUESTION = list(range(20, 36))  # any tokens
 def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of several answers to one request."""
     row: dict[str, Any] = {
-        name: round(median(a[name] for a in answers), 1) for name in ("preprocess", "first") if name in answers[0]
+        name: round(median(a[name] for a in answers), 1)
+        for name in ("preprocess", "first")
+        if name in answers[0]
     }
     row["decode_per_token"] = round(median(ms for a in answers for ms in a["decode"]), 2)
     row["peak_rss_gb"] = round(max(a["rss"] for a in answers) / 1e9, 3)
@@ -68,7 +70,9 @@ def measure(workers: list[Worker], image: Path, ids: list[int], runs: int, full:
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
     """What the figures come to."""
-    best = min((n for n in found if n.startswith("ppexport")), key=lambda name: found[name]["pruned"]["first"])
+    best = min(
+        (n for n in found if n.startswith("ppexport")), key=lambda name: found[name]["pruned"]["first"]
+    )
     mine, result = found[best], {"best": best}
     if "full" in mine:
         result["full_over_pruned"] = round(mine["full"]["first"] / mine["pruned"]["first"], 2)
@@ -82,13 +86,17 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
                 result[f"{key}_decode_vs_{dtype}"] = round(
                     theirs["pruned"]["decode_per_token"] / found[own]["pruned"]["decode_per_token"], 2
                 )
-                result[f"{key}_first_vs_{dtype}"] = round(theirs["pruned"]["first"] / found[own]["pruned"]["first"], 2)
+                result[f"{key}_first_vs_{dtype}"] = round(
+                    theirs["pruned"]["first"] / found[own]["pruned"]["first"], 2
+                )
     return result
 
 
 @click.command()
 @click.option("--shape", default="300m", show_default=True, type=click.Choice(["tiny", "300m", "2b"]))
-@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead.")
+@click.option(
+    "--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead."
+)
 @click.option("--precisions", default="fp32,w8a8,int8,int4", show_default=True)
 @click.option("--image", type=click.Path(exists=True, path_type=Path), default=IMAGES / "gui_mousepad.png")
 @click.option("--reference", "path", help="Checkout of the authors' code.")
@@ -96,7 +104,9 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 @click.option("--reference-dtypes", default="float32,bfloat16", show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--runs", default=5, show_default=True)
-@click.option("--full-runs", default=1, show_default=True, help="Of the whole image, which takes long; 0: not at all.")
+@click.option(
+    "--full-runs", default=1, show_default=True, help="Of the whole image, which takes long; 0: not at all."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(
     shape: str,
@@ -121,11 +131,17 @@ def main(
         sizes = {b.name: sum(f.stat().st_size for f in b.iterdir()) for b in bundles}
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         total = ppexport.select(image).total
-        around = [config["vision_start_token_id"], *[config["image_token_id"]] * total, config["vision_end_token_id"]]
+        around = [
+            config["vision_start_token_id"],
+            *[config["image_token_id"]] * total,
+            config["vision_end_token_id"],
+        ]
         ids = [1, 2, 3, *around, *QUESTION]
         workers = [ours(bundle, threads) for bundle in bundles]
         if path and python:
-            workers += [reference(python, path, checkpoint, dtype, threads) for dtype in reference_dtypes.split(",")]
+            workers += [
+                reference(python, path, checkpoint, dtype, threads) for dtype in reference_dtypes.split(",")
+            ]
         found = measure(workers, image, ids, runs, full_runs)
         for worker in workers:
             worker.close()

@@ -54,7 +54,9 @@ def bytes_per_token(bundle: Path, tokens: float) -> int:
     total = 0
     for tensor in model.graph.initializer:
         if tensor.name in other or tensor.name not in looked_up:
-            length = next((int(e.value) for e in tensor.external_data if e.key == "length"), len(tensor.raw_data))
+            length = next(
+                (int(e.value) for e in tensor.external_data if e.key == "length"), len(tensor.raw_data)
+            )
             total += length
     text = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))["model"]["text"]
     return total + int(2 * text["layers"] * text["kv_heads"] * text["head_dim"] * 4 * tokens)
@@ -91,12 +93,16 @@ def measure(bundle: Path, threads: int, runs: int) -> dict[str, Any]:
 
 @click.command()
 @click.option("--shape", default="2b", show_default=True, type=click.Choice(["tiny", "300m", "2b"]))
-@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead.")
+@click.option(
+    "--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead."
+)
 @click.option("--precisions", default="int4,w8a8", show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--runs", default=5, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
-def main(shape: str, checkpoint: Path | None, precisions: str, threads: int, runs: int, output: Path | None) -> None:
+def main(
+    shape: str, checkpoint: Path | None, precisions: str, threads: int, runs: int, output: Path | None
+) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

@@ -31,7 +31,9 @@ def main(runs: int, duration: float, output: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         bundle = build(POCKET, Path(name) / "pocket.bundle")
         workload, questions = open_workload("documents", [], None)
-        plan = Plan(duration=duration, cold=0, max_new_tokens=16, ignore_eos=True, max_pixels=600_000, pictures=False)
+        plan = Plan(
+            duration=duration, cold=0, max_new_tokens=16, ignore_eos=True, max_pixels=600_000, pictures=False
+        )
         for i in range(runs):
             result = measure(str(bundle), workload, questions, plan)
             for setting in result.settings:

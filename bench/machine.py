@@ -14,7 +14,9 @@ def describe() -> dict[str, object]:
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    memory = next(
+        (int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0
+    )
     packages = {}
     for name in ("ppexport", "onnxruntime", "torch", "onnx", "onnx_ir", "numpy", "pillow", "transformers"):
         try:

@@ -30,7 +30,9 @@ from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 
 
-def measure(pipe: ppexport.Pipeline, prune: ppexport.PixelPrune, image: np.ndarray, repeats: int) -> dict[str, object]:
+def measure(
+    pipe: ppexport.Pipeline, prune: ppexport.PixelPrune, image: np.ndarray, repeats: int
+) -> dict[str, object]:
     times: dict[bool, list[float]] = {False: [], True: []}
     stages: list[float] = []
     for i in range(repeats + 5):
@@ -56,10 +58,14 @@ def measure(pipe: ppexport.Pipeline, prune: ppexport.PixelPrune, image: np.ndarr
 
 
 @click.command()
-@click.option("--repeats", default=200, show_default=True, help="With the pocket model; a tenth with the other.")
+@click.option(
+    "--repeats", default=200, show_default=True, help="With the pocket model; a tenth with the other."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(repeats: int, output: Path | None) -> None:
-    result = {"what": "time to first token on photo-like noise of 640 x 480, 300 tokens, none of which can be dropped"}
+    result = {
+        "what": "time to first token on photo-like noise of 640 x 480, 300 tokens, none of which can be dropped"
+    }
     result |= {"machine": describe(), "rows": []}
     with tempfile.TemporaryDirectory() as name:
         write_random(qwen3_vl_config("300m"), Path(name) / "300m")

@@ -50,7 +50,13 @@ def main(runs: int, output: Path) -> None:
             times["full_sort"].append((time.perf_counter() - middle) * 1e3)
         rows.append({"setting": given, **{name: round(median(ms), 3) for name, ms in times.items()}})
         print(rows[-1])
-    found = {"machine": describe(), "backend": OrtCpu.name, "vocabulary": VOCABULARY, "runs": runs, "medians_ms": rows}
+    found = {
+        "machine": describe(),
+        "backend": OrtCpu.name,
+        "vocabulary": VOCABULARY,
+        "runs": runs,
+        "medians_ms": rows,
+    }
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

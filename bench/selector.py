@@ -41,7 +41,11 @@ class Reference:
     def __init__(self, python: Path, path: Path):
         worker = Path(__file__).parent / "reference_selector.py"
         self.process = subprocess.Popen(
-            [python, worker, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [python, worker, path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
 
     def select(self, pixels: Path, tau: float, anchored: bool, resize: bool) -> tuple[float, list[int]]:
@@ -120,7 +124,11 @@ def extra_memory(pixels: Path, tau: float, anchored: bool) -> float:
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    return {"n": len(times), "median_ms": round(median(times), 3), "p90_ms": round(quantiles(times, n=10)[-1], 3)}
+    return {
+        "n": len(times),
+        "median_ms": round(median(times), 3),
+        "p90_ms": round(quantiles(times, n=10)[-1], 3),
+    }
 
 
 @click.command()
@@ -130,7 +138,11 @@ def summary(times: list[float]) -> dict[str, float]:
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(exists=True, path_type=Path))
 def main(
-    reference: Path | None, reference_python: Path | None, repeats: int, output: Path | None, images: tuple[Path, ...]
+    reference: Path | None,
+    reference_python: Path | None,
+    repeats: int,
+    output: Path | None,
+    images: tuple[Path, ...],
 ) -> None:
     worker = Reference(reference_python or Path(sys.executable), reference) if reference else None
     bandwidth = copy_bandwidth()
@@ -151,9 +163,14 @@ def main(
                         ms, expected = worker.select(files[0 if front else 1], tau, anchored, front)
                         theirs += [ms] if i >= 2 else []
                         if keep != expected:
-                            raise SystemExit(f"{title}, tau {tau}: {len(keep)} kept, reference {len(expected)}")
+                            raise SystemExit(
+                                f"{title}, tau {tau}: {len(keep)} kept, reference {len(expected)}"
+                            )
                 row = {"image": title, "size": [pixels.shape[1], pixels.shape[0]], "tau": tau}
-                row |= {"mode": "anchored" if anchored else "sliding", "what": "front" if front else "selection"}
+                row |= {
+                    "mode": "anchored" if anchored else "sliding",
+                    "what": "front" if front else "selection",
+                }
                 row |= {"kept": len(keep), "tokens": pixels.size // 3072, "ours": summary(mine)}
                 row["floor_ms"] = round(2 * pixels.nbytes / bandwidth / 1e6, 3)
                 if not front:

@@ -48,7 +48,9 @@ class Worker:
 
 def ours(bundle: Path, threads: int) -> Worker:
     """A bundle on ONNX Runtime, CPU."""
-    return Worker(f"ppexport {bundle.name}", [sys.executable, str(HERE / "worker.py"), str(bundle), str(threads)])
+    return Worker(
+        f"ppexport {bundle.name}", [sys.executable, str(HERE / "worker.py"), str(bundle), str(threads)]
+    )
 
 
 def reference(python: str, path: str, checkpoint: Path, dtype: str, threads: int) -> Worker:

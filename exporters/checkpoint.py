@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models import family_of
 from ..models.config import ModelConfig, Weight
+from ..models.dtype import BY_SAFETENSORS
 from ..models.errors import CheckpointError
 from ..models.family import Family
 
@@ -27,7 +28,6 @@ ADAPTER = (
 ADAPTED = (".lora_", ".base_layer.", ".modules_to_save.")  # in names of what PEFT has not merged
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 ROWS_AT_ONCE = 4096
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,13 +69,19 @@ class Checkpoint:
         """
         path = Path(path)
         if path.is_file():
-            raise CheckpointError(f"{path}: is a file; expected a Hugging Face checkpoint directory with config.json")
+            raise CheckpointError(
+                f"{path}: is a file; expected a Hugging Face checkpoint directory with config.json"
+            )
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such directory; expected a Hugging Face checkpoint with config.json")
+            raise CheckpointError(
+                f"{path}: no such directory; expected a Hugging Face checkpoint with config.json"
+            )
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
                 raise CheckpointError(f"{path}: {ADAPTER}")
-            raise CheckpointError(f"{path}: found no config.json; expected a Hugging Face checkpoint directory")
+            raise CheckpointError(
+                f"{path}: found no config.json; expected a Hugging Face checkpoint directory"
+            )
         raw = read_json(path / "config.json")
         family = family_of(raw)
         notices: list[str] = []
@@ -87,10 +93,10 @@ class Checkpoint:
         return cls(path, family, config, entries, tuple(notices))
 
     @property
-    def dtype(self) -> str:
-        """The widest dtype among the weights: "F32", "F16" or "BF16"."""
+    def precision(self) -> str:
+        """The widest dtype among the weights: "fp32", "fp16" or "bf16"."""
         kinds = {entry.dtype for entry in self.entries.values()}
-        return "F32" if len(kinds) > 1 else kinds.pop()
+        return "fp32" if len(kinds) > 1 else str(BY_SAFETENSORS[kinds.pop()].precision)
 
     def optional_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the checkpoint, or None where it is absent."""
@@ -120,19 +126,32 @@ class Checkpoint:
 
 def _entries(path: Path) -> dict[str, Entry]:
     """Tensor name -> where it lies, from the headers of all weight files; like transformers, a single file first."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    index = path / "model.safetensors.index.json"
     if single.is_file():
         return _header(single)
     if not index.is_file():
-        hint = " PyTorch .bin files are not read; convert them to safetensors." if list(path.glob("*.bin")) else ""
-        raise CheckpointError(f"{path}: found no model.safetensors and no model.safetensors.index.json.{hint}")
+        hint = (
+            " PyTorch .bin files are not read; convert them to safetensors."
+            if list(path.glob("*.bin"))
+            else ""
+        )
+        raise CheckpointError(
+            f"{path}: found no model.safetensors and no model.safetensors.index.json.{hint}"
+        )
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(shard, str) for shard in names.values())
+    ):
         raise CheckpointError(f"{index.name}: found no weight_map, expected tensor names and their shards")
     entries: dict[str, Entry] = {}
     for shard in sorted(set(names.values())):
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise CheckpointError(f"{index.name}: shard {shard!r} is outside the checkpoint, expected a file in it")
+            raise CheckpointError(
+                f"{index.name}: shard {shard!r} is outside the checkpoint, expected a file in it"
+            )
         entries.update(_header(path / shard))
     for name, shard in names.items():
         if name not in entries or entries[name].file != path / shard:
@@ -174,8 +193,10 @@ def _named(entries: Mapping[str, Entry], family: Family) -> dict[str, Entry]:
         if name is None:
             continue
         if name in found:
-            raise CheckpointError(f"'{found[name].name}' and '{stored}' are both '{name}', expected one of them")
-        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"'{found[name].name}' and '{stored}' are both '{name}', expected one of them"
+            )
+        if entry.dtype not in BY_SAFETENSORS:
             raise CheckpointError(
                 f"{entry.file.name}: '{stored}' has dtype {entry.dtype}, expected F32, F16 or BF16; "
                 "build from the checkpoint that is not quantized"
@@ -213,7 +234,8 @@ def _same_values(a: Entry, b: Entry) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     with safe_open(a.file, framework="pt") as first, safe_open(b.file, framework="pt") as second:
-        one, other = first.get_slice(a.name), second.get_slice(b.name)
+        one = first.get_slice(a.name)
+        other = second.get_slice(b.name)
         return all(
             torch.equal(one[row : row + ROWS_AT_ONCE], other[row : row + ROWS_AT_ONCE])
             for row in range(0, a.shape[0], ROWS_AT_ONCE)
@@ -238,8 +260,9 @@ def _check(entries: Mapping[str, Entry], family: Family, config: ModelConfig) ->
         hint = ""
         if missing == [family.head]:
             hint = (
-                "; if the embedding table is the output head, set tie_word_embeddings to true at the top of config.json"
+                "; if the embedding table is the output head, set tie_word_embeddings to true at the top of "
             )
+            hint += "config.json"
         raise CheckpointError(
             f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'{hint}"
         )

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..models.config import ModelConfig, Preprocessing
 from ..models.errors import CheckpointError
+from ..models.progress import Progress
 from .checkpoint import Checkpoint
 from .lowering import ops
-from .run_model import EagerModel, Progress, Sample
+from .run_model import EagerModel, Sample
 
 LIMIT = 65504 / 8  # room for pictures that excite the model more than the ones tried here
 ALWAYS = ("norm", "positions")

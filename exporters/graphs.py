@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
 from ..models.config import ModelConfig
+from ..models.dtype import BY_PRECISION
 from .decoders import DECODERS
 from .lowering.dialects import Dialect, lower
 from .towers import TOWERS
 
-PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {name: ir.DataType(dtype.onnx) for name, dtype in BY_PRECISION.items()}
+TORCH: dict[str, torch.dtype] = {name: getattr(torch, dtype.name) for name, dtype in BY_PRECISION.items()}
 
 
 def compute_precision(precision: str, dialect: Dialect) -> str:
@@ -45,7 +46,10 @@ def vision_graph(
     with FakeTensorMode():
         tower = TOWERS[model.tower].Tower(model, dialect.cast_first, dtype, set(float32_kinds))
         args = (torch.empty(3 * block, 4 * block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
-    shapes = ({0: block * Dim("rows", max=4096), 1: block * Dim("cols", max=4096)}, {0: Dim("K", max=1 << 24)})
+    shapes = (
+        {0: block * Dim("rows", max=4096), 1: block * Dim("cols", max=4096)},
+        {0: Dim("K", max=1 << 24)},
+    )
     graph = _export(tower, args, shapes, ["image", "keep"], ["features"], dialect)
     graph.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
     return graph
@@ -65,7 +69,9 @@ def language_graph(
     with FakeTensorMode():
         decoder = DECODERS[model.decoder].Decoder(model, dtype, set(float32_kinds))
         states = [
-            torch.empty(*state.sized(slots=2, capacity=11), dtype=torch.float32 if state.dtype == "float32" else dtype)
+            torch.empty(
+                *state.sized(slots=2, capacity=11), dtype=torch.float32 if state.dtype == "float32" else dtype
+            )
             for state in model.states
         ]
         args = (
@@ -77,7 +83,9 @@ def language_graph(
             torch.empty(2, 3, dtype=torch.int32),
             states,
         )
-    state_shapes = [{i: axes[n] for i, n in enumerate(state.shape) if isinstance(n, str)} for state in model.states]
+    state_shapes = [
+        {i: axes[n] for i, n in enumerate(state.shape) if isinstance(n, str)} for state in model.states
+    ]
     shapes = ({0: B, 1: S}, {1: K}, {0: B, 1: S}, {1: B, 2: S}, {0: B}, {0: B, 1: P}, state_shapes)
     names = [state.name for state in model.states]
     inputs = ["input_ids", "features", "feature_rows", "position_ids", "start", "logits_at", *names]
@@ -85,7 +93,12 @@ def language_graph(
 
 
 def _export(
-    module: torch.nn.Module, args: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str], dialect: Dialect
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    shapes: Any,
+    inputs: list[str],
+    outputs: list[str],
+    dialect: Dialect,
 ) -> ir.Model:
     """torch.onnx.export on fake tensors (shapes without memory), then the dialect's nodes and the clean-up passes."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
@@ -112,7 +125,9 @@ def _export(
     model = program.model
     lower(model, dialect)
     clean(model)
-    model.graph.name, model.producer_name, model.producer_version = "ppexport", "ppexport", ""
+    model.graph.name = "ppexport"
+    model.producer_name = "ppexport"
+    model.producer_version = ""
     return model
 
 

@@ -27,9 +27,11 @@ class LayerNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> like x."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from ..models import family_of, qwen3_vl
 from ..models.bytelevel import IDS, VOCAB, byte_tokenizer
+from ..models.dtype import BY_PRECISION
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {dtype.name: getattr(torch, dtype.name) for dtype in BY_PRECISION.values()}
 # (text layers, width, ffn, heads, kv heads, head width, vocabulary, tied, mRoPE sections,
 #  vision depth, width, ffn, heads, deepstack blocks)
 SHAPES: dict[str, tuple[Any, ...]] = {
@@ -30,7 +31,9 @@ SHAPES: dict[str, tuple[Any, ...]] = {
 
 def qwen3_vl_config(shape: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """A config.json of the Qwen3-VL family at one of SHAPES."""
-    layers, width, ffn, heads, kv, head, vocab, tied, mrope, depth, v_width, v_ffn, v_heads, deepstack = SHAPES[shape]
+    layers, width, ffn, heads, kv, head, vocab, tied, mrope, depth, v_width, v_ffn, v_heads, deepstack = (
+        SHAPES[shape]
+    )
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",

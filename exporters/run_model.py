@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.config import Preprocessing
+from ..models.progress import Progress, silent
 from .checkpoint import Checkpoint
 from .decoders import DECODERS
 from .layers import Linear
 from .towers import TOWERS
 from .weights.layer_streaming import streamed
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 OnInput = Callable[[str, str, Tensor], None]  # graph, weight [in, out], what it is multiplied with [..., in]
 
 
@@ -49,7 +49,7 @@ class EagerModel:
         checkpoint: Checkpoint,
         pre: Preprocessing,
         stage: str,
-        progress: Progress = lambda stage, done, total: None,
+        progress: Progress = silent,
         on_input: OnInput = lambda graph, weight, x: None,
     ):
         self.checkpoint = checkpoint
@@ -78,7 +78,12 @@ class EagerModel:
 
     @torch.no_grad()
     def logits(
-        self, ids: np.ndarray, feature_rows: np.ndarray, positions: np.ndarray, features: np.ndarray, last: int
+        self,
+        ids: np.ndarray,
+        feature_rows: np.ndarray,
+        positions: np.ndarray,
+        features: np.ndarray,
+        last: int,
     ) -> np.ndarray:
         """ids, feature_rows int32 [S] without dropped placeholders, positions int32 [A, S], features as above.
 

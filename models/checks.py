@@ -23,7 +23,9 @@ def integer(name: str, value: Any, at_least: int = 0, at_most: int | None = None
     return found
 
 
-def number(name: str, value: Any, expected: str, low: float, high: float = math.inf, above_low: bool = False) -> float:
+def number(
+    name: str, value: Any, expected: str, low: float, high: float = math.inf, above_low: bool = False
+) -> float:
     """``value`` as a finite float in low ... high (more than low with ``above_low``); raises RequestError."""
     try:
         found = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
@@ -39,7 +41,9 @@ def writable(path: str | Path) -> Path:
     target = Path(path)
     try:
         if not str(path) or target.is_dir() or not target.absolute().parent.is_dir():
-            raise SpaceError(f"{path}: cannot be written, expected the name of a file in an existing directory")
+            raise SpaceError(
+                f"{path}: cannot be written, expected the name of a file in an existing directory"
+            )
         if target.exists():
             if not os.access(target, os.W_OK):
                 raise SpaceError(f"{path}: cannot be written, expected a file that may be")
@@ -59,7 +63,9 @@ def utf8(path: str | Path) -> str:
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as err:
-        raise SpaceError(f"{str(path)!r}: the name is not valid UTF-8 ({err}), expected a name that is") from err
+        raise SpaceError(
+            f"{str(path)!r}: the name is not valid UTF-8 ({err}), expected a name that is"
+        ) from err
 
 
 def shown(name: str | Path) -> str:

@@ -59,7 +59,9 @@ class Rope:
     theta: float
     sections: tuple[int, ...]  # rotary frequencies of each axis; they sum to half of ``width``
     width: int  # values of a head that are turned, the first ones; the others stay as they are
-    interleaved: bool = False  # axes take turns from frequency to frequency; False: a block of frequencies for each
+    interleaved: bool = (
+        False  # axes take turns from frequency to frequency; False: a block of frequencies for each
+    )
     yarn: Yarn | None = None  # frequencies for longer sequences than the model was trained for
 
 

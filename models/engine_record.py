@@ -77,7 +77,9 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
     path = folder(bundle, target) / FILE
     todo = rebuild(bundle, target)
     if any(graph.dialect == "ort" for graph in manifest.graphs.values()):
-        todo = f"its graphs are for ONNX Runtime only: build a bundle from the checkpoint with --target {target}"
+        todo = (
+            f"its graphs are for ONNX Runtime only: build a bundle from the checkpoint with --target {target}"
+        )
     if not path.is_file():
         raise BundleError(f"{bundle}: has no engines for {target}; {todo}")
     try:
@@ -89,10 +91,14 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
     if record.graphs != compiled_files(manifest):
         raise BundleError(f"{path}: the engines were compiled from other graphs than the bundle's; {todo}")
     for graph, engine in record.engines.items():
-        known = set(profiles.AXES["prefill"] + ("B", "P", "M") if graph == "language" else profiles.AXES[graph])
+        known = set(
+            profiles.AXES["prefill"] + ("B", "P", "M") if graph == "language" else profiles.AXES[graph]
+        )
         axes = {axis for names in engine.axes.values() for axis in names} - {""}
         if Path(engine.file).name != engine.file or not engine.profiles or not axes <= known:
-            raise BundleError(f"{path}: its {graph} engine has a file, axes or profiles that none has; {todo}")
+            raise BundleError(
+                f"{path}: its {graph} engine has a file, axes or profiles that none has; {todo}"
+            )
         if any(not axes <= set(profile) for profile in engine.profiles):
             raise BundleError(f"{path}: the profiles of its {graph} engine are not of its axes; {todo}")
         file = path.parent / engine.file

@@ -60,7 +60,9 @@ class Prompt:
     ids: np.ndarray  # int32 [S]
     positions: np.ndarray  # int32 [A, S]
     image_of: np.ndarray  # int32 [S]: the image that a placeholder stands for, counted from 0; -1 for text
-    feature_rows: np.ndarray  # int32 [S]: the row of the features that stands there, all images in a row; -1 for text
+    feature_rows: (
+        np.ndarray
+    )  # int32 [S]: the row of the features that stands there, all images in a row; -1 for text
     next_position: int  # of the first generated token on every axis, as if nothing had been pruned
     full_length: int  # tokens before pruning
 

@@ -63,7 +63,9 @@ QUANTIZED = (
 @functools.cache
 def known_keys() -> dict[str, Any]:
     """models/known_keys.json: "every_section", "generation", and for each family its sections, key -> default."""
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "known_keys.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(
+        (Path(__file__).parent / "known_keys.json").read_text(encoding="utf-8")
+    )
     return found
 
 
@@ -121,7 +123,9 @@ class Reader:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.fail(f"'{key}' is {value!r:.80}, expected {NAMES.get(kind, getattr(kind, '__name__', kind))}")
+            self.fail(
+                f"'{key}' is {value!r:.80}, expected {NAMES.get(kind, getattr(kind, '__name__', kind))}"
+            )
         if kind is int and value < at_least:
             self.fail(f"'{key}' is {value}, expected at least {at_least}")
         if kind is float and not (math.isfinite(value) and value > 0):
@@ -157,7 +161,9 @@ class Reader:
             value = value[0]
         return int(value)
 
-    def section(self, key: str, defaults: Mapping[str, Any] | None = None, harmless: Iterable[str] = ()) -> Reader:
+    def section(
+        self, key: str, defaults: Mapping[str, Any] | None = None, harmless: Iterable[str] = ()
+    ) -> Reader:
         """A nested object as a Reader of its own."""
         return Reader(self.get(key, Mapping), f"{self.where}: {key}", self.notices, defaults, harmless)
 
@@ -187,11 +193,15 @@ class Reader:
     def finish(self) -> None:
         """Tell what is ignored; raise CheckpointError for a key that transformers knows and that nobody read."""
         if self.defaults is not None and self.get("quantization_config", Mapping, None):
-            self.fail(QUANTIZED.format(method=self.raw["quantization_config"].get("quant_method", "unknown method")))
+            self.fail(
+                QUANTIZED.format(method=self.raw["quantization_config"].get("quant_method", "unknown method"))
+            )
         for key in sorted(set(self.raw) - self.seen):
             value = self.raw[key]
             if self.defaults is None:
-                self.fail(f"unknown key '{key}' = {value!r:.80}, expected one of: {', '.join(sorted(self.seen))}")
+                self.fail(
+                    f"unknown key '{key}' = {value!r:.80}, expected one of: {', '.join(sorted(self.seen))}"
+                )
             if key in ASKED_FOR or key in self.defaults:
                 self._unread(key, value, self.defaults.get(key))
             else:

@@ -16,7 +16,9 @@ from .strict import StrictError, from_json, to_json
 SCHEMA = 4
 GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
-SMALL_FILE = 16 << 20  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
+SMALL_FILE = (
+    16 << 20
+)  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Manifest:
     source: Source
     precision: Precision  # of the weights
     compute: str  # what the graphs calculate in: "fp32", "fp16" or "bf16"
-    float32_kinds: dict[str, tuple[str, ...]]  # graph -> what it calculates in float32 whatever ``compute`` says
+    float32_kinds: dict[
+        str, tuple[str, ...]
+    ]  # graph -> what it calculates in float32 whatever ``compute`` says
     interface: str  # "text" (tokenizer and chat template are there) or "tokens"
     graphs: dict[str, Graph]  # "prune", "vision", "language"
     model: ModelConfig
@@ -66,7 +70,8 @@ class Manifest:
 
 def sha256(path: Path) -> str:
     """Hash of a file, read in blocks."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(4 << 20))
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(4 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .dtype import BY_PRECISION
 from .errors import CheckpointError
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # per value
-# per value; int8 and int4 in blocks with a scale each, w8a8 with one per output and inputs that are rounded, too
+BYTES = {name: BY_PRECISION[name].nbytes for name in ("fp32", "fp16", "bf16")}  # per value
+# per value; int8 and int4 in groups with a scale each, w8a8 with one per output and inputs that are rounded, too
 BITS = {"int8": 8, "int4": 4, "w8a8": 8}
-BLOCKED = ("int8", "int4")
+GROUPED = ("int8", "int4")
 PARTS = ("language", "vision", "head", "embedding")
-BLOCKS = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What a user asks for; None is what goes well with the rest."""
 
-    precision: str = "auto"  # of the decoder's layers, and of what is not said: "auto", a key of BYTES or of BITS
+    precision: str = (
+        "auto"  # of the decoder's layers, and of what is not said: "auto", a key of BYTES or of BITS
+    )
     vision: str | None = None
     head: str | None = None
     embedding: str | None = None
-    block: int = 32
+    group_size: int = 32
     symmetric: bool = True
 
 
@@ -30,7 +33,7 @@ class Wanted:
 class Precision:
     """What each part is stored in: a key of BYTES or of BITS.
 
-    Only matrices are stored in integers; vectors, the patch kernel and what a block does not divide are in ``base``.
+    Only matrices are stored in integers; vectors, the patch kernel and what a group does not divide are in ``base``.
     """
 
     base: str
@@ -38,7 +41,7 @@ class Precision:
     vision: str  # the tower and the mergers
     head: str  # hidden state -> logits
     embedding: str  # token -> vector
-    block: int = 32  # inputs of a matrix that share a scale
+    group_size: int = 32  # inputs of a matrix that share a scale
     symmetric: bool = True  # without zero points
     calibrated: int = 0  # images that matrices in int4 were fitted to
 
@@ -57,24 +60,25 @@ class Precision:
         return any(self.of(part) == stored for part in PARTS)
 
     @property
-    def in_blocks(self) -> bool:
-        """Is any part stored in blocks?"""
-        return any(self.uses(stored) for stored in BLOCKED)
+    def in_groups(self) -> bool:
+        """Is any part stored in groups?"""
+        return any(self.uses(stored) for stored in GROUPED)
 
     def bytes_of(self, part: str, count: int) -> int:
         """What ``count`` values of a part take, with float32 scales."""
         stored = self.of(part)
         if stored in BYTES:
             return count * BYTES[stored]
-        scales = 0 if stored == "w8a8" else count // self.block * (4 if self.symmetric else 5)
+        scales = 0 if stored == "w8a8" else count // self.group_size * (4 if self.symmetric else 5)
         return count * BITS[stored] // 8 + scales
 
     def __str__(self) -> str:
-        """For people: "bf16", or "int4, vision w8a8, head int8, embedding int8, blocks of 32"."""
+        """For people: "bf16", or "int4, vision w8a8, head int8, embedding int8, groups of 32"."""
         others = [f"{part} {self.of(part)}" for part in PARTS[1:] if self.of(part) != self.language]
-        blocks = [f"blocks of {self.block}{'' if self.symmetric else ' with zero points'}"] if self.in_blocks else []
+        zeros = "" if self.symmetric else " with zero points"
+        groups = [f"groups of {self.group_size}{zeros}"] if self.in_groups else []
         fitted = [f"fitted to {self.calibrated} images"] if self.calibrated else []
-        return ", ".join([self.language, *others, *blocks, *fitted])
+        return ", ".join([self.language, *others, *groups, *fitted])
 
 
 def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool = False) -> Precision:
@@ -90,8 +94,10 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
         if value is not None and value not in (*BYTES, *BITS) and (name, value) != ("precision", "auto"):
             what = name if name == "precision" else f"{name} precision"
             raise CheckpointError(f"{what} is {value!r}, expected auto, {', '.join((*BYTES, *BITS))}")
-    if wanted.block not in BLOCKS:
-        raise CheckpointError(f"block is {wanted.block}, expected one of: {', '.join(map(str, BLOCKS))}")
+    if wanted.group_size not in GROUP_SIZES:
+        raise CheckpointError(
+            f"group size is {wanted.group_size}, expected one of: {', '.join(map(str, GROUP_SIZES))}"
+        )
     layers = base if wanted.precision == "auto" else wanted.precision
     if layers in BYTES:
         base = layers
@@ -104,26 +110,35 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
     head = wanted.head or ("int8" if integers else layers)
     follows = head if tied and head in BYTES else base  # they are one table
     embedding = wanted.embedding or ("int8" if integers and (head in BITS or not tied) else follows)
-    found = Precision(base, layers, vision, head, embedding, wanted.block, wanted.symmetric)
-    stored = {found.of(part) for part in PARTS} & set(BYTES)
-    if dialect != "ort" and not stored <= {base}:
-        raise CheckpointError(
-            f"found {' and '.join(sorted(stored | {base}))}, expected {base} only: engines calculate in it"
-        )
-    if tied and head not in BITS and embedding != head:
-        raise CheckpointError(
-            f"the head is stored in {head} and the embedding in {embedding}, expected the same: they are one table in "
-            "this checkpoint; quantize the head too, or neither"
-        )
-    if dialect != "ort" and "w8a8" in (layers, vision, head):
-        raise CheckpointError("w8a8 is for ONNX Runtime (dialect ort), expected int8 or int4 for engines")
-    if embedding in ("int4", "w8a8") or (embedding in BITS and dialect != "ort"):
-        raise CheckpointError(
-            f"the embedding cannot be stored in {embedding}, expected "
-            f"{'int8 or ' if dialect == 'ort' else ''}{base}: there is no operator that looks up such a table"
-        )
-    if not found.in_blocks and (wanted.block, wanted.symmetric) != (Wanted.block, Wanted.symmetric):
-        raise CheckpointError(f"block and asymmetric are for int8 and int4, found {found}; leave them out")
-    if dialect != "ort" and found.in_blocks and not wanted.symmetric:
-        raise CheckpointError("TensorRT takes no zero points; build with symmetric blocks, or for ONNX Runtime")
+    found = Precision(base, layers, vision, head, embedding, wanted.group_size, wanted.symmetric)
+    _check(found, wanted, dialect, tied)
     return found
+
+
+def _check(found: Precision, wanted: Wanted, dialect: str, tied: bool) -> None:
+    """Raise CheckpointError for what cannot be had."""
+    stored = {found.of(part) for part in PARTS} & set(BYTES)
+    if dialect != "ort" and not stored <= {found.base}:
+        raise CheckpointError(
+            f"found {' and '.join(sorted(stored | {found.base}))}, expected {found.base} only: engines calculate in it"
+        )
+    if tied and found.head not in BITS and found.embedding != found.head:
+        raise CheckpointError(
+            f"the head is stored in {found.head} and the embedding in {found.embedding}, expected the same: they are one "
+            "table in this checkpoint; quantize the head too, or neither"
+        )
+    if dialect != "ort" and "w8a8" in (found.language, found.vision, found.head):
+        raise CheckpointError("w8a8 is for ONNX Runtime (dialect ort), expected int8 or int4 for engines")
+    if found.embedding in ("int4", "w8a8") or (found.embedding in BITS and dialect != "ort"):
+        raise CheckpointError(
+            f"the embedding cannot be stored in {found.embedding}, expected "
+            f"{'int8 or ' if dialect == 'ort' else ''}{found.base}: there is no operator that looks up such a table"
+        )
+    if not found.in_groups and (wanted.group_size, wanted.symmetric) != (Wanted.group_size, Wanted.symmetric):
+        raise CheckpointError(
+            f"group size and asymmetric are for int8 and int4, found {found}; leave them out"
+        )
+    if dialect != "ort" and found.in_groups and not wanted.symmetric:
+        raise CheckpointError(
+            "TensorRT takes no zero points; build with symmetric groups, or for ONNX Runtime"
+        )

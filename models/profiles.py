@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from .checks import integer
 from .config import ModelConfig
 from .errors import RequestError
+from .files import write_whole
 from .strict import StrictError, from_json, to_json
 
 SCHEMA = 2
@@ -36,7 +36,8 @@ MEANING = {
 }
 IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"
 FLAG = {**dict.fromkeys("HWK", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
-MOST_SIDE, MOST_PIXELS = 1 << 17, 100_000_000
+MOST_SIDE = 1 << 17
+MOST_PIXELS = 100_000_000
 # Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
@@ -111,8 +112,12 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
                     raise RequestError(
                         f"{name}.{axis} goes to {profile[axis][2]}, expected at most {profiles.capacity} (capacity)"
                     )
-            if graph == "vision" and profile["K"][2] > (most := profile["H"][2] * profile["W"][2] // block**2):
-                raise RequestError(f"{name}.K goes to {profile['K'][2]}, expected at most {most}, what H and W hold")
+            if graph == "vision" and profile["K"][2] > (
+                most := profile["H"][2] * profile["W"][2] // block**2
+            ):
+                raise RequestError(
+                    f"{name}.K goes to {profile['K'][2]}, expected at most {most}, what H and W hold"
+                )
     return profiles
 
 
@@ -126,9 +131,13 @@ def engine_profiles(profiles: Profiles, graph: str, dialect: str, merged: bool) 
         return [_merge(found)] if merged else found
     capacity = profiles.capacity
     common = {"B": (1, 1, 1), "P": (1, 1, 1)}
-    start, used = common.copy(), common.copy()
+    start = common.copy()
+    used = common.copy()
     if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
-        start["M"], used["M"] = (1, 1, 1), (1, max(1, capacity // 2), capacity)  # a prompt finds nothing in the cache
+        start["M"], used["M"] = (
+            (1, 1, 1),
+            (1, max(1, capacity // 2), capacity),
+        )  # a prompt finds nothing in the cache
     decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
     found = [*({**p, **start} for p in profiles.prefill), decode]
     return [_merge(found)] if merged else found
@@ -146,7 +155,9 @@ def writable(path: str | Path) -> Path:
     """The path if a profile file can be written there; raises RequestError, also for a file of another kind."""
     target = Path(path)
     if not str(path) or target.is_dir() or not target.absolute().parent.is_dir():
-        raise RequestError(f"{path}: cannot be written, expected the name of a profile file in an existing directory")
+        raise RequestError(
+            f"{path}: cannot be written, expected the name of a profile file in an existing directory"
+        )
     if target.exists():
         try:
             read(target)
@@ -157,14 +168,8 @@ def writable(path: str | Path) -> Path:
 
 def write(profiles: Profiles, path: Path) -> None:
     """Write a profile file; an existing one is replaced whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(to_json(profiles), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    text = json.dumps(to_json(profiles), indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def read(path: str | Path) -> Profiles:
@@ -175,7 +180,9 @@ def read(path: str | Path) -> Profiles:
     except StrictError as err:
         raise RequestError(f"{path}: {err}") from err
     except (OSError, ValueError, RecursionError) as err:
-        raise RequestError(f"{path}: cannot be read as a profile file: {err}; 'ppexport plan' writes one") from err
+        raise RequestError(
+            f"{path}: cannot be read as a profile file: {err}; 'ppexport plan' writes one"
+        ) from err
 
 
 def fitting(listed: list[Profile], sizes: Mapping[str, int]) -> int | None:

@@ -26,7 +26,9 @@ HEAD = "lm_head.weight"
 LONGEST = 1 << 30  # tokens of a sequence; positions are int32
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen3-VL-*-Instruct.
-PREPROCESSING = Preprocessing(min_pixels=65536, max_pixels=16777216, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+PREPROCESSING = Preprocessing(
+    min_pixels=65536, max_pixels=16777216, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
 
 # Used where the checkpoint has a tokenizer but no chat template.
 CHAT_TEMPLATE = (
@@ -49,17 +51,28 @@ class Qwen3VL:
 
     def parse(self, raw: Mapping[str, Any], notices: list[str] | None = None) -> ModelConfig:
         """See family.Family."""
-        ignored = ("video_token_id", "vision_start_token_id", "vision_end_token_id", *known_keys()["generation"])
+        ignored = (
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+            *known_keys()["generation"],
+        )
         harmless = [*HARMLESS, *ignored]
         told = [] if notices is None else notices
         top = Reader(raw, "config.json", told, defaults_of(MODEL_TYPE, "config.json"), harmless)
         text_section = top.section("text_config", defaults_of(MODEL_TYPE, "text_config"), harmless)
         text, text_eos = _parse_text(text_section, _is_tied(top))
-        vision = _parse_vision(top.section("vision_config", defaults_of(MODEL_TYPE, "vision_config"), harmless))
+        vision = _parse_vision(
+            top.section("vision_config", defaults_of(MODEL_TYPE, "vision_config"), harmless)
+        )
         if vision.out_width != text.width:
-            top.fail(f"vision_config.out_hidden_size is {vision.out_width}, expected text hidden_size {text.width}")
+            top.fail(
+                f"vision_config.out_hidden_size is {vision.out_width}, expected text hidden_size {text.width}"
+            )
         if len(vision.deepstack) > text.layers:
-            top.fail(f"{len(vision.deepstack)} deepstack levels, expected at most {text.layers} (the decoder's layers)")
+            top.fail(
+                f"{len(vision.deepstack)} deepstack levels, expected at most {text.layers} (the decoder's layers)"
+            )
         model = ModelConfig(
             family=MODEL_TYPE,
             tower="qwen_vit",
@@ -118,7 +131,9 @@ def _is_tied(top: Reader) -> bool:
         return bool(tied)
     written_by = top.get("transformers_version", str, None) or ""
     text = top.raw.get("text_config")
-    return written_by.startswith("4.") and isinstance(text, Mapping) and text.get("tie_word_embeddings") is True
+    return (
+        written_by.startswith("4.") and isinstance(text, Mapping) and text.get("tie_word_embeddings") is True
+    )
 
 
 def _end_tokens(r: Reader) -> tuple[int, ...]:
@@ -166,7 +181,9 @@ def _parse_text(r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
     )
     rope.finish()
     if config.heads % config.kv_heads:
-        r.fail(f"{config.heads} attention heads, expected a multiple of the {config.kv_heads} key/value heads")
+        r.fail(
+            f"{config.heads} attention heads, expected a multiple of the {config.kv_heads} key/value heads"
+        )
     if 2 * sum(section) != head_dim:
         r.fail(f"mrope_section {list(section)}, expected a sum of head_dim / 2 = {head_dim // 2}")
     end_tokens = _end_tokens(r)
@@ -188,7 +205,8 @@ def _parse_yarn(rope: Reader, context: int) -> Yarn | None:
     factor = rope.get("factor", float, context / original)
     if factor * original > LONGEST:
         rope.fail(f"factor {factor:g} times {original} tokens, expected at most {LONGEST}")
-    scale, scale_all = rope.get("mscale", float, None), rope.get("mscale_all_dim", float, None)
+    scale = rope.get("mscale", float, None)
+    scale_all = rope.get("mscale_all_dim", float, None)
 
     def attention(times: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * times * math.log(factor) + 1.0
@@ -226,18 +244,24 @@ def _parse_vision(r: Reader) -> VisionConfig:
         rope_theta=theta,
     )
     if config.width % config.heads or config.head_dim % 4:
-        r.fail(f"hidden_size {config.width} over {config.heads} heads, expected a head width that is a multiple of 4")
+        r.fail(
+            f"hidden_size {config.width} over {config.heads} heads, expected a head width that is a multiple of 4"
+        )
     if round(config.positions**0.5) ** 2 != config.positions:
         r.fail(f"num_position_embeddings {config.positions}, expected a square number")
     if list(config.deepstack) != sorted(set(config.deepstack)) or any(
         not 0 <= level < config.depth for level in config.deepstack
     ):
-        r.fail(f"deepstack_visual_indexes {list(config.deepstack)}, expected rising block numbers under {config.depth}")
+        r.fail(
+            f"deepstack_visual_indexes {list(config.deepstack)}, expected rising block numbers under {config.depth}"
+        )
     r.finish()
     return config
 
 
-def _linear(table: dict[str, Weight], name: str, source: str, inner: int, outer: int, bias: bool = True) -> None:
+def _linear(
+    table: dict[str, Weight], name: str, source: str, inner: int, outer: int, bias: bool = True
+) -> None:
     table[f"{name}.weight"] = Weight(f"{source}.weight", (outer, inner), "transpose")
     if bias:
         table[f"{name}.bias"] = Weight(f"{source}.bias", (outer,))
@@ -264,7 +288,8 @@ def _vision_weights(c: VisionConfig) -> dict[str, Weight]:
         "positions": Weight(f"{root}.pos_embed.weight", (c.positions, c.width)),
     }
     for i in range(c.depth):
-        source, name = f"{root}.blocks.{i}", f"blocks.{i}"
+        source = f"{root}.blocks.{i}"
+        name = f"blocks.{i}"
         _norm(table, f"{name}.norm1", f"{source}.norm1", c.width)
         _linear(table, f"{name}.qkv", f"{source}.attn.qkv", c.width, 3 * c.width)
         _linear(table, f"{name}.proj", f"{source}.attn.proj", c.width, c.width)
@@ -281,7 +306,8 @@ def _text_weights(c: TextConfig) -> dict[str, Weight]:
     root = "model.language_model"
     table = {"token_table": Weight(f"{root}.embed_tokens.weight", (c.vocab, c.width))}
     for i in range(c.layers):
-        source, name = f"{root}.layers.{i}", f"layers.{i}"
+        source = f"{root}.layers.{i}"
+        name = f"layers.{i}"
         table[f"{name}.norm1"] = Weight(f"{source}.input_layernorm.weight", (c.width,))
         table[f"{name}.norm2"] = Weight(f"{source}.post_attention_layernorm.weight", (c.width,))
         attention = f"{source}.self_attn"

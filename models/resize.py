@@ -34,7 +34,8 @@ def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixel
             f"the image is {width} x {height} pixels, an aspect ratio of {aspect:.0f}, "
             f"expected at most {MAX_ASPECT}; cut it into pieces"
         )
-    H, W = round(height / block) * block, round(width / block) * block
+    H = round(height / block) * block
+    W = round(width / block) * block
     if max_pixels < H * W:
         shrink = math.sqrt(height * width / max_pixels)
         H = max(block, math.floor(height / shrink / block) * block)
@@ -44,5 +45,7 @@ def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixel
         H = math.ceil(height * grow / block) * block
         W = math.ceil(width * grow / block) * block
     if H * W > MAX_PIXELS:
-        raise ImageError(f"the image would be resized to {W} x {H} pixels, expected at most {MAX_PIXELS} pixels")
+        raise ImageError(
+            f"the image would be resized to {W} x {H} pixels, expected at most {MAX_PIXELS} pixels"
+        )
     return H, W

@@ -35,7 +35,8 @@ def from_json(cls: type[T], data: Any, path: str = "") -> T:
 
 
 def _value(kind: Any, item: Any, path: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if item is None and type(None) in args:
             return None

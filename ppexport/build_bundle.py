@@ -16,6 +16,7 @@ from .models.errors import BackendError, BundleError, CheckpointError, RequestEr
 from .models.manifest import FILE, Manifest
 from .models.precision import Wanted
 from .models.profiles import Profiles
+from .models.progress import Progress, silent
 from .models.pruners import Pruner, listed
 from .models.pruners.pixelprune import PixelPrune
 from .partial import is_free, partial_directory
@@ -23,7 +24,7 @@ from .runtime.bundle import open_bundle
 from .trt_build import Options, prepare
 
 if TYPE_CHECKING:
-    from .exporters.bundle import Plan, Progress
+    from .exporters.bundle import Plan
 
 
 def build(
@@ -36,7 +37,7 @@ def build(
     options: Options = Options(),  # noqa: B008 (frozen)
     calibration: Calibration | None = None,
     on_plan: Callable[[Plan, Profiles | None], None] = lambda plan, sizes: None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     prune: Pruner | Sequence[Pruner] | None = PixelPrune(),  # noqa: B008 (frozen)
 ) -> Path:
     """Make a bundle directory from a Hugging Face checkpoint directory; returns its path.
@@ -72,7 +73,8 @@ def build(
     plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images), pruners)
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
-        config, preprocessing = plan.checkpoint.config, plan.preprocessing
+        config = plan.checkpoint.config
+        preprocessing = plan.preprocessing
         sizes = plan_sizes(config, config.text.context, preprocessing, plan.dialect, sizes, options)
     on_plan(plan, sizes)
     _check_space(plan, output, len(targets))
@@ -102,7 +104,7 @@ def compile_in_place(
     sizes: Profiles | None = None,
     options: Options = Options(),  # noqa: B008 (frozen)
     on_plan: Callable[[Manifest, int, Profiles], None] = lambda manifest, weights, sizes: None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Compile the engines of an existing bundle; needs no export packages. ``on_plan`` is told the sizes first.
 
@@ -168,7 +170,9 @@ def _check_space(plan: Plan, output: Path, targets: int) -> None:
 def _check_disk(directory: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise SpaceError(f"{directory}: {_mb(free)} free, expected at least {_mb(needed)} for the {what}; make room")
+        raise SpaceError(
+            f"{directory}: {_mb(free)} free, expected at least {_mb(needed)} for the {what}; make room"
+        )
 
 
 def _make_parents(directory: Path) -> list[Path]:

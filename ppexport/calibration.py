@@ -42,10 +42,13 @@ class Calibration:
         """
         from .exporters.run_model import Sample
 
-        model, pre = plan.checkpoint.config, plan.preprocessing
+        model = plan.checkpoint.config
+        pre = plan.preprocessing
         has_text = (directory / "tokenizer.json").is_file()
         text = Text(directory, model.image_token) if has_text else None
-        patch, merge, sizes = model.vision.patch, model.vision.merge, (pre.min_pixels, pre.max_pixels)
+        patch = model.vision.patch
+        merge = model.vision.merge
+        sizes = (pre.min_pixels, pre.max_pixels)
         found = []
         for file in self.files():
             image = prepare(file, model.vision.block, *sizes)

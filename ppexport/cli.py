@@ -83,7 +83,7 @@ main.params += logs.options()
     default="auto",
     show_default=True,
     help="How weights are stored; auto keeps the checkpoint's dtype. Engines calculate in it, ONNX Runtime on CPU in "
-    "float32; int8 and int4 are weights in blocks with a scale each; w8a8 rounds the inputs of products, too: the "
+    "float32; int8 and int4 are weights in groups with a scale each; w8a8 rounds the inputs of products, too: the "
     "fastest first token on a CPU.",
 )
 @weight_options
@@ -140,7 +140,17 @@ def build(
         else:
             prune = None if no_prune else PixelPrune(**settings)
             build_bundle(
-                source, output, wanted, dialect, targets, sizes, engine, calibration, bar.plan, bar.update, prune
+                source,
+                output,
+                wanted,
+                dialect,
+                targets,
+                sizes,
+                engine,
+                calibration,
+                bar.plan,
+                bar.update,
+                prune,
             )
     if not quiet:
         click.echo(f"built {output or source}")
@@ -149,12 +159,16 @@ def build(
 @main.command()
 @click.argument("bundle", type=click.Path())
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
+@click.option(
+    "-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times."
+)
 @prune_options
 @size_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
 @device_option
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
+@click.option(
+    "-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."
+)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
     "--top-p",
@@ -166,13 +180,19 @@ def build(
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 means all tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
 @click.option(
-    "--threads", type=click.IntRange(0, 1024), default=0, show_default=True, help="Per graph; 0: one per core."
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    help="Per graph; 0: one per core.",
 )
 @click.option("--verify", is_flag=True, help="Check the hashes of the large files too.")
 @click.option("--overlay", type=click.Path(), help="Write a picture of what was pruned of the first image.")
 @click.option("--trace", type=click.Path(), help="Write the stages as a Chrome trace, for ui.perfetto.dev.")
 @click.option("--no-reuse", is_flag=True, help="Compute further questions from the beginning, too.")
-@click.option("--json", "as_json", is_flag=True, help="Answer and statistics as a JSON object, one per question.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Answer and statistics as a JSON object, one per question."
+)
 @click.option("-q", "--quiet", is_flag=True, help="The answers only.")
 def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **options: Any) -> None:
     """Ask BUNDLE one question or more (PROMPT) about images. Answers go to stdout, the statistics to stderr."""
@@ -194,12 +214,18 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
     metavar="screens|FILE.jsonl",
     help='Synthetic screens, or your own questions: {"image": ..., "question": ..., "answer": ...} on each line.',
 )
-@click.option("--skills", help="Of the screens, comma-separated: read, transcribe, locate, yesno. Default: all.")
-@click.option("--tau", "taus", type=click.FloatRange(0, 1), multiple=True, help="Prune at this tau; may be repeated.")
+@click.option(
+    "--skills", help="Of the screens, comma-separated: read, transcribe, locate, yesno. Default: all."
+)
+@click.option(
+    "--tau", "taus", type=click.FloatRange(0, 1), multiple=True, help="Prune at this tau; may be repeated."
+)
 @click.option("--no-prune", is_flag=True, help="Keep every token; goes with --tau to compare.")
 @click.option("--method", type=click.Choice(PRUNE_METHODS), help="How to prune. Default: as the bundle.")
 @device_option
-@click.option("-n", "--n", "count", type=click.IntRange(1), help="Questions per skill.  [default: 200; FILE: all]")
+@click.option(
+    "-n", "--n", "count", type=click.IntRange(1), help="Questions per skill.  [default: 200; FILE: all]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every answer included.")
 def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> None:
     """Accuracy of BUNDLE on held-out synthetic screens or your own questions, with confidence intervals."""
@@ -215,10 +241,18 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 @prune_options
 @size_options
 @click.option("--no-prune", is_flag=True, help="Plan for images that are not pruned.")
-@click.option("--capacity", type=click.IntRange(2), default=4096, show_default=True, help="Tokens in a cache.")
-@click.option("--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question.")
-@click.option("--patch", type=click.IntRange(1), help="Pixels per patch side.  [default: the bundle's, else 16]")
-@click.option("--merge", type=click.IntRange(1), help="Patches per token side.  [default: the bundle's, else 2]")
+@click.option(
+    "--capacity", type=click.IntRange(2), default=4096, show_default=True, help="Tokens in a cache."
+)
+@click.option(
+    "--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question."
+)
+@click.option(
+    "--patch", type=click.IntRange(1), help="Pixels per patch side.  [default: the bundle's, else 16]"
+)
+@click.option(
+    "--merge", type=click.IntRange(1), help="Patches per token side.  [default: the bundle's, else 2]"
+)
 def plan(images: tuple[str, ...], output: str, bundle: str | None, no_prune: bool, **sizes: Any) -> None:
     """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
     from . import plan as planner
@@ -249,12 +283,20 @@ def plan(images: tuple[str, ...], output: str, bundle: str | None, no_prune: boo
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @prune_options
 @size_options
-@click.option("--prune-seed", type=click.IntRange(0, MOST_SEED), help="Of --method random and conncomp.  [default: 0]")
-@click.option("--frames", is_flag=True, help="IMAGES are frames of one recording: drop what stands still, too.")
+@click.option(
+    "--prune-seed", type=click.IntRange(0, MOST_SEED), help="Of --method random and conncomp.  [default: 0]"
+)
+@click.option(
+    "--frames", is_flag=True, help="IMAGES are frames of one recording: drop what stands still, too."
+)
 @click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
 @click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
-@click.option("--json", "as_json", is_flag=True, help="A list with everything of every image, kept indices included.")
-@click.option("--overlay", type=click.Path(), help="A picture of what is kept and dropped; of several: a folder.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="A list with everything of every image, kept indices included."
+)
+@click.option(
+    "--overlay", type=click.Path(), help="A picture of what is kept and dropped; of several: a folder."
+)
 @click.option(
     "--sweep",
     type=click.Path(),
@@ -267,10 +309,14 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
     from .models.pruners.pixelprune import PixelPrune
 
     given = [
-        name for name in ("tau", "method", "max_tokens", "overlay", "frames") if options[name] not in (None, False)
+        name
+        for name in ("tau", "method", "max_tokens", "overlay", "frames")
+        if options[name] not in (None, False)
     ]
     if options["sweep"] is not None and given:
-        raise click.UsageError(f"--sweep goes with --metric and --mode only, found --{given[0].replace('_', '-')}")
+        raise click.UsageError(
+            f"--sweep goes with --metric and --mode only, found --{given[0].replace('_', '-')}"
+        )
     if prune_seed is not None and options["method"] not in ("random", "conncomp"):
         raise click.UsageError("--prune-seed is for --method random or conncomp")
     prune = PixelPrune(**prune_settings(options), seed=prune_seed or 0)
@@ -279,16 +325,30 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
 
 @main.command()
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path())
-@click.option("--against", "checkpoint", required=True, type=click.Path(), help="The checkpoint they were built from.")
-@click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times.")
-@click.option("--question", default="Describe this image in detail.", show_default=True, help="Asked about the images.")
+@click.option(
+    "--against", "checkpoint", required=True, type=click.Path(), help="The checkpoint they were built from."
+)
+@click.option(
+    "-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times."
+)
+@click.option(
+    "--question", default="Describe this image in detail.", show_default=True, help="Asked about the images."
+)
 @prune_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
 @device_option
-@click.option("-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="To generate and compare.")
-@click.option("--cosine", type=float, default=0.99, show_default=True, help="Least, of the features of any token.")
-@click.option("--kl", type=float, default=0.05, show_default=True, help="Most, mean over the tokens, in nats.")
-@click.option("--agreement", type=float, default=0.9, show_default=True, help="Least share of equal greedy tokens.")
+@click.option(
+    "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="To generate and compare."
+)
+@click.option(
+    "--cosine", type=float, default=0.99, show_default=True, help="Least, of the features of any token."
+)
+@click.option(
+    "--kl", type=float, default=0.05, show_default=True, help="Most, mean over the tokens, in nats."
+)
+@click.option(
+    "--agreement", type=float, default=0.9, show_default=True, help="Least share of equal greedy tokens."
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 def verify(bundles: tuple[str, ...], checkpoint: str, images: tuple[str, ...], **options: Any) -> None:
     """Hold what bundles compute against CHECKPOINT in float32, stage by stage; exit code 1 if one is too far off."""

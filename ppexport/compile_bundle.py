@@ -15,10 +15,11 @@ from .models.errors import BundleError, RequestError, SpaceError
 from .models.manifest import GRAPHS, sha256
 from .models.precision import BYTES
 from .models.profiles import Profiles
+from .models.progress import Progress, silent
 from .onnx_dims import set_axis
 from .runtime.backends.cuda import rounded
 from .runtime.bundle import open_bundle
-from .trt_build import Options, Progress, compile_graph, flags, prepare
+from .trt_build import Options, compile_graph, flags, prepare
 
 DIALECTS = ("standard", "plain")
 
@@ -28,7 +29,7 @@ def compile_bundle(
     target: str,
     sizes: Profiles | None = None,
     options: Options = Options(),  # noqa: B008 (frozen)
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> EngineRecord:
     """Compile all graphs of a bundle for ``target`` into its engines/<target>/, replacing what is there.
 
@@ -40,7 +41,9 @@ def compile_bundle(
     dialect = check_dialect({g.dialect for g in manifest.graphs.values()}, manifest.compute, str(directory))
     sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, dialect, sizes, options)
     if manifest.compute == "bf16" and (old := [c for c in options.compute_capabilities if float(c) < 8]):
-        raise RequestError(f"compute capability {old[0]} has no bf16; build from the checkpoint with --precision fp16")
+        raise RequestError(
+            f"compute capability {old[0]} has no bf16; build from the checkpoint with --precision fp16"
+        )
     folder = engine_record.folder(directory, target)
     try:
         folder.parent.mkdir(exist_ok=True)
@@ -54,12 +57,15 @@ def compile_bundle(
             listed = profiles.engine_profiles(sizes, graph, dialect, options.merges(target))
             model = (directory / manifest.graphs[graph].file).read_bytes()
             if graph == "language" and dialect == "standard":
-                model = set_axis(model, "M", sizes.capacity)  # TensorRT wants a fixed size for caches updated in place
+                model = set_axis(
+                    model, "M", sizes.capacity
+                )  # TensorRT wants a fixed size for caches updated in place
             source = directory / manifest.graphs[graph].file
             blob, axes, seconds = compile_graph(trt, target, graph, model, source, listed, options, progress)
             file = work / f"{graph}.engine"
             file.write_bytes(blob)
-            size, digest = file.stat().st_size, sha256(file)
+            size = file.stat().st_size
+            digest = sha256(file)
             compiled[graph] = Engine(file.name, size, digest, tuple(listed), axes, round(seconds, 2))
         record = EngineRecord(
             engine_record.SCHEMA,
@@ -128,7 +134,9 @@ def plan_sizes(
 def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dialect: str) -> dict[str, int]:
     """What running the engines will take on the device, in bytes, by what it is for. Activations are an estimate: the
     widest layer with its inputs and outputs, and the scores of attention where no fused kernel keeps them away."""
-    c, v, width = model.text, model.vision, BYTES[compute]
+    c = model.text
+    v = model.vision
+    width = BYTES[compute]
     kept = max(profile["K"][2] for profile in sizes.prefill)
     pixels = max(profile["H"][2] * profile["W"][2] for profile in sizes.prune)
     patches = max(profile["K"][2] for profile in sizes.vision) * v.merge**2

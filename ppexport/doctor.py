@@ -68,7 +68,9 @@ def examine(bundle: str | None = None) -> Iterator[Finding]:
         yield _flavour(target)
     yield _providers()
     missing = [name for name in EXPORT if _version(name) is None]
-    yield Finding("export", f"missing: {', '.join(missing)}" if missing else "ready", _pip("export") if missing else "")
+    yield Finding(
+        "export", f"missing: {', '.join(missing)}" if missing else "ready", _pip("export") if missing else ""
+    )
     yield from _targets(gpu.todo == "")
     if bundle is not None:
         yield from _bundle(bundle)
@@ -109,9 +111,13 @@ def _gpu() -> Finding:
             memory = properties.totalGlobalMem / 1e9
             names.append(f"{name}, {memory:.1f} GB, compute capability {cuda.compute_capability(device)}")
         driver = cuda.check(api.cudaDriverGetVersion())
-        return Finding("GPU", f"{'; '.join(names)}; its driver takes CUDA up to {driver // 1000}.{driver % 1000 // 10}")
+        return Finding(
+            "GPU", f"{'; '.join(names)}; its driver takes CUDA up to {driver // 1000}.{driver % 1000 // 10}"
+        )
     except PpexportError as err:
-        return Finding("GPU", f"none that can be used: {err}", "a GPU with its driver, and cuda-python, to run engines")
+        return Finding(
+            "GPU", f"none that can be used: {err}", "a GPU with its driver, and cuda-python, to run engines"
+        )
 
 
 def _flavour(target: str) -> Finding:
@@ -139,7 +145,8 @@ def _providers() -> Finding:
 
 def _targets(gpu: bool) -> Iterator[Finding]:
     """What ``build --target`` and ``run --device`` can do here."""
-    builds, runs = [], ["cpu"] if _version("onnxruntime") or _version("onnxruntime-gpu") else []
+    builds = []
+    runs = ["cpu"] if _version("onnxruntime") or _version("onnxruntime-gpu") else []
     for target in TARGETS:
         try:
             trt_api.load(target)

@@ -128,10 +128,14 @@ def settings(pipe: Pipeline, taus: Sequence[float], no_prune: bool, method: str 
     return chosen + [changed(pipe.prune, {**given, "tau": tau}) for tau in taus]
 
 
-def questions_of(workload: str, skills: Sequence[str] | None, count: int | None) -> list[tuple[str, int, list[Asked]]]:
+def questions_of(
+    workload: str, skills: Sequence[str] | None, count: int | None
+) -> list[tuple[str, int, list[Asked]]]:
     """Names and questions of a user's file; raises RequestError for options that are for screens, and bad files."""
     if skills:
-        raise RequestError(f"skills are of the workload '{SCREENS}', found {workload!r:.80}; leave --skills out")
+        raise RequestError(
+            f"skills are of the workload '{SCREENS}', found {workload!r:.80}; leave --skills out"
+        )
     tasks = read_tasks(workload)[:count]
     asked = [Asked(task.image, task.question, task.answer, task.score) for task in tasks]
     return [(shown(Path(workload).name), len(asked), asked)]
@@ -156,7 +160,9 @@ def main(
     found = []
     pipe = load(bundle, device)
     if not as_json:
-        click.echo(f"{'skill':<12}{'pruning':<24}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}")
+        click.echo(
+            f"{'skill':<12}{'pruning':<24}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}"
+        )
     for r in _results(pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method), count or COUNT):
         found.append(asdict(r))
         if not as_json:

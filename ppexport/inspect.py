@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from PIL import Image
 
 from .models.checks import shown, writable
 from .models.errors import ImageError, RequestError, SpaceError
+from .models.files import write_whole
 from .models.pruners.pixelprune import PREDICTORS, PixelPrune
 from .overlay import overlay as drawn
 from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
@@ -42,13 +42,19 @@ def main(
         check_matplotlib()
         with click.progressbar(length=len(images), label="sweep", file=sys.stderr) as bar:
             shares = over_tau(images, prune, lambda: bar.update(1), **sizes)
-        plot(shares, target, f"{len(images)} image{'s' * (len(images) > 1)}, {prune.metric}, {mode_of(prune)}")
+        plot(
+            shares, target, f"{len(images)} image{'s' * (len(images) > 1)}, {prune.metric}, {mode_of(prune)}"
+        )
         click.echo(json.dumps(shares) if as_json else "\n".join([*table(shares), f"plot    {sweep}"]))
         return
     pictures: list[Path | None] = [None] * len(images)
     if overlay is not None:
         pictures[:] = [check_picture(overlay, images)] if len(images) == 1 else overlay_files(overlay, images)
-    chosen = select_frames(images, prune, **sizes) if frames else (select(image, prune, **sizes) for image in images)
+    chosen = (
+        select_frames(images, prune, **sizes)
+        if frames
+        else (select(image, prune, **sizes) for image in images)
+    )
     found = list(chosen)  # of all, before anything is written
     if overlay is not None and len(images) > 1:
         _make_folder(Path(overlay))
@@ -91,7 +97,8 @@ def as_dict(selection: Selection) -> dict[str, object]:
 
 def lines(image: str, selection: Selection) -> list[str]:
     """The selection for a person."""
-    prune, s = selection.prune, selection
+    prune = selection.prune
+    s = selection
     why = f", {s.reason}" if s.reason else ""
     if prune is not None and prune.max_tokens is not None and not s.reason:
         why = f", tau {prune.tau:.4g}"
@@ -125,7 +132,11 @@ def over_tau(
         pixels = selector.backend.upload(prepare(image, selector.block, *limits))
         for method, level in _settings():
             exact = method == "unique"
-            tried = PixelPrune(method) if exact else replace(prune, method=method, tau=level / 255, max_tokens=None)
+            tried = (
+                PixelPrune(method)
+                if exact
+                else replace(prune, method=method, tau=level / 255, max_tokens=None)
+            )
             found = selector.select(pixels, tried)[1]
             kept[method, level] = kept.get((method, level), 0) + found.kept
         total += found.total
@@ -160,7 +171,9 @@ def plot(shares: Shares, path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for (method, points), style in zip(shares.items(), ("o-", "s-", "d--", "x"), strict=True):  # two may coincide
+    for (method, points), style in zip(
+        shares.items(), ("o-", "s-", "d--", "x"), strict=True
+    ):  # two may coincide
         axis.plot([x for x, _ in points], [100 * y for _, y in points], style, label=method)
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xticks(LEVELS, [str(level) for level in LEVELS])
@@ -198,7 +211,9 @@ def _make_folder(folder: Path) -> None:
         raise ImageError(f"{folder}: cannot be made: {err}") from err
 
 
-def check_picture(path: str | Path, images: Sequence[ImageLike] = (), suffixes: Sequence[str] | None = None) -> Path:
+def check_picture(
+    path: str | Path, images: Sequence[ImageLike] = (), suffixes: Sequence[str] | None = None
+) -> Path:
     """The path if a picture can be written there; raises ImageError before any work is done.
 
     ``images``: what must not be replaced by it; ``suffixes``: of its name, by default all that Pillow can write.
@@ -231,18 +246,15 @@ def _savable() -> set[str]:
 
 def _write(target: Path, save: Callable[[Path], object]) -> None:
     """Save into a file beside ``target`` and rename it, so an existing file is replaced whole or not at all."""
-    partial = target.with_name(f".{target.stem[:100]}.partial{target.suffix}")
     try:
-        save(partial)
-        partial.replace(target)
+        write_whole(target, save)
     except (OSError, ValueError) as err:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise ImageError(f"{target}: the picture cannot be written: {err}") from err
 
 
 def together(found: Sequence[Selection]) -> str:
     """A line about several images."""
-    kept, total = sum(s.kept for s in found), sum(s.total for s in found)
+    kept = sum(s.kept for s in found)
+    total = sum(s.total for s in found)
     shares = np.array([s.share for s in found])
     return f"all     {len(found)} images: kept {kept} of {total} ({kept / total:.1%}), median {np.median(shares):.1%}"

@@ -19,7 +19,12 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """A line."""
         when = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        line = {"time": when, "level": record.levelname.lower(), "logger": record.name, "event": record.getMessage()}
+        line = {
+            "time": when,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
@@ -37,7 +42,9 @@ class TextFormatter(logging.Formatter):
 
 
 def _short(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, float) else f"{value:.2f}"
+    return (
+        json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, float) else f"{value:.2f}"
+    )
 
 
 def options() -> list[click.Option]:
@@ -51,9 +58,14 @@ def options() -> list[click.Option]:
 
     common: dict[str, Any] = {"expose_value": False, "callback": configured}
     return [
-        click.Option(["--log-level"], type=click.Choice(LEVELS), help="Log to stderr from this level on.", **common),
         click.Option(
-            ["--log-format"], type=click.Choice(FORMATS), help="json: an object per line.  [default: text]", **common
+            ["--log-level"], type=click.Choice(LEVELS), help="Log to stderr from this level on.", **common
+        ),
+        click.Option(
+            ["--log-format"],
+            type=click.Choice(FORMATS),
+            help="json: an object per line.  [default: text]",
+            **common,
         ),
     ]
 

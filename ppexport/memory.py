@@ -45,10 +45,13 @@ def _groups() -> Iterator[int]:
 
 def _left(directory: Path, limit: str, usage: str, inactive: str) -> Iterator[int]:
     """What a group's limit leaves: files that were read and are not in use can be given up."""
-    most, taken = _text(directory / limit).strip(), _text(directory / usage).strip()
+    most = _text(directory / limit).strip()
+    taken = _text(directory / usage).strip()
     if not most.isdigit() or not taken.isdigit() or int(most) >= NO_LIMIT:
         return
-    statistics = dict(line.split(maxsplit=1) for line in _text(directory / "memory.stat").splitlines() if " " in line)
+    statistics = dict(
+        line.split(maxsplit=1) for line in _text(directory / "memory.stat").splitlines() if " " in line
+    )
     yield max(0, int(most) - int(taken) + int(statistics.get(inactive, 0)))
 
 

@@ -38,7 +38,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
     while at < len(data):
         begin = at
         key, at = _read_varint(data, at)
-        field, wire = key >> 3, key & 7
+        field = key >> 3
+        wire = key & 7
         if wire == 0:
             start = at
             _, at = _read_varint(data, at)
@@ -46,7 +47,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
             length, start = _read_varint(data, at)
             at = start + length
         elif wire in (1, 5):
-            start, at = at, at + (8 if wire == 1 else 4)
+            start = at
+            at = at + (8 if wire == 1 else 4)
         else:
             raise ValueError(f"wire type {wire} at byte {begin}")
         if at > len(data):
@@ -61,7 +63,8 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
             raise ValueError(f"no number at byte {at}")
         byte = data[at]
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        at = at + 1
+        shift = shift + 7
         if byte < 0x80:
             return value, at
 

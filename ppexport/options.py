@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .models.precision import BITS, BLOCKS, BYTES, Wanted
+from .models.precision import BITS, BYTES, GROUP_SIZES, Wanted
 from .models.pruners.pixelprune import PRUNE_METHODS, PRUNE_METRICS
 
 
@@ -28,7 +28,9 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="With --tau over 0, compare with the reconstruction (anchored: no error exceeds tau) or with the "
                 "raw neighbour (sliding: errors can add up). Default: as the bundle, else anchored.",
             ),
-            click.option("--method", type=click.Choice(PRUNE_METHODS), help="Default: as the bundle, else pred_2d."),
+            click.option(
+                "--method", type=click.Choice(PRUNE_METHODS), help="Default: as the bundle, else pred_2d."
+            ),
             click.option(
                 "--metric",
                 type=click.Choice(PRUNE_METRICS),
@@ -49,8 +51,12 @@ def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say at which size images are looked at."""
     for option in reversed(
         [
-            click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."),
-            click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."),
+            click.option(
+                "--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels."
+            ),
+            click.option(
+                "--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels."
+            ),
         ]
     ):
         command = option(command)
@@ -94,20 +100,28 @@ def weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say how parts of a model are stored."""
     for option in reversed(
         [
-            click.option("--vision-precision", type=click.Choice([*BYTES, *BITS]), help="Of the vision tower."),
-            click.option("--head-precision", type=click.Choice([*BYTES, *BITS]), help="Of the output head."),
-            click.option("--embedding-precision", type=click.Choice([*BYTES, "int8"]), help="Of the token table."),
             click.option(
-                "--block", type=click.Choice([str(n) for n in BLOCKS]), help="Weights per scale. [default: 32]"
+                "--vision-precision", type=click.Choice([*BYTES, *BITS]), help="Of the vision tower."
             ),
-            click.option("--asymmetric", is_flag=True, help="Blocks with zero points (ONNX Runtime only)."),
+            click.option("--head-precision", type=click.Choice([*BYTES, *BITS]), help="Of the output head."),
+            click.option(
+                "--embedding-precision", type=click.Choice([*BYTES, "int8"]), help="Of the token table."
+            ),
+            click.option(
+                "--group-size",
+                type=click.Choice([str(n) for n in GROUP_SIZES]),
+                help="Weights per scale. [default: 32]",
+            ),
+            click.option("--asymmetric", is_flag=True, help="Groups with zero points (ONNX Runtime only)."),
             click.option(
                 "--calibrate",
                 multiple=True,
                 type=click.Path(),
                 help="An image like yours, or a folder of them, to fit int4 to; may be given several times.",
             ),
-            click.option("--calibrate-question", help="What is asked about them. Default: to describe the image."),
+            click.option(
+                "--calibrate-question", help="What is asked about them. Default: to describe the image."
+            ),
         ]
     ):
         command = option(command)
@@ -117,13 +131,17 @@ def weight_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def weights_of(options: dict[str, Any]) -> Wanted:
     """Take the options of the weights out of ``options``."""
     parts = {part: options.pop(f"{part}_precision") for part in ("vision", "head", "embedding")}
-    block, asymmetric = options.pop("block"), options.pop("asymmetric")
-    return Wanted(options.pop("precision"), **parts, block=int(block or 32), symmetric=not asymmetric)
+    group_size = options.pop("group_size")
+    asymmetric = options.pop("asymmetric")
+    return Wanted(
+        options.pop("precision"), **parts, group_size=int(group_size or 32), symmetric=not asymmetric
+    )
 
 
 def calibration_of(options: dict[str, Any]) -> Any:
     """Take the options of calibration out of ``options``: a Calibration, or None where there are no images."""
-    images, question = options.pop("calibrate"), options.pop("calibrate_question")
+    images = options.pop("calibrate")
+    question = options.pop("calibrate_question")
     if not images:
         if question is not None:
             raise click.UsageError("--calibrate-question goes with --calibrate")
@@ -137,15 +155,27 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of the engines that ``build --target`` compiles."""
     for option in reversed(
         [
-            click.option("--profiles", type=click.Path(), help="Sizes to compile for, a file of 'ppexport plan'."),
-            click.option("--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096; plain: 2048]"),
             click.option(
-                "--max-pixels", type=click.IntRange(1), help="Of an image.  [default: 2097152; plain: 1048576]"
+                "--profiles", type=click.Path(), help="Sizes to compile for, a file of 'ppexport plan'."
             ),
-            click.option("--workspace", type=click.IntRange(1, 1 << 20), help="Scratch memory of an engine, in MB."),
+            click.option(
+                "--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096; plain: 2048]"
+            ),
+            click.option(
+                "--max-pixels",
+                type=click.IntRange(1),
+                help="Of an image.  [default: 2097152; plain: 1048576]",
+            ),
+            click.option(
+                "--workspace", type=click.IntRange(1, 1 << 20), help="Scratch memory of an engine, in MB."
+            ),
             click.option("--version-compatible", is_flag=True, help="tensorrt: for later versions, too."),
-            click.option("--hardware-compatible", is_flag=True, help="tensorrt: for all GPUs from Ampere on."),
-            click.option("--compute-capability", "compute_capabilities", multiple=True, help="RTX: for this one only."),
+            click.option(
+                "--hardware-compatible", is_flag=True, help="tensorrt: for all GPUs from Ampere on."
+            ),
+            click.option(
+                "--compute-capability", "compute_capabilities", multiple=True, help="RTX: for this one only."
+            ),
             click.option(
                 "--separate-profiles",
                 is_flag=True,
@@ -158,7 +188,9 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def engines_of(profiles: str | None, workspace: int | None, timing_cache: str | None, **given: Any) -> tuple[Any, Any]:
+def engines_of(
+    profiles: str | None, workspace: int | None, timing_cache: str | None, **given: Any
+) -> tuple[Any, Any]:
     """Profiles (or None) and engine options of the command line."""
     from pathlib import Path
 
@@ -167,7 +199,9 @@ def engines_of(profiles: str | None, workspace: int | None, timing_cache: str | 
 
     given = {name: value for name, value in given.items() if value not in (None, ())}
     if profiles and (clash := sorted({"capacity", "max_pixels"} & set(given))):
-        raise click.UsageError(f"--{clash[0].replace('_', '-')} is in the profile file; expected it there only")
+        raise click.UsageError(
+            f"--{clash[0].replace('_', '-')} is in the profile file; expected it there only"
+        )
     options = Options(
         workspace=None if workspace is None else workspace << 20,
         timing_cache=None if timing_cache is None else Path(timing_cache),

@@ -42,13 +42,17 @@ def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
     to the next row, or a token was dropped for another reason (it is as in the frame before, or over a budget). The
     selection's steps are gone through once more, one by one.
     """
-    rows, cols, prune = selection.rows, selection.cols, selection.prune
+    rows = selection.rows
+    cols = selection.cols
+    prune = selection.prune
     found = np.full(rows * cols, OTHERWISE, np.uint8)
     found[selection.keep] = KEPT
     if prune is None or prune.method not in PREDICTORS or selection.kept == selection.total:
         return found.reshape(rows, cols)
     block = selection.width // cols
-    tokens = pixels.reshape(rows, block, cols, block, 3).swapaxes(1, 2).reshape(rows * cols, -1).astype(np.int32)
+    tokens = (
+        pixels.reshape(rows, block, cols, block, 3).swapaxes(1, 2).reshape(rows * cols, -1).astype(np.int32)
+    )
     limit = prune.threshold(block)
     stands_for = list(range(rows * cols))  # the token that a token is compared as
 
@@ -67,13 +71,17 @@ def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
     return found.reshape(rows, cols)
 
 
-def _steps(rows: int, cols: int, method: str, like: Callable[[int, int], bool]) -> Iterator[tuple[int, int, int]]:
+def _steps(
+    rows: int, cols: int, method: str, like: Callable[[int, int], bool]
+) -> Iterator[tuple[int, int, int]]:
     """(token, what it is predicted from, where that lies) in the order of a method; ``like``: do two tokens match?"""
     for row in range(rows):
         back = method == "serpentine" and row % 2 == 1
         for col in reversed(range(cols)) if back else range(cols):
             index = row * cols + col
-            left, above, corner = index - 1, index - cols, index - cols - 1
+            left = index - 1
+            above = index - cols
+            corner = index - cols - 1
             if index == 0:
                 continue
             if method == "pred_2d":
@@ -92,8 +100,10 @@ def _outline(draw: ImageDraw.ImageDraw, grid: np.ndarray, block: int) -> None:
     width = max(2, block // 12)
     padded = np.pad(grid, 1)
     for row, col in np.argwhere(grid):
-        x, y = col * block, row * block
-        right, bottom = x + block - 1, y + block - 1
+        x = col * block
+        y = row * block
+        right = x + block - 1
+        bottom = y + block - 1
         if not padded[row, col + 1]:
             draw.line((x, y, right, y), EDGE, width)
         if not padded[row + 2, col + 1]:
@@ -114,18 +124,24 @@ def _with_legend(picture: Image.Image, selection: Selection, where: np.ndarray) 
             entries.append((TINTS[kind], f"dropped, {_label(kind, selection)}: {count}"))
     widths = [int(size * 2.4 + font.getlength(label)) for _, label in entries]
     across = max(picture.width, max(widths) + size // 2)
-    x, line = size // 2, 0
+    x = size // 2
+    line = 0
     places: list[tuple[int, int]] = []
     for width in widths:
         if places and x + width > across:
-            x, line = size // 2, line + 1
+            x = size // 2
+            line = line + 1
         places.append((x, picture.height + size // 2 + line * 2 * size))
         x += width
     full = Image.new("RGB", (across, picture.height + 2 * size * (line + 1)), "white")
     full.paste(picture, (0, 0))
     draw = ImageDraw.Draw(full)
     for (colour, label), (x, y) in zip(entries, places, strict=True):
-        shade = colour if colour == EDGE else tuple(int(v) for v in _faded(np.array([[[200.0]]]), colour).reshape(3))
+        shade = (
+            colour
+            if colour == EDGE
+            else tuple(int(v) for v in _faded(np.array([[[200.0]]]), colour).reshape(3))
+        )
         draw.rectangle((x, y, x + size, y + size), fill=shade, outline=colour, width=max(1, size // 8))
         draw.text((x + size * 1.4, y + size / 2), label, fill="black", font=font, anchor="lm")
     return full
@@ -147,4 +163,6 @@ def _label(kind: int, selection: Selection) -> str:
         return "from the row before"
     if prune is not None and prune.method == "pred_2d":
         return "over the budget" if prune.max_tokens is not None else "as before"
-    return {"unique": "copies", "conncomp": "of their component"}.get(prune.method if prune else "", "at random")
+    return {"unique": "copies", "conncomp": "of their component"}.get(
+        prune.method if prune else "", "at random"
+    )

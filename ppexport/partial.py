@@ -46,7 +46,9 @@ def partial_directory(output: Path, last: str) -> Iterator[Path]:
         try:
             yield work
             if not is_free(output):
-                raise BundleError(f"{output}: was filled while the bundle was being built; choose another name")
+                raise BundleError(
+                    f"{output}: was filled while the bundle was being built; choose another name"
+                )
             if inside:
                 for entry in sorted(work.iterdir(), key=lambda entry: entry.name == last):
                     moved.append(entry.rename(output / entry.name))

@@ -66,9 +66,14 @@ def plan(
             f"an unpruned image of {largest} tokens and {text_tokens} of text do not fit a capacity of {capacity}; "
             f"expected at least {largest + text_tokens}, or a lower max_pixels"
         )
-    sides: Profile = {"H": _sides(selections, "height", patch * merge), "W": _sides(selections, "width", patch * merge)}
+    sides: Profile = {
+        "H": _sides(selections, "height", patch * merge),
+        "W": _sides(selections, "width", patch * merge),
+    }
     edges = bucket_edges(kept, largest)
-    vision, prefill, served = [], [], []
+    vision = []
+    prefill = []
+    served = []
     left = sorted(kept)
     for edge in edges:
         inside = [n for n in left if n <= edge]
@@ -106,7 +111,9 @@ def bucket_edges(kept: Sequence[int], largest: int) -> list[int]:
     """Largest kept count of each bucket: about the median and the ninth decile if they lie apart, then ``largest``."""
     edges: list[int] = []
     for share in (50, 90):
-        edge = -(-int(np.percentile(kept, share, method="higher")) * 9 // 8 // 16) * 16  # an eighth above, in sixteens
+        edge = (
+            -(-int(np.percentile(kept, share, method="higher")) * 9 // 8 // 16) * 16
+        )  # an eighth above, in sixteens
         if edge * APART <= largest and (not edges or edge >= edges[-1] * APART):
             edges.append(edge)
     return [*edges, largest]
@@ -117,13 +124,19 @@ def report(made: Plan) -> list[str]:
     kept = np.array(made.kept)
     p10, p50, p90 = (int(np.percentile(kept, q)) for q in (10, 50, 90))
     share = kept.sum() / sum(made.total)
-    lines = [f"{len(kept)} images: kept tokens p10 {p10}, p50 {p50}, p90 {p90}, max {kept.max()} ({share:.1%} of all)"]
+    lines = [
+        f"{len(kept)} images: kept tokens p10 {p10}, p50 {p50}, p90 {p90}, max {kept.max()} ({share:.1%} of all)"
+    ]
     counts, bounds = np.histogram(kept, bins=min(8, len(set(made.kept))))
     for count, low, high in zip(counts, bounds, bounds[1:], strict=False):
-        lines.append(f"  {int(low):>6} to {int(high):<6} {'#' * round(40 * count / counts.max()):<40} {count}")
+        lines.append(
+            f"  {int(low):>6} to {int(high):<6} {'#' * round(40 * count / counts.max()):<40} {count}"
+        )
     for profile, served in zip(made.profiles.vision, made.served, strict=True):
         _, usual, most = profile["K"]
-        lines.append(f"bucket  up to {most} kept tokens, fastest at {usual}: serves {served:.0%} of the images")
+        lines.append(
+            f"bucket  up to {most} kept tokens, fastest at {usual}: serves {served:.0%} of the images"
+        )
     return lines
 
 

@@ -26,7 +26,9 @@ class Bar:
         self.interrupts = interrupts or Interrupts()
         self.console = Console(stderr=True)
         columns = (TextColumn("{task.description:<18}"), BarColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
+        self.progress = Progress(
+            *columns, console=self.console, disable=quiet or not self.console.is_terminal
+        )
         self.tasks: dict[str, object] = {}
 
     def __enter__(self) -> Bar:
@@ -43,7 +45,10 @@ class Bar:
         if self.quiet:
             return
         say = self.console.print
-        say(f"{plan.checkpoint.config.family}, weights in {plan.precision}, dialect {plan.dialect}", highlight=False)
+        say(
+            f"{plan.checkpoint.config.family}, weights in {plan.precision}, dialect {plan.dialect}",
+            highlight=False,
+        )
         say(f"needs {plan.disk / 1e6:.0f} MB of disk and {plan.ram / 1e6:.0f} MB of memory", highlight=False)
         if sizes is not None:
             self._sizes(plan.checkpoint.config, plan.compute, plan.weights, sizes, plan.dialect)

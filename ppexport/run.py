@@ -48,7 +48,9 @@ def run(
         check_picture(overlay, images)
     if trace is not None:
         writable(trace)
-    swapped = [prompt for prompt in prompts if os.path.isfile(os.path.join(prompt, FILE))]  # a long one is no name
+    swapped = [
+        prompt for prompt in prompts if os.path.isfile(os.path.join(prompt, FILE))
+    ]  # a long one is no name
     if swapped and not os.path.isdir(bundle):
         raise RequestError(
             f"found {bundle!r:.80} first and the bundle {swapped[0]!r:.80} after it, expected BUNDLE PROMPT"
@@ -108,7 +110,11 @@ def summary(stats: Stats) -> list[str]:
         lines.append(f"image   {s.width} x {s.height}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}")
     pruned = stats.prompt_tokens_full - stats.prompt_tokens
     but = f"{pruned} pruned" + (f", {stats.reused_tokens} reused" if stats.reused_tokens else "")
-    lines.append(f"prompt  {stats.prompt_tokens} tokens ({but}), answer {stats.generated_tokens}, {stats.finish}")
-    times = "  ".join(f"{name} {stats.milliseconds[name]:.1f}" for name in STAGES if name in stats.milliseconds)
+    lines.append(
+        f"prompt  {stats.prompt_tokens} tokens ({but}), answer {stats.generated_tokens}, {stats.finish}"
+    )
+    times = "  ".join(
+        f"{name} {stats.milliseconds[name]:.1f}" for name in STAGES if name in stats.milliseconds
+    )
     lines.append(f"ms      {times}  (first token after {stats.ttft:.1f})")
     return lines

@@ -32,14 +32,23 @@ def events(requests: Sequence[tuple[str, Stats]]) -> list[dict[str, Any]]:
     for name, stats in requests:
         if not stats.spans:
             continue
-        begin, end = stats.spans[0].begin, stats.spans[-1].end
+        begin = stats.spans[0].begin
+        end = stats.spans[-1].end
         args = {"kept": stats.kept, "total": stats.total, "prompt_tokens": stats.prompt_tokens}
-        found.append(event(name, 1, begin, end, **args, generated_tokens=stats.generated_tokens, finish=stats.finish))
+        found.append(
+            event(name, 1, begin, end, **args, generated_tokens=stats.generated_tokens, finish=stats.finish)
+        )
         token = 0
         for span in stats.spans:
             token += span.stage == "decode"
             found.append(
-                event(span.stage, 2, span.begin, span.end, **({"token": token} if span.stage == "decode" else {}))
+                event(
+                    span.stage,
+                    2,
+                    span.begin,
+                    span.end,
+                    **({"token": token} if span.stage == "decode" else {}),
+                )
             )
     return found
 

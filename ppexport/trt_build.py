@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .models.errors import BackendError, RequestError, SpaceError
+from .models.files import write_whole
 from .models.profiles import Profile
+from .models.progress import Progress
 from .runtime.backends import cuda, trt_api
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,15 @@ class Options:
     """How to compile. Sizes are in ``Profiles``."""
 
     max_pixels: int | None = None  # default profiles only; None: profiles.MAX_PIXELS of the dialect
-    capacity: int | None = None  # default profiles only: tokens in the cache of a sequence; None: profiles.CAPACITY
+    capacity: int | None = (
+        None  # default profiles only: tokens in the cache of a sequence; None: profiles.CAPACITY
+    )
     workspace: int | None = None  # bytes of scratch memory the compiler may plan with; None: no limit
     version_compatible: bool = False  # tensorrt: run on later versions of TensorRT too
     hardware_compatible: bool = False  # tensorrt: run on other GPUs from Ampere on
-    compute_capabilities: tuple[str, ...] = ()  # tensorrt-rtx: "8.9", ...; empty: all that it knows from 8.0 on
+    compute_capabilities: tuple[
+        str, ...
+    ] = ()  # tensorrt-rtx: "8.9", ...; empty: all that it knows from 8.0 on
     timing_cache: Path | None = None  # tensorrt: reused between builds (RTX would need a GPU for it)
     separate_profiles: bool = False  # tensorrt-rtx: see merges
 
@@ -51,22 +55,32 @@ def prepare(target: str, options: Options) -> tuple[ModuleType, Options]:
             )
     if options.timing_cache is not None:
         if rtx:
-            raise RequestError("a timing cache is for tensorrt only: with it, tensorrt-rtx would need a GPU to compile")
+            raise RequestError(
+                "a timing cache is for tensorrt only: with it, tensorrt-rtx would need a GPU to compile"
+            )
         if options.timing_cache.is_dir() or not options.timing_cache.absolute().parent.is_dir():
-            raise RequestError(f"{options.timing_cache}: expected a file in an existing directory as timing cache")
+            raise RequestError(
+                f"{options.timing_cache}: expected a file in an existing directory as timing cache"
+            )
     if not rtx:
         if options.compute_capabilities:
-            raise RequestError("compute capabilities are for tensorrt-rtx only: tensorrt compiles for the GPU at hand")
+            raise RequestError(
+                "compute capabilities are for tensorrt-rtx only: tensorrt compiles for the GPU at hand"
+            )
         try:
             here = cuda.compute_capability()
         except BackendError as err:
-            raise BackendError(f"tensorrt compiles on the GPU that it compiles for, found none: {err}") from err
+            raise BackendError(
+                f"tensorrt compiles on the GPU that it compiles for, found none: {err}"
+            ) from err
         return trt, replace(options, compute_capabilities=(here,))
     known = {f"{name[2:-1]}.{name[-1]}": name for name in vars(trt.ComputeCapability) if name[:2] == "SM"}
     chosen = options.compute_capabilities or tuple(sorted((c for c in known if float(c) >= 8), key=float))
     for capability in chosen:
         if capability not in known:
-            raise RequestError(f"compute capability is {capability!r}, expected some of: {', '.join(sorted(known))}")
+            raise RequestError(
+                f"compute capability is {capability!r}, expected some of: {', '.join(sorted(known))}"
+            )
     return trt, replace(options, compute_capabilities=tuple(dict.fromkeys(chosen)))
 
 
@@ -92,7 +106,9 @@ def compile_graph(
         builder = trt.Builder(log)
     except TypeError as err:  # pybind11's words for a constructor that returned nothing
         raise BackendError(f"{target} {trt.__version__} does not start: {trt_api.quote(log)}") from err
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other kind
+    typed = getattr(
+        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
+    )  # TensorRT 11 knows no other kind
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model, str(source)):
@@ -114,7 +130,11 @@ def compile_graph(
         raise monitor.raised
     if blob is None or blob.nbytes == 0:
         told = trt_api.quote(log)
-        hint = "; smaller profiles or more --workspace may help" if re.search("memory|workspace", told, re.I) else ""
+        hint = (
+            "; smaller profiles or more --workspace may help"
+            if re.search("memory|workspace", told, re.I)
+            else ""
+        )
         raise BackendError(f"{target} {trt.__version__} could not compile the {graph} graph: {told}{hint}")
     if cache is not None and options.timing_cache is not None:
         _keep_timings(cache, options.timing_cache)
@@ -130,7 +150,9 @@ def _axes(network: Any) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _profile(builder: Any, network: Any, axes: dict[str, tuple[str, ...]], profile: Profile, graph: str) -> Any:
+def _profile(
+    builder: Any, network: Any, axes: dict[str, tuple[str, ...]], profile: Profile, graph: str
+) -> Any:
     """A profile for all inputs of a network, from the sizes of its named axes."""
     made = builder.create_optimization_profile()
     for i in range(network.num_inputs):
@@ -138,7 +160,9 @@ def _profile(builder: Any, network: Any, axes: dict[str, tuple[str, ...]], profi
         shapes: list[list[int]] = [[], [], []]
         for size, name in zip(tensor.shape, axes[tensor.name], strict=True):
             if name and name not in profile:
-                raise RequestError(f"the {graph} graph has the axis {name!r} ({tensor.name}), the profile does not")
+                raise RequestError(
+                    f"the {graph} graph has the axis {name!r} ({tensor.name}), the profile does not"
+                )
             for shape, n in zip(shapes, profile[name] if name else (size,) * 3, strict=True):
                 shape.append(n)
         made.set_shape(tensor.name, *shapes)
@@ -173,21 +197,20 @@ def _timing_cache(config: Any, options: Options) -> Any:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise RequestError(f"{path}: is no timing cache of this TensorRT on this GPU; name another file, or remove it")
+        raise RequestError(
+            f"{path}: is no timing cache of this TensorRT on this GPU; name another file, or remove it"
+        )
     return cache
 
 
 def _keep_timings(cache: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(memoryview(cache.serialize()))
-        partial.replace(path)
+        write_whole(path, lambda partial: partial.write_bytes(memoryview(cache.serialize())))
     except OSError as err:
-        partial.unlink(missing_ok=True)
         raise SpaceError(f"{path}: the timing cache cannot be written: {err}") from err
 
 
-def _monitor(trt: Any, graph: str, progress: Progress) -> Any:
+def _monitor(trt: Any, graph: str, progress: Progress) -> Any:  # noqa: C901 (a class that needs the module)
     """Reports the steps of the compiler's outermost phase, and the name of the one it is in.
 
     What is raised here, by ``progress`` or by Ctrl-C, is kept in ``raised`` and ends the compilation at its next step:
@@ -197,13 +220,17 @@ def _monitor(trt: Any, graph: str, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.outermost, self.done, self.total = "", 0, 1
+            self.outermost = ""
+            self.done = 0
+            self.total = 1
             self.raised: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             try:
                 if parent_phase is None:
-                    self.outermost, self.done, self.total = phase_name, 0, max(1, num_steps)
+                    self.outermost = phase_name
+                    self.done = 0
+                    self.total = max(1, num_steps)
                 self._tell(phase_name)
             except BaseException as err:
                 self.raised = self.raised or err

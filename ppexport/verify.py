@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from .calibration import QUESTION, prompt_ids
 from .models.errors import BackendError, RequestError
 from .models.manifest import sha256
+from .models.progress import Progress, silent
 from .progress import Bar
 from .runtime.answer import Step
 from .runtime.bundle import open_bundle
@@ -99,7 +100,7 @@ def verify(
     prune: PruneLike = "default",
     device: str = "auto",
     tokens: int = TOKENS,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Report:
     """Run one bundle greedily, then the checkpoint over what it was given and what it said.
 
@@ -110,9 +111,13 @@ def verify(
         from .exporters.checkpoint import Checkpoint
         from .exporters.run_model import EagerModel
     except ImportError as err:
-        raise BackendError(f"{err.name} is not installed; verify needs: pip install 'ppexport[export]'") from err
+        raise BackendError(
+            f"{err.name} is not installed; verify needs: pip install 'ppexport[export]'"
+        ) from err
     with load(bundle, device, reuse=0) as pipe:
-        reference = EagerModel(Checkpoint.open(checkpoint), pipe.manifest.preprocessing, "reference", progress)
+        reference = EagerModel(
+            Checkpoint.open(checkpoint), pipe.manifest.preprocessing, "reference", progress
+        )
         model = pipe.manifest.model
         if reference.checkpoint.config != model:
             raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")
@@ -122,10 +127,13 @@ def verify(
         ids = prompt_ids(pipe.text, model, question, [each.selection.total for each in encoded])
         stats, steps, seconds = _run(pipe, ids, images, prune, tokens)
         progress(f"{Path(bundle).name}", 1, 1)
-        manifest, family, decoded = pipe.manifest, pipe.family, len(steps) - 1
+        manifest = pipe.manifest
+        family = pipe.family
+        decoded = len(steps) - 1
         del pipe  # gives back its memory before the reference takes some
     keeps = [selection.keep for selection in stats.images]
-    D, L = model.text.width, model.levels
+    D = model.text.width
+    L = model.levels
     features = reference.features(resized, keeps) if images else np.zeros((1 + L, 1, D), np.float32)
     mine = np.concatenate([each.features for each in encoded], axis=1) if images else features
     said = np.array([step.token for step in steps], np.int32)
@@ -167,7 +175,9 @@ def _run(
     pipe: Pipeline, ids: np.ndarray, images: Sequence[str], prune: PruneLike, tokens: int
 ) -> tuple[Stats, list[Step], float]:
     """Statistics, steps, seconds of decoding; stop tokens do not stop."""
-    stats, steps, begin = Stats(), [], 0.0
+    stats = Stats()
+    steps = []
+    begin = 0.0
     for step in pipe.generate_tokens(ids, images, prune, max_new_tokens=tokens, stats=stats, stop=()):
         begin = begin or time.perf_counter()
         steps.append(step)
@@ -227,7 +237,9 @@ def main(
         ]
     for bundle in bundles:
         if changed := other_files(bundle, checkpoint):
-            click.echo(f"{bundle}: was not built from these files of {checkpoint}: {', '.join(changed)}", err=True)
+            click.echo(
+                f"{bundle}: was not built from these files of {checkpoint}: {', '.join(changed)}", err=True
+            )
     problems = {report.bundle: report.problems(cosine, kl, agreement) for report in reports}
     if as_json:
         rows = [{**asdict(r), "problems": problems[r.bundle]} for r in reports]

@@ -16,7 +16,9 @@ def open_bundle(path: str | Path, verify: bool = False) -> tuple[Path, Manifest]
     Raises BundleError with what was found, what was expected and what to do.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise BundleError(f"the bundle is {path!r:.80}, expected the path of a directory made by 'ppexport build'")
+        raise BundleError(
+            f"the bundle is {path!r:.80}, expected the path of a directory made by 'ppexport build'"
+        )
     directory = Path(path)
     try:
         is_file = directory.is_file()
@@ -37,7 +39,9 @@ def _check(file: Path, record: manifest.FileRecord, verify: bool) -> None:
         raise BundleError(f"{file}: is missing from the bundle; copy the whole directory or build it again")
     size = file.stat().st_size
     if size != record.bytes:
-        raise BundleError(f"{file}: found {size} bytes, expected {record.bytes}; copy it or build the bundle again")
+        raise BundleError(
+            f"{file}: found {size} bytes, expected {record.bytes}; copy it or build the bundle again"
+        )
     if verify or size <= manifest.SMALL_FILE:
         found = manifest.sha256(file)
         if found != record.sha256:

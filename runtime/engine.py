@@ -9,19 +9,18 @@ from collections.abc import Sequence as Several
 
 import numpy as np
 
-from ..models.errors import BackendError, RequestError
+from ..models.errors import BackendError
 from .answer import Step
 from .backends.session import Buffer
 from .language import Inputs, Language
-from .reuse import Reuse, drop
+from .placement import Placement
+from .reuse import Reuse
 from .sequence import Picture, Sequence
-from .states import Slot, Slots
 from .stats import log_request
 from .vision import Vision
 
 TOGETHER = 8  # sequences that run at once, if nothing else is asked for
 CHUNK = 256  # tokens of a prompt that run at once while other sequences wait for their next token
-ROOM = 256  # tokens that a slot has room for at least, beyond what is known to be needed
 NO_LOGITS = np.empty(0, np.float32)
 
 
@@ -32,18 +31,18 @@ class Engine:
     ``reuse``: None keeps nothing.
     """
 
-    def __init__(self, language: Language, vision: Vision, reuse: Reuse | None, context: int, together: int = TOGETHER):
+    def __init__(
+        self, language: Language, vision: Vision, reuse: Reuse | None, context: int, together: int = TOGETHER
+    ):
         self.language = language
         self.vision = vision
         self.reuse = reuse
-        self.context = context
         self.together = together
-        self.pools: list[Slots] = []
+        self.placement = Placement(language, reuse, context, together)
         self.lock = threading.RLock()
         self._waiting: deque[Sequence] = deque()
         self._active: list[Sequence] = []
         self._dropped: deque[Sequence] = deque()  # cancelled, and not taken out yet
-        self._clock = 0  # sequences that have ended
 
     @property
     def held_bytes(self) -> int:
@@ -51,7 +50,7 @@ class Engine:
         with self.lock:
             self._take_out()
             kept = self.reuse.features.nbytes if self.reuse else 0
-            return kept + sum(slots.nbytes for slots in self.pools if not slots.busy)
+            return kept + self.placement.held_bytes
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence run with the others."""
@@ -92,14 +91,13 @@ class Engine:
         with self.lock:
             self._take_out()
             self._leave_broken()
-            self._admit()
-            return [*self._decode(), *self._prefill()]
+            return [*self._admit(), *self._decode(), *self._prefill()]
 
     def forget(self) -> None:
         """Keep nothing of past requests."""
         with self.lock:
             self._take_out()
-            self._drop_idle()
+            self.placement.drop_idle()
             if self.reuse is not None:
                 self.reuse.features.clear()
 
@@ -110,7 +108,8 @@ class Engine:
                 self.cancel(sequence)
             self._take_out()
             self.reuse = None
-            self._drop_idle()
+            self.placement.reuse = None
+            self.placement.drop_idle()
 
     # ------------------------------------------------------------------------------------- slots
 
@@ -125,21 +124,22 @@ class Engine:
 
     def _leave_broken(self) -> None:
         """End the sequences whose memory was left half changed, by an interruption of another one."""
-        for slots in [slots for slots in self.pools if slots.broken]:
+        for slots in [slots for slots in self.placement.pools if slots.broken]:
             inside = [sequence for sequence in self._active if sequence.runs_in(slots)]
             self._fail(inside, BackendError("a run of several requests was interrupted; ask again"))
-            if slots in self.pools:
-                drop(slots, self.pools)
+            self.placement.drop(slots)
 
-    def _admit(self) -> None:
-        """Waiting sequences get slots. Those that wait for their readers do not keep others from running."""
+    def _admit(self) -> list[Sequence]:
+        """Waiting sequences get slots; returns those that could not. Who waits for a reader keeps no other waiting."""
+        failed = []
         while self._waiting and sum(not sequence.stalled for sequence in self._active) < self.together:
             sequence = self._waiting.popleft()
             try:
-                slot, known = self._slot_for(sequence)
+                slot, known = self.placement.place(sequence, self._active)
             except Exception as err:
                 sequence.error = err
                 sequence.finished = True
+                failed.append(sequence)
                 continue
             slot.busy = True
             sequence.slot = slot
@@ -148,72 +148,18 @@ class Engine:
             sequence.images_to_encode = [sequence.pictures[i] for i in left]
             sequence.stats.reused_tokens = known
             self._active.append(sequence)
-
-    def _slot_for(self, sequence: Sequence) -> tuple[Slot, int]:
-        """A slot, and how many tokens of the prompt it holds already.
-
-        Case 1: one that an earlier request left. Case 2: beside the sequences that run, so that they run as one batch.
-        Case 3: memory of its own.
-        """
-        tokens = len(sequence.prompt.ids) + min(sequence.limit - 1, ROOM)
-        if self.reuse is not None:  # case 1
-            found, known = self.reuse.find(self.pools, sequence.prompt, sequence.digests)
-            if found is not None:
-                found.rewind(known)
-                return found, known
-        slot = self._beside_others(tokens)  # case 2
-        if slot is None and self.reuse is not None:
-            slot = self.reuse.again(self.pools)
-        if slot is not None:
-            slot.rewind(0)
-            return slot, 0
-        slots = self.language.slots(self.language.backend.capacity or tokens)  # case 3
-        self.pools.append(slots)
-        return slots.listed[0], 0
-
-    def _beside_others(self, tokens: int) -> Slot | None:
-        """A slot of the memory that most sequences run in; it grows by doubling up to ``together`` slots."""
-        running = [sequence.slot.slots for sequence in self._active if sequence.slot is not None]
-        if not running or not self.language.batches:
-            return None
-        slots = max(running, key=running.count)
-        idle = sorted((slot for slot in slots.listed if not slot.busy), key=lambda slot: slot.last_used)
-        empty = [slot for slot in idle if not slot.length]
-        if not empty and len(slots.listed) < self.together:
-            slots.grow(min(2 * len(slots.listed), self.together), max(slots.capacity, tokens))
-            empty = [slot for slot in slots.listed if not slot.busy and not slot.length]
-        return next(iter([*empty, *idle]), None)
-
-    def _make_room(self, slots: Slots, tokens: int) -> None:
-        """Room for ``tokens`` tokens in every slot, and some more, so that entries are seldom moved."""
-        if tokens <= slots.capacity:
-            return
-        if self.language.backend.capacity:
-            raise RequestError(f"{tokens} tokens, expected at most {slots.capacity} (the cache's capacity)")
-        slots.grow(len(slots.listed), max(tokens, min(tokens + max(ROOM, tokens // 4), self.context)))
+        return failed
 
     def _end(self, sequence: Sequence) -> None:
-        """Take a sequence out; its slot is kept for others if anything is."""
+        """Take a sequence out."""
         self._active.remove(sequence)
         slot = sequence.slot
         assert slot is not None
         sequence.slot = None
         sequence.features = None
         sequence.parts.clear()
-        slot.busy = False
         slot.images = sequence.digests
-        self._clock += 1
-        slot.last_used = self._clock
-        if self.reuse is None:
-            if not slot.slots.broken:
-                slot.rewind(0)
-            self._drop_idle()
-        else:
-            self.reuse.trim(self.pools)
-
-    def _drop_idle(self) -> None:
-        for slots in [slots for slots in self.pools if not slots.busy]:
-            drop(slots, self.pools)
+        self.placement.give_back(slot)
 
     def _fail(self, sequences: Several[Sequence], error: BaseException) -> None:
         for sequence in sequences:
@@ -263,20 +209,23 @@ class Engine:
         kept = self.reuse.features.get(picture.digest) if self.reuse else None
         if kept is not None:
             return kept
-        computed = self.vision.join([self.vision.encode(view.image, view.keep, view.others) for view in picture.views])
+        computed = self.vision.join(
+            [self.vision.encode(view.image, view.keep, view.others) for view in picture.views]
+        )
         if self.reuse:
             self.reuse.features.keep(picture.digest, computed)
         return computed
 
     def _run_prompt(self, sequence: Sequence, most: int | None) -> list[Sequence]:
         """Run what is left of a prompt, or ``most`` tokens of it."""
-        rest, slot = sequence.rest, sequence.slot
+        rest = sequence.rest
+        slot = sequence.slot
         assert rest is not None
         assert slot is not None
         begin = sequence.done
         end = len(rest.ids) if most is None else min(begin + most, len(rest.ids))
         with sequence.stats.stage("prefill"):
-            self._make_room(slot.slots, slot.length + end - begin)
+            self.placement.make_room(slot.slots, slot.length + end - begin)
             inputs = Inputs(
                 rest.ids[None, begin:end],
                 rest.feature_rows[None, begin:end],
@@ -312,7 +261,7 @@ class Engine:
     def _batches(self) -> Iterator[list[Sequence]]:
         """Sequences that run as one: those of the same memory, or each alone."""
         ready = [sequence for sequence in self._active if sequence.decodes and not sequence.stalled]
-        for slots in list(self.pools):
+        for slots in list(self.placement.pools):
             batch = [sequence for sequence in ready if sequence.runs_in(slots)]
             if self.language.batches and batch:
                 yield batch
@@ -329,7 +278,7 @@ class Engine:
         slots = places[0].slots
         first = min(slot.index for slot in places)
         rows = slots.listed[first : max(slot.index for slot in places) + 1]
-        self._make_room(slots, max(slot.length for slot in rows) + 1)
+        self.placement.make_room(slots, max(slot.length for slot in rows) + 1)
         n = len(rows)
         ids = np.zeros((n, 1), np.int32)
         positions = np.zeros((self.language.model.axes, n, 1), np.int32)

@@ -30,10 +30,13 @@ from ..models.resize import MIN_SIDE, smart_resize
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
-MIN_PIXELS, MAX_PIXELS = 65536, 16777216  # of Qwen3-VL, where nothing else is asked for
+MIN_PIXELS = 65536
+MAX_PIXELS = 16777216  # of Qwen3-VL, where nothing else is asked for
 MAX_FILE_BYTES = 256 << 20
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # looked for in folders
-SCHEME = re.compile(r"(data):|([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # of a URL; a drive of Windows is one letter
+SCHEME = re.compile(
+    r"(data):|([a-z][a-z0-9+.-]+)://", re.IGNORECASE
+)  # of a URL; a drive of Windows is one letter
 WARNINGS = threading.Lock()  # Python's filters of warnings belong to all threads
 
 
@@ -43,7 +46,9 @@ def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
     for path in map(Path, paths):
         try:
             if path.is_dir():
-                files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+                files = sorted(
+                    file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()
+                )
                 if not files:
                     raise ImageError(f"{path}: holds no images, expected files such as {', '.join(SUFFIXES)}")
                 found += files
@@ -75,7 +80,9 @@ def resized(image: ImageLike, size_of: Callable[[int, int], tuple[int, int]]) ->
     try:
         H, W = size_of(height, width)
     except ImageError as err:
-        raise ImageError(f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)) from err
+        raise ImageError(
+            f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)
+        ) from err
     if source.size != (W, H):
         source = source.resize((W, H), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(source))
@@ -108,7 +115,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"an image array has dtype {array.dtype} and shape {array.shape}, expected uint8 [H, W, 3] or [H, W]"
         )
     if 0 in array.shape:
-        raise ImageError(f"an image array has shape {array.shape}, expected at least {MIN_SIDE} pixels on each side")
+        raise ImageError(
+            f"an image array has shape {array.shape}, expected at least {MIN_SIDE} pixels on each side"
+        )
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "the image")
 
 
@@ -152,7 +161,9 @@ def _decode(data: bytes, name: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as err:
-        raise ImageError(f"{name}: is not an image that Pillow can read, expected PNG, JPEG, WebP, ...") from err
+        raise ImageError(
+            f"{name}: is not an image that Pillow can read, expected PNG, JPEG, WebP, ..."
+        ) from err
     except Exception as err:  # damaged files raise nearly anything in Pillow's decoders
         raise ImageError(f"{name}: cannot be opened: {err}") from err
     return _to_rgb(image, name)
@@ -173,7 +184,8 @@ def _quiet_libtiff() -> None:
             library = ctypes.CDLL(file)
             for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
                 handler = getattr(library, name)
-                handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+                handler.argtypes = [ctypes.c_void_p]
+                handler.restype = ctypes.c_void_p
                 handler(None)
 
 

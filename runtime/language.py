@@ -10,7 +10,7 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from .backends.session import Backend, Buffer, Session
-from .states import Run, Slots
+from .slots import Run, Slots
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,15 @@ class Language:
         self.by_position = dialect == "plain"
         self.batches = backend.batches and not self.by_position  # may several slots run at once?
         self.session: Session = backend.session(graph)
-        self.no_features = backend.zeros((1 + model.levels, 1, model.text.width), dtype)  # of a run without images
+        self.no_features = backend.zeros(
+            (1 + model.levels, 1, model.text.width), dtype
+        )  # of a run without images
 
     def slots(self, capacity: int) -> Slots:
         """Memory for one sequence of so many tokens; it can grow."""
-        return Slots(self.backend, self.model.states, self.dtype, self.by_position, 2 + self.model.axes, capacity)
+        return Slots(
+            self.backend, self.model.states, self.dtype, self.by_position, 2 + self.model.axes, capacity
+        )
 
     def run(
         self, slots: Slots, first: int, active: Sequence[int], inputs: Inputs, features: Buffer | None

@@ -42,7 +42,9 @@ def with_images(prompt: PromptLike, images: Sequence[ImageLike]) -> tuple[list[M
         for part in filter(_is_image, _parts(message)):
             own = _own_image(part)
             if own is None and not waiting:
-                raise RequestError(f"the messages have image part {len(found) + 1}, but images has {len(images)}")
+                raise RequestError(
+                    f"the messages have image part {len(found) + 1}, but images has {len(images)}"
+                )
             found.append(waiting.pop(0) if own is None else own)
     if waiting:
         raise RequestError(
@@ -64,13 +66,16 @@ def _listed(prompt: PromptLike) -> Sequence[Message]:
 
 
 def _checked(message: Message) -> Message:
-    role, content = message["role"], message["content"]
+    role = message["role"]
+    content = message["content"]
     if role not in ROLES:
         raise RequestError(f"a message has the role {role!r:.40}, expected one of: {', '.join(ROLES)}")
     if not content and role == "assistant" and message.get("tool_calls"):
         return {**message, "content": ""}
     if not isinstance(content, (str, list, tuple)):
-        raise RequestError(f"a message has content of type {type(content).__name__}, expected text or a list of parts")
+        raise RequestError(
+            f"a message has content of type {type(content).__name__}, expected text or a list of parts"
+        )
     if not content:
         raise RequestError(f"a message of the {role} is empty, expected text or parts")
     for part in _parts(message):
@@ -94,7 +99,9 @@ def _is_image(part: Mapping[str, Any]) -> bool:
 
 def _own_image(part: Mapping[str, Any]) -> ImageLike | None:
     """What an image part holds: under "image", "path", "url" or "image_url", there maybe under "url" once more."""
-    value = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
+    value = next(
+        (part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None
+    )
     if isinstance(value, Mapping):
         value = value.get("url")
     if value is not None and not isinstance(value, ImageLike):
@@ -119,4 +126,7 @@ def _plain(message: Message) -> Message:
     """Image parts without what they hold: templates look at nothing else."""
     if isinstance(message["content"], str):
         return message
-    return {**message, "content": [{"type": "image"} if _is_image(part) else part for part in message["content"]]}
+    return {
+        **message,
+        "content": [{"type": "image"} if _is_image(part) else part for part in message["content"]],
+    }

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..models import FAMILIES
 from ..models.checks import integer
+from ..models.dtype import BY_PRECISION
 from ..models.errors import BundleError, RequestError
 from ..models.family import Kept, Views
 from ..models.manifest import Manifest
@@ -80,7 +81,7 @@ class Pipeline:
         together: int = TOGETHER,
     ):
         model = manifest.model
-        dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[manifest.compute]
+        dtype = BY_PRECISION[manifest.compute].name
         graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
         self.manifest = manifest
         self.backend = backend
@@ -129,7 +130,9 @@ class Pipeline:
         Images and prompt are checked before this returns. Raises ImageError, RequestError, and BundleError for a bundle
         that only takes token ids.
         """
-        sequence = self.prepare(Request(prompt, images, prune, max_new_tokens, temperature, top_p, top_k, seed))
+        sequence = self.prepare(
+            Request(prompt, images, prune, max_new_tokens, temperature, top_p, top_k, seed)
+        )
         return self._answer(sequence, Steps(self.engine, sequence))
 
     def generate_batch(self, requests: Several[Request]) -> list[Answer]:
@@ -183,7 +186,9 @@ class Pipeline:
         pictures = self._pictures(shown, request.prune, stats)
         with stats.stage("text"):
             ids = self.text.encode(messages, [picture.kept.total for picture in pictures])
-        return self._sequence(ids, pictures, request.sampling, request.max_new_tokens, stats, None, ahead, False)
+        return self._sequence(
+            ids, pictures, request.sampling, request.max_new_tokens, stats, None, ahead, False
+        )
 
     def prepare_tokens(
         self,
@@ -195,14 +200,17 @@ class Pipeline:
         stats: Stats | None = None,
         stop: Collection[int] | None = None,
         ahead: int | None = AHEAD,
+        keeps_logits: bool = True,
     ) -> Sequence:
-        """As ``prepare``, for what ``generate_tokens`` takes."""
+        """As ``prepare``, for what ``generate_tokens`` takes. ``keeps_logits``: with every token, its logits."""
         try:
             ids = np.asarray(input_ids)
         except ValueError as err:
             raise RequestError(f"input_ids is not a flat list ({err}), expected integers [S]") from err
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-            raise RequestError(f"input_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [S], S > 0")
+            raise RequestError(
+                f"input_ids has dtype {ids.dtype} and shape {ids.shape}, expected integers [S], S > 0"
+            )
         if stats is None:
             stats = Stats()
         elif not isinstance(stats, Stats) or stats.spans:
@@ -210,7 +218,9 @@ class Pipeline:
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
         pictures = self._pictures(images_of(images), prune, stats)
-        return self._sequence(ids.astype(np.int32), pictures, sampling, max_new_tokens, stats, stop, ahead, True)
+        return self._sequence(
+            ids.astype(np.int32), pictures, sampling, max_new_tokens, stats, stop, ahead, keeps_logits
+        )
 
     def pixels(self, image: ImageLike) -> tuple[np.ndarray, Views]:
         """An image as the model takes it, uint8 [H, W, 3], and how it looks at it. Raises ImageError, RequestError."""
@@ -256,7 +266,9 @@ class Pipeline:
             shown = []
             for view, buffer, (keep, selection) in zip(views, buffers, chosen, strict=True):
                 others = self.family.tower_inputs(model, view, selection.keep)
-                shown.append(Shown(buffer, keep, {name: self.backend.upload(x) for name, x in others.items()}))
+                shown.append(
+                    Shown(buffer, keep, {name: self.backend.upload(x) for name, x in others.items()})
+                )
         key = b""
         if self.reuse:
             with stats.stage("reuse"):
@@ -303,13 +315,17 @@ class Pipeline:
         integer("max_new_tokens", max_new_tokens, at_least=1)
         model = self.manifest.model
         if ids.min() < 0 or ids.max() >= model.text.vocab:
-            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {model.text.vocab - 1}")
+            raise RequestError(
+                f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {model.text.vocab - 1}"
+            )
         prompt = self.family.layout(model, ids, [picture.kept for picture in pictures])
         stats.prompt_tokens = len(prompt.ids)
         stats.prompt_tokens_full = prompt.full_length
         room = self.context - len(prompt.ids)
         if room < 1:
-            limit = "the model's context" if self.context == self.manifest.context else "the engines' capacity"
+            limit = (
+                "the model's context" if self.context == self.manifest.context else "the engines' capacity"
+            )
             raise RequestError(
                 f"the prompt takes {len(prompt.ids)} tokens, expected under {self.context} ({limit}); "
                 "lower max_pixels, prune more or ask less"

@@ -80,7 +80,9 @@ class FeaturePruners:
             self._sessions[file] = self.backend.session(self.folder / file)
         session = self._sessions[file]
         levels, K, width = features.shape
-        given = {name: self._scalar(n) for name, n in pruner.inputs(self.block).items() if name in session.inputs}
+        given = {
+            name: self._scalar(n) for name, n in pruner.inputs(self.block).items() if name in session.inputs
+        }
         order = self.backend.zeros((K,), "int32")
         count = self.backend.zeros((1,), "int32")
         pruned = self.backend.zeros(features.shape, features.dtype)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from ..models.family import Prompt
 from .backends.session import Buffer
-from .states import Digests, Slot, Slots
+from .slots import Digests, Slot, Slots
 
 FEATURES = 8  # one part in this many of the memory is for features, which are small
 
@@ -72,7 +72,8 @@ class Reuse:
         At least one token of the prompt is left to run, and no image is shared in part. A slot is taken if an image is
         shared or half of it; otherwise it is left for a request that it fits better.
         """
-        best, most = None, 0
+        best = None
+        most = 0
         for slots in pools if self.appends else ():
             for slot in slots.listed:
                 if slot.busy or not slot.length:
@@ -82,7 +83,8 @@ class Reuse:
                     continue
                 worth = bool((prompt.image_of[:count] >= 0).any()) or 2 * count >= slot.length
                 if worth and count > most:
-                    best, most = slot, count
+                    best = slot
+                    most = count
         return best, most
 
     def again(self, pools: Iterable[Slots]) -> Slot | None:
@@ -93,21 +95,15 @@ class Reuse:
         one_more = sum(slots.nbytes for slots in idle) + idle[0].nbytes
         return idle[0].listed[0] if one_more > self.room or not self.appends else None
 
-    def trim(self, pools: list[Slots]) -> None:
-        """Let go of idle slots that there is no room for, the least recently used first."""
+    def too_much(self, pools: Iterable[Slots]) -> Iterator[Slots]:
+        """Idle slots that there is no room for, the least recently used first."""
         idle = sorted((slots for slots in pools if not slots.busy), key=lambda slots: slots.last_used)
         for slots in list(idle):
             if slots.broken or slots.nbytes > self.room:  # the latter would drive out all others
                 idle.remove(slots)
-                drop(slots, pools)
+                yield slots
         while sum(slots.nbytes for slots in idle) > self.room:
-            drop(idle.pop(0), pools)
-
-
-def drop(slots: Slots, pools: list[Slots]) -> None:
-    """Let go of the memory of slots."""
-    pools.remove(slots)
-    slots.close()
+            yield idle.pop(0)
 
 
 def shared(held: np.ndarray, images: Digests, columns: np.ndarray, digests: Digests) -> int:

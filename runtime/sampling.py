@@ -115,7 +115,9 @@ class Ranking:
         """
         bucket = int(np.searchsorted(self.mass_until[1:], mass, side))
         if bucket > BUCKETS or self.mass_until[bucket] == self.mass_until[bucket + 1]:
-            bucket = int(np.flatnonzero(np.diff(self.mass_until))[-1])  # rounding: the last one that weighs anything
+            bucket = int(
+                np.flatnonzero(np.diff(self.mass_until))[-1]
+            )  # rounding: the last one that weighs anything
         inside = self._best_first(np.flatnonzero(self.bucket_of == bucket))
         cumulated = self.mass_until[bucket] + np.cumsum(self.weights[inside])
         rank = min(int(np.searchsorted(cumulated, mass, side)), len(inside) - 1)

@@ -19,11 +19,19 @@ from .backends.session import Backend, Buffer, Session, run
 from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
 from .prune import Selection
 
-LEVELS = {"max": 255, "mae": 2040, "rmse": 2040}  # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
+LEVELS = {
+    "max": 255,
+    "mae": 2040,
+    "rmse": 2040,
+}  # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
 NOTHING = dict.fromkeys(PREDICTORS, "no token repeats its neighbours")  # why all tokens are kept
-NOTHING |= dict.fromkeys(("random", "conncomp"), "no token repeats its neighbours, and pred_2d says how many to keep")
+NOTHING |= dict.fromkeys(
+    ("random", "conncomp"), "no token repeats its neighbours, and pred_2d says how many to keep"
+)
 NOTHING["unique"] = "no token occurs twice"
-HIGHEST = 0.25  # tau that max_tokens goes up to: beyond it, text of low contrast would be taken for its background
+HIGHEST = (
+    0.25  # tau that max_tokens goes up to: beyond it, text of low contrast would be taken for its background
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,9 @@ class Selector:
             left[self.backend.download(order)[:count]] = True
             kept &= left
         kept[0] = True  # a prompt needs one
-        return replace(found, order=self._order(total, np.flatnonzero(kept)), count=int(kept.sum()), distance=None)
+        return replace(
+            found, order=self._order(total, np.flatnonzero(kept)), count=int(kept.sum()), distance=None
+        )
 
     def frames(self, images: Iterable[Buffer], prune: PixelPrune) -> Iterator[Selection]:
         """Frames of one recording, uint8 [H, W, 3] of one size -> what is kept of each (exporters/pruners/temporal.py).
@@ -109,20 +119,29 @@ class Selector:
         in a frame that stands still all of them. Raises RequestError for a method other than pred_2d and for a budget.
         """
         if prune.method != "pred_2d" or prune.max_tokens is not None:
-            found = f"method {prune.method!r}" if prune.max_tokens is None else f"max_tokens {prune.max_tokens}"
+            found = (
+                f"method {prune.method!r}" if prune.max_tokens is None else f"max_tokens {prune.max_tokens}"
+            )
             raise RequestError(f"frames are predicted by pred_2d with a fixed tau, found {found}")
         return self._frames(images, prune)
 
     def _frames(self, images: Iterable[Buffer], prune: PixelPrune) -> Iterator[Selection]:
-        session, reference = self.session(graph_name("temporal", prune.metric)), None
+        session = self.session(graph_name("temporal", prune.metric))
+        reference = None
         for image in images:
-            order, count = self._numbers(self._total(image)), self._numbers(1)
+            order = self._numbers(self._total(image))
+            count = self._numbers(1)
             shown = self.backend.zeros(image.shape, "uint8")
-            values = {"threshold": prune.threshold(self.block), "anchored": prune.anchored, "first": reference is None}
+            values = {
+                "threshold": prune.threshold(self.block),
+                "anchored": prune.anchored,
+                "first": reference is None,
+            }
             inputs = {"image": image, "reference": image if reference is None else reference}
             inputs |= {name: self._upload(value) for name, value in values.items()}
             run(session, inputs, {"order": order, "count": count, "shown": shown})
-            found, reference = Found(order, self._read(count), prune), shown
+            found = Found(order, self._read(count), prune)
+            reference = shown
             if found.count == self._total(image):
                 found = replace(found, reason=NOTHING["pred_2d"])
             yield self._selection(image, found)[1]
@@ -145,20 +164,20 @@ class Selector:
         keeps too many: the tokens that lie farthest from what predicts them at ``prune.tau``.
         """
         assert prune.max_tokens is not None
-        most, steps = prune.max_tokens, LEVELS[prune.metric]
+        most = prune.max_tokens
+        steps = LEVELS[prune.metric]
         at = lambda level: self._predict(image, replace(prune, tau=level / steps))  # noqa: E731
         first = self._predict(image, prune)
         if first.count <= most:
             return first
         highest = max(prune.tau, HIGHEST)
-        low, high = int(prune.tau * steps), int(highest * steps)  # keeps too many, fits
+        low = int(prune.tau * steps)
+        high = int(highest * steps)  # keeps too many, fits
         best = at(high) if high > low else first
         if best.count > most:
             assert first.distance is not None
-            reason = (
-                f"tau {highest:g} would keep {best.count} tokens, expected at most {most}; kept are the {most} that "
-            )
-            reason += "differ most from their prediction"
+            reason = f"tau {highest:g} would keep {best.count} tokens, expected at most {most}; kept are the {most} "
+            reason += "that differ most from their prediction"
             distance = self.backend.download(first.distance).astype(np.int64)
             distance[0] = np.iinfo(np.int64).max  # the first token is predicted from nothing
             kept = np.argsort(-distance, kind="stable")[:most]
@@ -167,7 +186,8 @@ class Selector:
             middle = (low + high) // 2
             tried = at(middle)
             if tried.count <= most:
-                high, best = middle, tried
+                high = middle
+                best = tried
             else:
                 low = middle
         return best
@@ -177,7 +197,9 @@ class Selector:
         order, count, outputs = self._run(image, self.session(prune.graph), inputs)
         return Found(order, count, prune, outputs.get("distance"))
 
-    def _run(self, image: Buffer, session: Session, given: Mapping[str, int]) -> tuple[Buffer, int, dict[str, Buffer]]:
+    def _run(
+        self, image: Buffer, session: Session, given: Mapping[str, int]
+    ) -> tuple[Buffer, int, dict[str, Buffer]]:
         """Order, count and all outputs of a graph; of ``given``, what it takes."""
         total = self._total(image)
         inputs = {name: self._upload(value) for name, value in given.items() if name in session.inputs}
@@ -185,12 +207,15 @@ class Selector:
         run(session, {"image": image, **inputs}, outputs)
         return outputs["order"], self._read(outputs["count"]), outputs
 
-    def _selection(self, image: Buffer, found: Found, others: tuple[Pruner, ...] = ()) -> tuple[Buffer, Selection]:
+    def _selection(
+        self, image: Buffer, found: Found, others: tuple[Pruner, ...] = ()
+    ) -> tuple[Buffer, Selection]:
         keep = found.order.rows(0, found.count)
         host = self.backend.download(keep).copy()
         host.flags.writeable = False
         height, width, _ = image.shape
-        rows, cols = height // self.block, width // self.block
+        rows = height // self.block
+        cols = width // self.block
         return keep, Selection(host, rows, cols, width, height, found.reason, found.prune, others)
 
     def _total(self, image: Buffer) -> int:
@@ -222,7 +247,9 @@ def packaged_selector(block: int) -> Selector:
     from .backends.ort import OrtCpu
 
     if block not in SELECTOR_BLOCKS:
-        raise RequestError(f"patch * merge is {block}, expected one of: {', '.join(map(str, SELECTOR_BLOCKS))}")
+        raise RequestError(
+            f"patch * merge is {block}, expected one of: {', '.join(map(str, SELECTOR_BLOCKS))}"
+        )
     return Selector(OrtCpu(), Path(__file__).parent / "selectors" / str(block), block)
 
 
@@ -262,7 +289,9 @@ def select_frames(
     if isinstance(frames, (str, bytes, os.PathLike, Image.Image)) or not isinstance(frames, Iterable):
         raise RequestError(f"frames is a {type(frames).__name__}, expected a list of images")
     selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
-    smart_resize(selector.block, selector.block, selector.block, min_pixels, max_pixels)  # the limits, before any frame
+    smart_resize(
+        selector.block, selector.block, selector.block, min_pixels, max_pixels
+    )  # the limits, before any frame
 
     def prepared() -> Iterator[Buffer]:
         first: tuple[int, ...] | None = None

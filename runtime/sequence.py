@@ -19,7 +19,7 @@ from .image import ImageLike
 from .messages import PromptLike
 from .prune import Selection
 from .sampling import Sampling
-from .states import Slot, Slots
+from .slots import Slot, Slots
 from .stats import Stats
 
 PruneLike = Pruner | Several[Pruner] | Literal["default"] | None
@@ -87,7 +87,9 @@ class Sequence:
     cancelled: bool = False
     slot: Slot | None = None
     rest: Prompt | None = None  # of the prompt, what the slot does not hold
-    images_to_encode: list[Picture] = field(default_factory=list)  # those in there, as far as they have no features yet
+    images_to_encode: list[Picture] = field(
+        default_factory=list
+    )  # those in there, as far as they have no features yet
     parts: list[Buffer] = field(default_factory=list)  # features of each of the others
     encoded: bool = False  # are all features there?
     features: Buffer | None = None  # of all images in there, until the prompt has been run

@@ -1,4 +1,4 @@
-"""What sequences remember of their tokens: the decoder's states, each one allocation with a slot for every sequence."""
+"""The decoder's states in memory, each one allocation with a row for every slot, in the ways that graphs take them."""
 
 from __future__ import annotations
 
@@ -6,44 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from ..models.config import State
 from .backends.session import Backend, Binding, Buffer
-
-Digests = tuple[bytes, ...]  # of the images of a request
-
-
-class Slot:
-    """One sequence's row of the states, and what its entries were computed from."""
-
-    def __init__(self, slots: Slots, index: int):
-        self.slots = slots
-        self.index = index
-        self.length = 0  # tokens in it
-        self.images: Digests = ()
-        self.busy = False  # does a sequence run in it?
-        self.last_used = 0  # rising
-        self._columns: list[np.ndarray] = []
-
-    @property
-    def held(self) -> np.ndarray:
-        """What the entries were computed from: int32 [2 + A, length], as Prompt.columns."""
-        start = np.empty((self.slots.column_rows, 0), np.int32)
-        self._columns = [np.concatenate([start, *self._columns], axis=1)[:, : self.length]]
-        return self._columns[0]
-
-    def rewind(self, length: int) -> None:
-        """Go on after the first ``length`` tokens; the entries behind them are written anew."""
-        self._columns = [self.held[:, :length]]
-        self.length = length
-        if not length:
-            self.slots.clear(self.index)
-
-    def append(self, columns: np.ndarray) -> None:
-        """Entries for further tokens, int32 [2 + A, n], have been written."""
-        self._columns.append(columns.copy())
-        self.length += columns.shape[1]
 
 
 class Form(Protocol):
@@ -198,89 +162,15 @@ class Copied:
         for name, new in self.new[first, count].items():
             for slot in active:
                 row = slot - first
-                self.backend.copy_into(_flat(self.memory[name].rows(slot, slot + 1)), 0, _flat(new.rows(row, row + 1)))
+                self.backend.copy_into(
+                    _flat(self.memory[name].rows(slot, slot + 1)), 0, _flat(new.rows(row, row + 1))
+                )
 
     def clear(self, slot: int) -> None:
         """See Form."""
         for buffer in self.memory.values():
             row = buffer.rows(slot, slot + 1)
             self.backend.copy_into(_flat(row), 0, _flat(self.backend.zeros(row.shape, row.dtype)))
-
-
-class Run:
-    """The decoder graph bound to some rows of the states."""
-
-    def __init__(self, binding: Binding, logits: Buffer):
-        self.binding = binding
-        self.logits = logits  # float32 [count, 1, V]
-        self.inputs: dict[str, Buffer] = {}  # kept for the next run with as many tokens
-        self.features: Buffer | None = None
-
-
-class Slots:
-    """Memory of several sequences of up to ``capacity`` tokens. ``column_rows``: 2 + A, see Prompt.columns."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        states: Sequence[State],
-        dtype: str,
-        by_position: bool,
-        column_rows: int,
-        capacity: int,
-    ):
-        caches = [state for state in states if state.by_token]
-        others = [state for state in states if not state.by_token]
-        self.forms: list[Form] = []
-        if caches:
-            form = ByPosition if by_position else InPlace
-            self.forms.append(form(backend, caches, dtype))
-        if others:
-            self.forms.append(Copied(backend, others, dtype))
-        self.column_rows = column_rows
-        self.rewindable = all(state.rewindable for state in states)
-        self.listed: list[Slot] = []
-        self.capacity = 0
-        self.runs: dict[tuple[int, int], Run] = {}  # by first row and count
-        self.broken = False  # was a change to the memory interrupted?
-        self.grow(1, capacity)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all states."""
-        return sum(form.nbytes for form in self.forms)
-
-    @property
-    def busy(self) -> bool:
-        """Does any sequence run in it?"""
-        return any(slot.busy for slot in self.listed)
-
-    @property
-    def last_used(self) -> int:
-        """When a sequence ended here the last time."""
-        return max(slot.last_used for slot in self.listed)
-
-    def grow(self, count: int, capacity: int) -> None:
-        """Have ``count`` slots of ``capacity`` tokens; what is held stays."""
-        used = max((slot.length for slot in self.listed), default=0)
-        self.broken = True
-        self.runs.clear()  # they hold the memory before
-        for form in self.forms:
-            form.grow(count, capacity, used)
-        self.broken = False
-        self.listed += [Slot(self, i) for i in range(len(self.listed), count)]
-        self.capacity = capacity
-
-    def clear(self, index: int) -> None:
-        """A new sequence begins in the slot."""
-        for form in self.forms:
-            form.clear(index)
-
-    def close(self) -> None:
-        """Give the memory back at once, rather than when the garbage collector finds that slots name each other."""
-        self.runs.clear()
-        self.forms.clear()
-        self.listed.clear()
 
 
 def _dtype(state: State, computed: str) -> str:

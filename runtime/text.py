@@ -20,7 +20,10 @@ from ..models.checks import utf8
 from ..models.errors import BundleError, RequestError
 from .messages import Message, PromptLike, with_images
 
-PRIVATE = (0xF0000, 0x100000)  # first code points of Unicode's private planes, for what stands for special tokens
+PRIVATE = (
+    0xF0000,
+    0x100000,
+)  # first code points of Unicode's private planes, for what stands for special tokens
 PLANE = 0xFFFE
 
 
@@ -42,7 +45,9 @@ class Text:
         try:
             self.template = _environment().from_string(source)
         except jinja2.TemplateError as err:
-            raise BundleError(f"chat_template.jinja cannot be compiled: {err}; build the bundle again") from err
+            raise BundleError(
+                f"chat_template.jinja cannot be compiled: {err}; build the bundle again"
+            ) from err
 
     def encode(self, prompt: PromptLike, grids: Sequence[int]) -> np.ndarray:
         """Token ids int32 [S] of a prompt, each image's placeholder repeated once per token of its full grid.
@@ -95,7 +100,9 @@ class Text:
         free = (chr(point) for low in PRIVATE for point in range(low, low + PLANE) if chr(point) not in used)
         marks = dict(zip(sorted(first), free, strict=False))
         if len(marks) < len(first):
-            raise RequestError("the prompt holds special tokens and all characters of Unicode's private planes")
+            raise RequestError(
+                "the prompt holds special tokens and all characters of Unicode's private planes"
+            )
         return marks
 
     def _starts(self, said: str) -> list[int]:
@@ -114,7 +121,9 @@ class Text:
             return "".join(characters)
         if isinstance(value, Mapping):
             return {
-                key if key == "role" else self._marked(key, marks): item if key == "role" else self._marked(item, marks)
+                key if key == "role" else self._marked(key, marks): item
+                if key == "role"
+                else self._marked(item, marks)
                 for key, item in value.items()
             }
         return [self._marked(item, marks) for item in value] if isinstance(value, (list, tuple)) else value
@@ -135,7 +144,10 @@ class Text:
         back = str.maketrans({mark: character for character, mark in marks.items()})
         ids: list[int] = []
         end = 0
-        for number, (start, stop) in [*zip(tokens.ids, tokens.offsets, strict=True), (-1, (len(rendered),) * 2)]:
+        for number, (start, stop) in [
+            *zip(tokens.ids, tokens.offsets, strict=True),
+            (-1, (len(rendered),) * 2),
+        ]:
             if number in special or number < 0:
                 if between := rendered[end:start].translate(back):
                     ids += self._as_text.encode(between, add_special_tokens=False).ids
@@ -148,7 +160,8 @@ class TextStream:
     """Token ids in, text out as soon as whole characters are there; special tokens are left out."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._sent = 0  # characters handed out
 

@@ -15,12 +15,16 @@ import pytest
 import ppexport
 
 GOLDEN = Path(__file__).parent / "golden"
-IMAGES = Path(__file__).parent.parent / "ppexport" / "bench" / "images"  # real ones, which ship with the package
+IMAGES = (
+    Path(__file__).parent.parent / "ppexport" / "bench" / "images"
+)  # real ones, which ship with the package
 E2E_PIXELS = 600000  # max_pixels of the e2e cases
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--bundles", type=Path, help="Bundles that tests/bundles.py built, where there is no exporter.")
+    parser.addoption(
+        "--bundles", type=Path, help="Bundles that tests/bundles.py built, where there is no exporter."
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -36,7 +40,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def without_vnni() -> bool:
     """Is this an x86 CPU that w8a8 does not run on?"""
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), None)
+    flags = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), None
+    )
     return flags is not None and "avx_vnni" not in flags and "avx512_vnni" not in flags
 
 
@@ -65,7 +71,9 @@ def traces(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bundle_of(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """A bundle by its name (bundles.NAMES), built when it is first asked for."""
     given = request.config.getoption("--bundles")
 

@@ -90,7 +90,15 @@ class Cuda(types.ModuleType):
         )
 
     def cudaMemcpy2DAsync(
-        self, to: int, pitch: int, source: int, source_pitch: int, width: int, height: int, kind: Any, stream: int
+        self,
+        to: int,
+        pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        height: int,
+        kind: Any,
+        stream: int,
     ) -> tuple[int]:
         assert self._holds(to, (height - 1) * pitch + width)
         assert self._holds(source, (height - 1) * source_pitch + width)
@@ -348,7 +356,9 @@ class IExecutionContext:
         addresses, shapes, changes = dict(self.addresses), dict(self.shapes), self.changes
 
         def run() -> bool:
-            assert self.changes == changes, "a graph is replayed whose context has changed since it was captured"
+            assert self.changes == changes, (
+                "a graph is replayed whose context has changed since it was captured"
+            )
             self.runs += 1
             return self.engine.run(addresses, shapes)
 
@@ -386,7 +396,9 @@ class ICudaEngine:
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
 
-    def create_execution_context(self, how: ExecutionContextAllocationStrategy | IRuntimeConfig) -> IExecutionContext:
+    def create_execution_context(
+        self, how: ExecutionContextAllocationStrategy | IRuntimeConfig
+    ) -> IExecutionContext:
         graphs = CudaGraphStrategy.DISABLED
         if isinstance(how, IRuntimeConfig):
             graphs, how = how.cuda_graph_strategy, how.strategy
@@ -398,7 +410,9 @@ class ICudaEngine:
             if name not in addresses:
                 raise AssertionError(f"the address of {name} is not set")
         for name in self.caches:
-            assert addresses[name] == addresses[name.removeprefix("new_")], f"{name} is not aliased with its input"
+            assert addresses[name] == addresses[name.removeprefix("new_")], (
+                f"{name} is not aliased with its input"
+            )
         feed = {name: read(addresses[name], shapes[name], self.types[name]) for name in self.inputs}
         for name, value in zip(self.outputs, self.session.run(self.outputs, feed), strict=True):
             write(addresses[name], value, self.types[name])

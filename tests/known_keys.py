@@ -20,14 +20,18 @@ FAMILIES = {"qwen3_vl": (Qwen3VLConfig, Qwen2VLImageProcessorPil)}
 def known_keys() -> dict[str, Any]:
     """``every_section``: of the base class; ``generation``: what it leaves to generation_config.json; then families."""
     sources = (PreTrainedConfig.__post_init__, PreTrainedConfig.convert_rope_params_to_dict)
-    taken = {name for source in sources for name in re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(source))}
+    taken = {
+        name for source in sources for name in re.findall(r'kwargs\.pop\("(\w+)"', inspect.getsource(source))
+    }
     base = {field.name: _plain(field.default) for field in dataclasses.fields(PreTrainedConfig)}
     found: dict[str, Any] = {
         "every_section": base | dict.fromkeys(sorted(taken - set(base))),
         "generation": sorted(GenerationConfig._get_default_generation_params()),
     }
     for family, (config, processor) in FAMILIES.items():
-        sections = {"config.json": config} | {name: spec.config_class for name, spec in _sections(config).items()}
+        sections = {"config.json": config} | {
+            name: spec.config_class for name, spec in _sections(config).items()
+        }
         found[family] = {name: _own_fields(section, base) for name, section in sections.items()}
         kwargs = processor.valid_kwargs.__annotations__
         found[family]["preprocessor_config.json"] = {

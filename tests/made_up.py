@@ -79,7 +79,9 @@ class Decoder(attention.Decoder):
         *caches, last = states
         x = self.embed(input_ids, features, feature_rows)
         before = torch.cat((last.unsqueeze(1).to(x.dtype), x[:, :-1]), dim=1)
-        mixed, caches = self.attend(x + before * self.mix, features, feature_rows, position_ids, start, caches)
+        mixed, caches = self.attend(
+            x + before * self.mix, features, feature_rows, position_ids, start, caches
+        )
         return self.logits(mixed, logits_at), *caches, x[:, -1].to(last.dtype)
 
 

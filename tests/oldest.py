@@ -81,7 +81,18 @@ def main(python: str) -> None:
     run(*ppexport, "bench", pocket, "-i", screen, "--runs", 2, "--cold", 1, "-n", 8, "-q", "-o", "base.json")
     run(*ppexport, "bench", "compare", "base.json", "base.json", expected=3)  # two rounds are too few to tell
     tests = [ROOT / "tests" / f"test_{name}.py" for name in RUNTIME_TESTS]
-    run(here, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--bundles", "bundles", "-m", "not newest", *tests)
+    run(
+        here,
+        "-m",
+        "pytest",
+        "-c",
+        ROOT / "pyproject.toml",
+        "--bundles",
+        "bundles",
+        "-m",
+        "not newest",
+        *tests,
+    )
 
 
 if __name__ == "__main__":

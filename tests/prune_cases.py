@@ -23,7 +23,9 @@ def session(dialect: str, method: str, metric: str, block: int = BLOCK) -> ort.I
     from ppexport.exporters.lowering.dialects import DIALECTS
     from ppexport.exporters.pruners import Sizes, pruning_graphs
 
-    model = ir.to_proto(pruning_graphs(Sizes(block), DIALECTS[dialect])[prune_file(graph_name(method, metric))])
+    model = ir.to_proto(
+        pruning_graphs(Sizes(block), DIALECTS[dialect])[prune_file(graph_name(method, metric))]
+    )
     onnx.checker.check_model(model, full_check=True)
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -16,7 +16,9 @@ def distance(metric: str, a: np.ndarray, b: np.ndarray) -> int:
     return int(difference.sum() if metric == "mae" else (difference**2).sum())
 
 
-def select(image: np.ndarray, block: int, method: str, metric: str, threshold: int, anchored: bool) -> list[int]:
+def select(
+    image: np.ndarray, block: int, method: str, metric: str, threshold: int, anchored: bool
+) -> list[int]:
     """Kept token indices of a uint8 image [H, W, 3] in raster order."""
     return sorted(anchors_of(image, block, method, metric, threshold, anchored)[0])
 
@@ -64,7 +66,9 @@ def predict(match: Callable[[int, int], bool], r: int, c: int, cols: int) -> int
     return above if match(corner, left) and not match(corner, above) else left
 
 
-def components(image: np.ndarray, block: int, metric: str, threshold: int, target: int, seed: int) -> list[int]:
+def components(
+    image: np.ndarray, block: int, metric: str, threshold: int, target: int, seed: int
+) -> list[int]:
     """Kept token indices: the first of each connected component, and of the others an even share."""
     rows, cols = image.shape[0] // block, image.shape[1] // block
     total, first = rows * cols, {}

@@ -48,7 +48,9 @@ def check_refused(checkpoint: Path, message: str, error: type[Exception] = ppexp
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ppexport.CheckpointError, match="no such directory; expected a Hugging Face checkpoint"):
+    with pytest.raises(
+        ppexport.CheckpointError, match="no such directory; expected a Hugging Face checkpoint"
+    ):
         build(tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -71,18 +73,39 @@ def test_unknown_family(checkpoint: Path) -> None:
     ("change", "message"),
     [
         (lambda c: c.pop("text_config"), "config.json: key 'text_config' is missing"),
-        (lambda c: c["text_config"].update(sliding_window=4), "'sliding_window' is 4, expected None: other values"),
+        (
+            lambda c: c["text_config"].update(sliding_window=4),
+            "'sliding_window' is 4, expected None: other values",
+        ),
         (lambda c: c["text_config"].update(hidden_act="relu"), "'hidden_act' is 'relu', expected 'silu'"),
-        (lambda c: c["text_config"].update(num_hidden_layers="2"), "'num_hidden_layers' is '2', expected int"),
-        (lambda c: c["vision_config"].update(out_hidden_size=7), "out_hidden_size is 7, expected text hidden_size 64"),
-        (lambda c: c["vision_config"].update(deepstack_visual_indexes=[0, 9]), "expected rising block numbers under 3"),
+        (
+            lambda c: c["text_config"].update(num_hidden_layers="2"),
+            "'num_hidden_layers' is '2', expected int",
+        ),
+        (
+            lambda c: c["vision_config"].update(out_hidden_size=7),
+            "out_hidden_size is 7, expected text hidden_size 64",
+        ),
+        (
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=[0, 9]),
+            "expected rising block numbers under 3",
+        ),
         (lambda c: c["vision_config"].update(num_position_embeddings=2300), "expected a square number"),
         (lambda c: c.update(quantization_config={"bits": 4}), "the checkpoint is quantized already"),
-        (lambda c: c["text_config"]["rope_scaling"].update(mrope_section=[4, 4, 4]), "expected a sum of head_dim / 2"),
+        (
+            lambda c: c["text_config"]["rope_scaling"].update(mrope_section=[4, 4, 4]),
+            "expected a sum of head_dim / 2",
+        ),
         (lambda c: c["text_config"].update(rms_norm_eps=float("nan")), "expected a finite number over 0"),
-        (lambda c: c["text_config"].update(num_attention_heads=0), "'num_attention_heads' is 0, expected at least 1"),
+        (
+            lambda c: c["text_config"].update(num_attention_heads=0),
+            "'num_attention_heads' is 0, expected at least 1",
+        ),
         (lambda c: c["vision_config"].update(deepstack_visual_indexes=["a"]), "expected a list of integers"),
-        (lambda c: c.update(image_token_id=264), "image_token_id is 264, expected under the vocabulary's 264"),
+        (
+            lambda c: c.update(image_token_id=264),
+            "image_token_id is 264, expected under the vocabulary's 264",
+        ),
         (lambda c: c.update(model_type=[]), "model_type is .., expected one of"),
         (
             lambda c: c["text_config"]["rope_scaling"].update(rope_type="ntk"),
@@ -97,7 +120,9 @@ def test_wrong_config(checkpoint: Path, change: Callable[[dict], object], messag
 
 def test_missing_weight(checkpoint: Path) -> None:
     edit_weights(checkpoint, lambda t: t.pop("model.visual.merger.norm.bias"))
-    check_refused(checkpoint, "1 weights are missing from the checkpoint, the first is 'model.visual.merger.norm.bias'")
+    check_refused(
+        checkpoint, "1 weights are missing from the checkpoint, the first is 'model.visual.merger.norm.bias'"
+    )
 
 
 def test_extra_weight(checkpoint: Path) -> None:
@@ -155,7 +180,9 @@ def test_index_that_does_not_match_its_shards(checkpoint: Path) -> None:
     names = shard(checkpoint, lambda name: "a.safetensors")
     index = checkpoint / "model.safetensors.index.json"
     write_json(index, {"weight_map": {**names, "nothing": "a.safetensors"}})
-    check_refused(checkpoint, "a.safetensors: tensor 'nothing' is missing, which model.safetensors.index.json promises")
+    check_refused(
+        checkpoint, "a.safetensors: tensor 'nothing' is missing, which model.safetensors.index.json promises"
+    )
     write_json(index, {"weight_map": {"lm_head.weight": "a.safetensors"}})
     check_refused(checkpoint, "a.safetensors: holds .* which model.safetensors.index.json does not list")
     write_json(index, {"weight_map": {"lm_head.weight": "../../etc/passwd"}})
@@ -165,7 +192,9 @@ def test_index_that_does_not_match_its_shards(checkpoint: Path) -> None:
 
 
 def test_checkpoint_is_a_file(checkpoint: Path) -> None:
-    with pytest.raises(ppexport.CheckpointError, match="config.json: is a file; expected a Hugging Face checkpoint"):
+    with pytest.raises(
+        ppexport.CheckpointError, match="config.json: is a file; expected a Hugging Face checkpoint"
+    ):
         build(checkpoint / "config.json", checkpoint.parent / "out")
 
 
@@ -175,8 +204,16 @@ def test_checkpoint_is_a_file(checkpoint: Path) -> None:
         ("tokenizer.json", "{}", "tokenizer and chat template do not work: tokenizer.json cannot be read"),
         ("chat_template.jinja", "{% if %}", "chat_template.jinja cannot be compiled"),
         ("chat_template.jinja", "no picture", "holds 0 image placeholders, expected 1"),
-        ("generation_config.json", '{"eos_token_id": ["a"]}', "eos_token_id is .'a'., expected token ids under 264"),
-        ("generation_config.json", '{"eos_token_id": 264}', "eos_token_id is 264, expected token ids under 264"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": ["a"]}',
+            "eos_token_id is .'a'., expected token ids under 264",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": 264}',
+            "eos_token_id is 264, expected token ids under 264",
+        ),
         ("generation_config.json", "[]", "generation_config.json: found list, expected a JSON object"),
     ],
 )
@@ -191,7 +228,9 @@ def test_tokenizer_larger_than_the_vocabulary(checkpoint: Path) -> None:
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     tokenizer.add_tokens(["more", "and more"])
     tokenizer.save(str(checkpoint / "tokenizer.json"))
-    check_refused(checkpoint, "tokenizer.json has token 264, expected ids under the model's vocabulary of 264")
+    check_refused(
+        checkpoint, "tokenizer.json has token 264, expected ids under the model's vocabulary of 264"
+    )
 
 
 def test_weight_outside_float16(checkpoint: Path) -> None:
@@ -233,7 +272,9 @@ def test_existing_output(checkpoint: Path, tmp_path: Path) -> None:
 def test_no_space(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1_000_000)
     monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: usage)
-    check_refused(checkpoint, "1 MB free, expected at least .* MB for the bundle; make room", ppexport.SpaceError)
+    check_refused(
+        checkpoint, "1 MB free, expected at least .* MB for the bundle; make room", ppexport.SpaceError
+    )
 
 
 def test_no_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +297,9 @@ def test_flipped_byte(bundle: Path) -> None:
     data = bytearray(file.read_bytes())
     data[5000] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ppexport.BundleError, match="language.onnx.data: is damaged, found sha256 .* expected"):
+    with pytest.raises(
+        ppexport.BundleError, match="language.onnx.data: is damaged, found sha256 .* expected"
+    ):
         ppexport.load(bundle)
 
 
@@ -283,8 +326,11 @@ def test_missing_and_short_files(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=4), "found schema version 4, expected 3; upgrade ppexport"),
-        (lambda m: m.update(schema=0), "found schema version 0, expected 3; build the bundle again"),
+        (lambda m: m.update(schema=5), "found schema version 5, expected 4; upgrade ppexport"),
+        (
+            lambda m: m.update(schema=0),
+            "found schema version 0, expected 4; build it again: ppexport build CHECKPOINT -o",
+        ),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m.pop("precision"), "precision: is missing"),
         (lambda m: m.update(compute="fp8"), "compute: found 'fp8', expected one of: fp32, fp16, bf16"),
@@ -293,7 +339,10 @@ def test_missing_and_short_files(bundle: Path) -> None:
         (lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "expected plain file names"),
         (lambda m: m["graphs"].pop("prune"), "graphs: found .*, expected language, prune, vision"),
         (lambda m: m["model"]["text"].update(layers="4"), "model.text.layers: found '4', expected int"),
-        (lambda m: m["graphs"]["vision"].update(dialect="standard"), "graphs of dialect ort, standard, expected 'ort'"),
+        (
+            lambda m: m["graphs"]["vision"].update(dialect="standard"),
+            "graphs of dialect ort, standard, expected 'ort'",
+        ),
     ],
 )
 def test_other_manifest(bundle: Path, change: Callable[[dict], object], message: str) -> None:
@@ -319,7 +368,9 @@ def test_not_a_bundle(tmp_path: Path) -> None:
 
 
 def test_prompt_too_long(golden_pipe: ppexport.Pipeline) -> None:
-    with pytest.raises(ppexport.RequestError, match="the prompt takes 8192 tokens, expected under 8192 .*context"):
+    with pytest.raises(
+        ppexport.RequestError, match="the prompt takes 8192 tokens, expected under 8192 .*context"
+    ):
         golden_pipe.generate_tokens([1] * 8192)
 
 
@@ -368,14 +419,19 @@ def test_images_without_placeholders(golden_pipe: ppexport.Pipeline, screen: np.
         ({"top_k": 1.5}, "top_k is 1.5, expected a whole number"),
         ({"seed": -1}, "seed is -1, expected at least 0"),
         ({"prompt": "\udcff"}, "the prompt is not valid text"),
-        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "holds the part .'type': 'video'., expected"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+            "holds the part .'type': 'video'., expected",
+        ),
         (
             {"prompt": [{"role": "user", "content": 5}]},
             "a message has content of type int, expected text or a list of parts",
         ),
     ],
 )
-def test_wrong_arguments(tiny_pipe: ppexport.Pipeline, screen: np.ndarray, arguments: dict, message: str) -> None:
+def test_wrong_arguments(
+    tiny_pipe: ppexport.Pipeline, screen: np.ndarray, arguments: dict, message: str
+) -> None:
     with pytest.raises(ppexport.RequestError, match=message):
         tiny_pipe.generate(**{"prompt": "hi", "images": [screen], **arguments})
 
@@ -387,7 +443,10 @@ def test_wrong_arguments(tiny_pipe: ppexport.Pipeline, screen: np.ndarray, argum
         ({"patch": None}, "patch is None, expected a whole number"),
         ({"patch": -16, "merge": -2}, "patch is -16, expected at least 1"),
         ({"min_pixels": None}, "min_pixels is None, expected a whole number"),
-        ({"min_pixels": 10**11, "max_pixels": 10**12}, "would be resized to .* expected at most 100000000 pixels"),
+        (
+            {"min_pixels": 10**11, "max_pixels": 10**12},
+            "would be resized to .* expected at most 100000000 pixels",
+        ),
     ],
 )
 def test_wrong_arguments_of_select(screen: np.ndarray, arguments: dict, message: str) -> None:

@@ -114,7 +114,9 @@ def test_answers_that_do_not_end_by_themselves(bundle: Path) -> None:
 def test_a_duration_and_a_bundle_without_a_tokenizer(tiny_bundle: Path, golden_bundle: Path) -> None:
     name, questions = open_workload("desktop", [], None)
     for path in (tiny_bundle, golden_bundle):
-        plan = Plan(taus=(0.0,), duration=0.5, warmup=0, cold=0, max_new_tokens=2, max_pixels=200_000, pictures=False)
+        plan = Plan(
+            taus=(0.0,), duration=0.5, warmup=0, cold=0, max_new_tokens=2, max_pixels=200_000, pictures=False
+        )
         found = measure(str(path), name, questions, plan)
         assert found.rounds >= 1
         assert found.settings[0].requests[-1].start <= 0.5e3 + found.settings[0].requests[-1].e2el
@@ -158,8 +160,14 @@ def test_a_file_of_the_working_directory_is_not_taken_for_a_module(
         ({"rounds": "many"}, "rounds: .*measure again"),
         ({"extra": 1}, "extra: extra inputs are not permitted"),
         ({"settings": []}, "settings: tuple should have at least 1 item"),
-        ({"speed": {"memory_gb_per_s": [], "gflop_per_s": [1.0]}}, "speed.memory_gb_per_s: tuple should have"),
-        ({"pictures": [{"item": 99, "tau": 0, "webp": ""}]}, "requests and pictures should be of items 0 to 7"),
+        (
+            {"speed": {"memory_gb_per_s": [], "gflop_per_s": [1.0]}},
+            "speed.memory_gb_per_s: tuple should have",
+        ),
+        (
+            {"pictures": [{"item": 99, "tau": 0, "webp": ""}]},
+            "requests and pictures should be of items 0 to 7",
+        ),
     ],
 )
 def test_other_files_are_refused(change: object, message: str, result_file: Path, tmp_path: Path) -> None:
@@ -242,7 +250,16 @@ def test_measurements_that_cannot_be(options: list[str], message: str, bundle: P
 @pytest.mark.parametrize("package", ["pydantic", "psutil", "matplotlib"])
 def test_a_missing_package_is_named(package: str, result_file: Path, tmp_path: Path) -> None:
     program = f"import sys; sys.modules[{package!r}] = None; from ppexport.cli import main; main()"
-    command = [sys.executable, "-c", program, "bench", "report", str(result_file), "-o", str(tmp_path / "page.html")]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "bench",
+        "report",
+        str(result_file),
+        "-o",
+        str(tmp_path / "page.html"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{package} is not installed" in done.stderr
@@ -333,7 +350,9 @@ def test_an_interrupted_measurement_keeps_its_rounds(bundle: Path, tmp_path: Pat
     command = [sys.executable, "-m", "ppexport", "bench", str(bundle), "--workload", "screens", "--cold", "0"]
     command += ["--warmup", "0", "--runs", "100000", "--no-pictures", "-o", str(output)]
 
-    def interruptible() -> None:  # a shell starts background jobs, and so perhaps this test, with SIGINT ignored
+    def interruptible() -> (
+        None
+    ):  # a shell starts background jobs, and so perhaps this test, with SIGINT ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)

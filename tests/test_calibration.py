@@ -27,8 +27,13 @@ from ppexport.workloads.screens import HELD_OUT, SKILLS, sample
 @pytest.mark.parametrize("size", [32, 128])
 def test_calibration_lowers_the_error_of_a_product(symmetric: bool, signed: bool, size: int) -> None:
     """On inputs that go together, as those of a model do; other inputs than the ones it was fitted to."""
-    mix = torch.randn(256, 256, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.05, 2, 256)[:, None]
-    inputs, others = (torch.randn(2048, 256, generator=torch.Generator().manual_seed(s)) @ mix for s in (2, 3))
+    mix = (
+        torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+        * torch.linspace(0.05, 2, 256)[:, None]
+    )
+    inputs, others = (
+        torch.randn(2048, 256, generator=torch.Generator().manual_seed(s)) @ mix for s in (2, 3)
+    )
     weights, moments = matrix(4), inputs.t() @ inputs / len(inputs)
     plain = quantize(weights, 4, size, symmetric, signed=signed)
     fitted = quantize_calibrated(weights, 4, size, symmetric, torch.float32, signed, moments)
@@ -59,7 +64,11 @@ def test_moments_are_shared_and_add_up(tmp_path: Path) -> None:
     moments.add("vision", "fc1", a)
     moments.add("vision", "fc2", a)  # the same inputs
     assert moments.of("vision", "fc3") is None
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["language.k.npy", "language.q.npy", "vision.fc1.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "language.k.npy",
+        "language.q.npy",
+        "vision.fc1.npy",
+    ]
 
 
 def screens(directory: Path, first: int, count: int) -> Path:
@@ -76,7 +85,7 @@ def test_a_bundle_fitted_to_screens_is_closer_on_other_screens(tmp_path: Path) -
     build(POCKET, tmp_path / "plain", wanted)
     build(POCKET, tmp_path / "fitted", wanted, calibration=Calibration([folder, folder / "0.png"]))
     pipes = {name: ppexport.load(tmp_path / name) for name in ("wide", "plain", "fitted")}
-    assert str(pipes["fitted"].manifest.precision).endswith("blocks of 32, fitted to 5 images")
+    assert str(pipes["fitted"].manifest.precision).endswith("groups of 32, fitted to 5 images")
     errors: Counter[str] = Counter()
     for image in other.iterdir():
         expected = pipes["wide"].encode(image).embeds
@@ -97,7 +106,10 @@ def test_calibration_without_a_tokenizer(tmp_path: Path) -> None:
     [
         (["--calibrate", "nothing.png", "--precision", "int4"], "nothing.png: no such file"),
         (["--calibrate", ".", "--precision", "int4"], "holds no images, expected files such as .png"),
-        (["--calibrate", str(IMAGES), "--precision", "int8"], "expected int4 for the decoder's layers or the vision"),
+        (
+            ["--calibrate", str(IMAGES), "--precision", "int8"],
+            "expected int4 for the decoder's layers or the vision",
+        ),
         (["--calibrate-question", "What?"], "--calibrate-question goes with --calibrate"),
     ],
 )

@@ -37,7 +37,11 @@ IGNORED = {
     "transformers_4.57": [],
     "transformers_5.23": [],
     "trainer": ["config.json: 'hidden_size'"],
-    "unsloth": ["config.json: 'model_name'", "config.json: 'unsloth_fixed'", "config.json: 'unsloth_version'"],
+    "unsloth": [
+        "config.json: 'model_name'",
+        "config.json: 'unsloth_fixed'",
+        "config.json: 'unsloth_version'",
+    ],
     "llama_factory": [
         "config.json: 'hidden_size'",
         "preprocessor_config.json: 'image_max_pixels'",
@@ -53,7 +57,9 @@ IGNORED = {
 
 @pytest.fixture
 def pocket(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(POCKET, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("*.py", "__pycache__")))
+    return Path(
+        shutil.copytree(POCKET, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    )
 
 
 def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object], file: str = "config.json") -> None:
@@ -129,15 +135,21 @@ def test_every_key_that_transformers_knows_counts(section: str) -> None:
 def test_keys_that_every_configuration_is_asked_for_are_refused(key: str) -> None:
     raw = json.loads(json.dumps(POCKET_RAW))
     raw["text_config"][key] = ["sliding_attention"] if key == "layer_types" else 16
-    with pytest.raises(ppexport.CheckpointError, match=f"text_config: '{key}' is .*other values are not supported"):
+    with pytest.raises(
+        ppexport.CheckpointError, match=f"text_config: '{key}' is .*other values are not supported"
+    ):
         qwen3_vl.QWEN3_VL.parse(raw)
 
 
-@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "rope_theta", "hidden_act", "spatial_merge_size"])
+@pytest.mark.parametrize(
+    "key", ["head_dim", "num_key_value_heads", "rope_theta", "hidden_act", "spatial_merge_size"]
+)
 def test_absent_keys_have_the_defaults_of_transformers(key: str) -> None:
     raw = json.loads(json.dumps(POCKET_RAW))
     section = "vision_config" if key == "spatial_merge_size" else "text_config"
-    raw["text_config"].update(num_attention_heads=32, rope_scaling={"mrope_section": [24, 20, 20]}, head_dim=128)
+    raw["text_config"].update(
+        num_attention_heads=32, rope_scaling={"mrope_section": [24, 20, 20]}, head_dim=128
+    )
     raw["text_config"].pop(key, None)
     raw[section].pop(key, None)
     theirs = Qwen3VLConfig(**{k: v for k, v in raw.items() if k != "model_type"})
@@ -171,7 +183,9 @@ def test_rotary_frequencies_equal_transformers(rope: dict[str, Any]) -> None:
     raw = json.loads(json.dumps(POCKET_RAW))
     raw["text_config"].pop("rope_theta")
     raw["text_config"]["rope_scaling"] = {**rope, "mrope_section": [8, 8, 8], "rope_theta": 20000.0}
-    text = Qwen3VLConfig(**{k: v for k, v in json.loads(json.dumps(raw)).items() if k != "model_type"}).text_config
+    text = Qwen3VLConfig(
+        **{k: v for k, v in json.loads(json.dumps(raw)).items() if k != "model_type"}
+    ).text_config
     theirs = Qwen3VLTextRotaryEmbedding(text)
     ours = qwen3_vl.QWEN3_VL.parse(raw)
     decoder = Decoder(ours)
@@ -198,7 +212,9 @@ def test_yarn_runs_and_makes_room(pocket: Path, tmp_path: Path) -> None:
 def test_other_rotary_types_are_refused_by_name() -> None:
     raw = json.loads(json.dumps(POCKET_RAW))
     raw["text_config"]["rope_scaling"].update(rope_type="longrope")
-    with pytest.raises(ppexport.CheckpointError, match="rope_type is 'longrope', expected 'default' or 'yarn'"):
+    with pytest.raises(
+        ppexport.CheckpointError, match="rope_type is 'longrope', expected 'default' or 'yarn'"
+    ):
         qwen3_vl.QWEN3_VL.parse(raw)
 
 
@@ -229,13 +245,17 @@ def test_image_processor_inside_of_the_processor(pocket: Path) -> None:
     expected = preprocessing(pocket)
     inside = json.loads((pocket / "preprocessor_config.json").read_text(encoding="utf-8"))
     (pocket / "preprocessor_config.json").unlink()
-    write_json(pocket / "processor_config.json", {"image_processor": inside, "processor_class": "Qwen3VLProcessor"})
+    write_json(
+        pocket / "processor_config.json", {"image_processor": inside, "processor_class": "Qwen3VLProcessor"}
+    )
     assert preprocessing(pocket) == expected
     inside["image_mean"] = [0.1, 0.2, 0.3]
     write_json(pocket / "processor_config.json", {"image_processor": inside})
     assert preprocessing(pocket).mean == (0.1, 0.2, 0.3)
     edit(pocket, lambda c: c["image_processor"].update(patch_size=14), "processor_config.json")
-    with pytest.raises(ppexport.CheckpointError, match=r"processor_config.json: image_processor: 'patch_size' is 14"):
+    with pytest.raises(
+        ppexport.CheckpointError, match=r"processor_config.json: image_processor: 'patch_size' is 14"
+    ):
         preprocessing(pocket)
 
 
@@ -300,7 +320,9 @@ def test_names_of_older_versions_are_read(pocket: Path, tmp_path: Path) -> None:
 
 def test_one_tensor_under_two_names(pocket: Path) -> None:
     edit_weights(pocket, lambda t: t.update({"model.norm.weight": torch.zeros(192)}))
-    with pytest.raises(ppexport.CheckpointError, match=r"are both 'model.language_model.norm.weight', expected one"):
+    with pytest.raises(
+        ppexport.CheckpointError, match=r"are both 'model.language_model.norm.weight', expected one"
+    ):
         Checkpoint.open(pocket)
 
 
@@ -315,9 +337,12 @@ def test_one_tensor_under_two_names(pocket: Path) -> None:
 )
 def test_adapters_are_told_what_to_do(rename: Callable[[str], str], pocket: Path) -> None:
     edit_weights(
-        pocket, lambda t: t.update({rename("model.language_model.layers.0.self_attn.q_proj.weight"): t.popitem()[1]})
+        pocket,
+        lambda t: t.update({rename("model.language_model.layers.0.self_attn.q_proj.weight"): t.popitem()[1]}),
     )
-    with pytest.raises(ppexport.CheckpointError, match=r"holds '.*': found an adapter \(LoRA\) .*merge_and_unload"):
+    with pytest.raises(
+        ppexport.CheckpointError, match=r"holds '.*': found an adapter \(LoRA\) .*merge_and_unload"
+    ):
         Checkpoint.open(pocket)
 
 
@@ -328,7 +353,9 @@ def test_names_of_wrappers_are_told_what_to_do(wrapper: str, pocket: Path) -> No
             tensors[wrapper + name] = tensors.pop(name)
 
     edit_weights(pocket, wrap)
-    with pytest.raises(ppexport.CheckpointError, match=f"expected names without '{wrapper}' in front; save the model"):
+    with pytest.raises(
+        ppexport.CheckpointError, match=f"expected names without '{wrapper}' in front; save the model"
+    ):
         Checkpoint.open(pocket)
 
 
@@ -340,7 +367,9 @@ def test_weights_beyond_bfloat16(pocket: Path, tmp_path: Path) -> None:
         tensors[name].view(-1)[3] = 3.4e38
 
     edit_weights(pocket, widen)
-    with pytest.raises(ppexport.CheckpointError, match=f"'{name}' does not fit bfloat16; build with --precision fp32"):
+    with pytest.raises(
+        ppexport.CheckpointError, match=f"'{name}' does not fit bfloat16; build with --precision fp32"
+    ):
         build(pocket, tmp_path / "out", precision="bf16")
 
 
@@ -404,7 +433,9 @@ def test_output_head(
         theirs = Qwen3VLForConditionalGeneration.from_pretrained(pocket, dtype=torch.float32)
         tied = theirs.lm_head.weight.data_ptr() == theirs.model.language_model.embed_tokens.weight.data_ptr()
         assert tied == (expected == "table")
-    assert any("the stored one is used" in notice for notice in checkpoint.notices) == (bool(top) and stored == "other")
+    assert any("the stored one is used" in notice for notice in checkpoint.notices) == (
+        bool(top) and stored == "other"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ odd but legal

@@ -30,7 +30,9 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
 
 
 def test_run_answers_with_statistics(tiny_bundle: Path, tmp_path: Path) -> None:
-    code, out, err = invoke("run", tiny_bundle, "-i", SCREEN, "Title?", "-n", 4, "--overlay", tmp_path / "o.png")
+    code, out, err = invoke(
+        "run", tiny_bundle, "-i", SCREEN, "Title?", "-n", 4, "--overlay", tmp_path / "o.png"
+    )
     assert code == 0
     assert out.endswith("\n")
     assert "kept 198 of 768 tokens, 25.8%" in err
@@ -43,7 +45,9 @@ def test_run_json_and_no_prune(tiny_bundle: Path) -> None:
     code, out, _ = invoke("run", tiny_bundle, "-i", SCREEN, "Title?", "-n", 3, "--json", "--no-prune")
     assert code == 0
     found = json.loads(out)
-    assert found["images"] == [{"width": 1024, "height": 768, "tokens": 768, "kept": 768, "reason": "pruning is off"}]
+    assert found["images"] == [
+        {"width": 1024, "height": 768, "tokens": 768, "kept": 768, "reason": "pruning is off"}
+    ]
     assert found["generated_tokens"] == 3
     assert set(found["milliseconds"]) == {"image", "prune", "reuse", "text", "vision", "prefill", "decode"}
 
@@ -53,7 +57,9 @@ def test_run_takes_the_bundle_s_pruning_and_its_own_seed(tiny_bundle: Path) -> N
     options = ("run", tiny_bundle, "-i", SCREEN, "Title?", "-n", 8, "--json")
     plain = json.loads(invoke(*options)[1])
     assert plain["images"][0]["kept"] == 198
-    drawn = [json.loads(invoke(*options, "--temperature", 5, "--seed", seed)[1])["answer"] for seed in (1, 1, 2)]
+    drawn = [
+        json.loads(invoke(*options, "--temperature", 5, "--seed", seed)[1])["answer"] for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -84,7 +90,13 @@ def test_overlay_never_harms_a_file(tiny_bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--no-prune", "--tau", "0.1"], ["--overlay", "x.png"], ["--tau", "2"], ["--threads", "-1"], ["-n", "0"]],
+    [
+        ["--no-prune", "--tau", "0.1"],
+        ["--overlay", "x.png"],
+        ["--tau", "2"],
+        ["--threads", "-1"],
+        ["-n", "0"],
+    ],
 )
 def test_usage_errors_exit_with_2(tiny_bundle: Path, arguments: list[str]) -> None:
     assert invoke("run", tiny_bundle, "hi", *arguments)[0] == 2
@@ -133,10 +145,14 @@ def test_interrupted_build_leaves_nothing_and_the_next_works(
     command = [sys.executable, "-m", "ppexport.cli", "build", str(tiny_checkpoint), "-o", str(output)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
 
-    def interruptible() -> None:  # a shell starts background jobs, and so perhaps this test, with SIGINT ignored
+    def interruptible() -> (
+        None
+    ):  # a shell starts background jobs, and so perhaps this test, with SIGINT ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=interruptible)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=interruptible
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("new/.bundle.*.partial")):
         assert time.monotonic() < deadline
@@ -201,7 +217,9 @@ def test_a_full_disk_is_told_whatever_is_written() -> None:
             command = [sys.executable, "-m", "ppexport", *arguments]
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 1
-        assert done.stderr.startswith("Error: the output cannot be written: [Errno 28] No space left on device\n")
+        assert done.stderr.startswith(
+            "Error: the output cannot be written: [Errno 28] No space left on device\n"
+        )
         assert "Traceback" not in done.stderr
 
 
@@ -237,13 +255,22 @@ def test_swapped_arguments_and_options_of_logs_after_the_command(tiny_bundle: Pa
         f"Error: found 'What is this?' first and the bundle '{tiny_bundle}' after it, expected BUNDLE PROMPT\n",
     )
     code, _, err = invoke("run", "/no/bundle", "why? " * 1000)
-    assert (code, err) == (1, "Error: /no/bundle: no such directory; expected a bundle made by 'ppexport build'\n")
-    for arguments in (["--log-format", "json", "run", tiny_bundle], ["run", tiny_bundle, "--log-format", "json"]):
+    assert (code, err) == (
+        1,
+        "Error: /no/bundle: no such directory; expected a bundle made by 'ppexport build'\n",
+    )
+    for arguments in (
+        ["--log-format", "json", "run", tiny_bundle],
+        ["run", tiny_bundle, "--log-format", "json"],
+    ):
         command = [sys.executable, "-m", "ppexport", *map(str, arguments), "-q", "-n", "3", "hi"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         lines = done.stdout.splitlines()
         events = [json.loads(line)["event"] for line in lines if line.startswith('{"time"')]
-        assert events == ["loaded", "request"]  # each on a line of its own, also where an answer was being written
+        assert events == [
+            "loaded",
+            "request",
+        ]  # each on a line of its own, also where an answer was being written
     assert "--log-level" in invoke("bench", "compare", "--help")[1]
 
 

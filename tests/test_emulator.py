@@ -6,7 +6,19 @@ import emulator
 import pytest
 
 OWN = {"Cuda", "Tensor"}  # not classes of TensorRT
-INNER = {"cuda", "caches", "engine", "inputs", "outputs", "profiles", "session", "shapes", "types", "run", "strategy"}
+INNER = {
+    "cuda",
+    "caches",
+    "engine",
+    "inputs",
+    "outputs",
+    "profiles",
+    "session",
+    "shapes",
+    "types",
+    "run",
+    "strategy",
+}
 
 
 def test_tensorrt() -> None:

@@ -112,7 +112,7 @@ def test_together_equals_alone(pipe: ppexport.Pipeline, alone: Any, same: Any, t
         same(found, alone(*request))
         assert sequence.error is None
         assert sequence.stats.finish == "length"
-    most = max(len(slots.listed) for slots in pipe.engine.pools)
+    most = max(len(slots.listed) for slots in pipe.engine.placement.pools)
     assert most == (8 if pipe.language.batches else 1)
 
 
@@ -134,7 +134,9 @@ def test_reuse_while_others_run(pipe: ppexport.Pipeline, alone: Any, same: Any, 
     assert [sequence.stats.reused_tokens > 0 for sequence in second] == [False, True, True, True]
 
 
-def test_a_long_prompt_goes_in_chunks(pipe: ppexport.Pipeline, alone: Any, same: Any, totals: list[int]) -> None:
+def test_a_long_prompt_goes_in_chunks(
+    pipe: ppexport.Pipeline, alone: Any, same: Any, totals: list[int]
+) -> None:
     """Between its chunks the others get their tokens; what it computes is what it computes in one go."""
     talker = start(pipe, ([1, 2, 3], [], None, 24))
     pipe.engine.step()
@@ -184,7 +186,7 @@ def test_more_requests_than_run_at_once(bundle: Path, alone: Any, same: Any) -> 
     assert running == 3
     for sequence, request in zip(sequences, asked, strict=True):
         same(list(sequence.pending), alone(*request))
-    assert max(len(slots.listed) for slots in pipe.engine.pools) <= 3
+    assert max(len(slots.listed) for slots in pipe.engine.placement.pools) <= 3
 
 
 def test_unread_answers_keep_nobody_from_running(bundle: Path) -> None:
@@ -213,7 +215,9 @@ def test_one_that_fails_does_not_stop_the_others(
     assert not pipe.engine._active
 
 
-def test_an_interrupted_growth_ends_those_inside(golden_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_growth_ends_those_inside(
+    golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C while memory moves: the others hear of it, rather than going on with half of their entries."""
     pipe = ppexport.load(golden_bundle)
     first, second = (pipe.generate_tokens([n, 2, 3], max_new_tokens=300, stop=()) for n in (10, 20))
@@ -240,7 +244,9 @@ def test_threads_run_as_one_batch(pocket_bundle: Path, monkeypatch: pytest.Monke
     pipe = ppexport.load(pocket_bundle)
     rows: list[int] = []
     run = pipe.language.run
-    monkeypatch.setattr(pipe.language, "run", lambda *given: rows.append(given[3].ids.shape[0]) or run(*given))
+    monkeypatch.setattr(
+        pipe.language, "run", lambda *given: rows.append(given[3].ids.shape[0]) or run(*given)
+    )
     ready = threading.Barrier(4)
 
     def ask(n: int) -> None:
@@ -266,7 +272,8 @@ def test_batches_of_questions(pocket_bundle: Path) -> None:
         ppexport.Request("Hello", max_new_tokens=5, temperature=1.0, seed=3),
     ]
     single = [
-        pipe.generate(r.prompt, r.images, r.prune, r.max_new_tokens, r.temperature, seed=r.seed).text() for r in asked
+        pipe.generate(r.prompt, r.images, r.prune, r.max_new_tokens, r.temperature, seed=r.seed).text()
+        for r in asked
     ]
     assert single[:2] == ["Porto", "46%"]
     answers = pipe.generate_batch(asked)
@@ -274,7 +281,9 @@ def test_batches_of_questions(pocket_bundle: Path) -> None:
     assert answers[1].stats.kept == answers[1].stats.total == 143
     assert answers[0].stats.kept < 143
     assert pipe.generate_batch([]) == []
-    with pytest.raises(ppexport.RequestError, match=r"the request is 'hi', expected ppexport.Request\(\.\.\.\)"):
+    with pytest.raises(
+        ppexport.RequestError, match=r"the request is 'hi', expected ppexport.Request\(\.\.\.\)"
+    ):
         pipe.generate_batch(["hi"])  # type: ignore[list-item]
     with pytest.raises(ppexport.RequestError, match="max_new_tokens is 0"):
         ppexport.Request("hi", max_new_tokens=0)
@@ -292,13 +301,13 @@ def test_memory_of_a_lone_request(golden_bundle: Path) -> None:
     pipe = ppexport.load(golden_bundle, reuse=0)
     steps = pipe.generate_tokens([1, 2, 3], max_new_tokens=40, stop=())
     next(steps)
-    (slots,) = pipe.engine.pools
+    (slots,) = pipe.engine.placement.pools
     c = pipe.manifest.model.text
     assert len(slots.listed) == 1
     assert slots.nbytes == 2 * c.layers * c.kv_heads * c.head_dim * 4 * (3 + 39)
     steps.close()
     assert pipe.engine.held_bytes == 0
-    assert not pipe.engine.pools
+    assert not pipe.engine.placement.pools
 
 
 def test_memory_is_bounded_over_mixed_requests(tiny_bundle: Path) -> None:

@@ -25,7 +25,9 @@ from ppexport.onnx_dims import set_axis
 from ppexport.runtime.bundle import open_bundle
 from ppexport.trt_build import Options
 
-pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: it has libraries for x86-64 only")
+pytest.importorskip(
+    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: it has libraries for x86-64 only"
+)
 RTX = "tensorrt-rtx"
 SMALL = Options(capacity=256, max_pixels=256 * 256)
 KINDS = [(dialect, precision) for dialect in ("standard", "plain") for precision in ("bf16", "fp16")]
@@ -46,13 +48,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     directory = tmp_path_factory.mktemp("bundles")
     return {
-        kind: build(tiny_checkpoint, directory / "-".join(kind), dialect=kind[0], precision=kind[1]) for kind in KINDS
+        kind: build(tiny_checkpoint, directory / "-".join(kind), dialect=kind[0], precision=kind[1])
+        for kind in KINDS
     }
 
 
 @pytest.fixture
 def bundle(bundles: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
-    return shutil.copytree(bundles["standard", "bf16"], tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    return shutil.copytree(
+        bundles["standard", "bf16"], tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")
+    )
 
 
 def several(manifest: Manifest) -> profiles.Profiles:
@@ -68,13 +73,17 @@ def several(manifest: Manifest) -> profiles.Profiles:
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 @pytest.mark.parametrize("buckets", ["one", "several", "merged"])
-def test_every_graph_compiles(bundles: dict[tuple[str, str], Path], kind: tuple[str, str], buckets: str) -> None:
+def test_every_graph_compiles(
+    bundles: dict[tuple[str, str], Path], kind: tuple[str, str], buckets: str
+) -> None:
     bundle = bundles[kind]
     _, manifest = open_bundle(bundle)
     sizes = None if buckets == "one" else several(manifest)
     options = dataclasses.replace(SMALL, separate_profiles=buckets != "merged")
     seen: dict[str, int] = {}
-    compile_bundle(bundle, RTX, sizes, options, lambda stage, done, total: seen.update({stage.split(":")[0]: total}))
+    compile_bundle(
+        bundle, RTX, sizes, options, lambda stage, done, total: seen.update({stage.split(":")[0]: total})
+    )
     record = engine_record.read(bundle, manifest, RTX)
     for graph in ("prune", "vision", "language"):
         engine = record.engines[graph]
@@ -84,7 +93,9 @@ def test_every_graph_compiles(bundles: dict[tuple[str, str], Path], kind: tuple[
     counts = [len(record.engines[graph].profiles) for graph in ("prune", "vision", "language")]
     expected = {"one": [1, 1, 2], "several": [1, 2, 3], "merged": [1, 1, 1]}
     assert counts == expected[buckets]  # the last one of language is decode
-    assert record.engines["language"].profiles[-1]["S"] == ((1, 24, 256) if buckets == "merged" else (1, 1, 1))
+    assert record.engines["language"].profiles[-1]["S"] == (
+        (1, 24, 256) if buckets == "merged" else (1, 1, 1)
+    )
     assert record.engines["language"].profiles[0]["B"] == (1, 1, 1)
     assert ("M" in record.engines["language"].profiles[0]) == (kind[0] == "plain")
     assert (record.target, record.dialect, record.precision) == (RTX, *kind)
@@ -147,10 +158,15 @@ def test_a_float32_checkpoint_is_compiled_in_bf16(tmp_path: Path) -> None:
     ("kind", "message"),
     [
         ({"dialect": "ort"}, "found graphs of dialect ort, expected standard"),
-        ({"dialect": "standard", "precision": "fp32"}, "found graphs that calculate in fp32, expected bf16 or fp16"),
+        (
+            {"dialect": "standard", "precision": "fp32"},
+            "found graphs that calculate in fp32, expected bf16 or fp16",
+        ),
     ],
 )
-def test_graphs_that_are_not_for_tensorrt(kind: dict, message: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_graphs_that_are_not_for_tensorrt(
+    kind: dict, message: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     bundle = build(tiny_checkpoint, tmp_path / "bundle", **kind)
     with pytest.raises(ppexport.BundleError, match=message):
         compile_bundle(bundle, RTX)
@@ -168,7 +184,9 @@ def test_a_refused_graph_is_quoted_and_leaves_the_bundle_as_it_was(
     before = {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
     model = onnx.load(bundle / "pixelprune.pred_2d.max.onnx")
     node = onnx.helper.make_node("NonZero", ["image_f"], ["order64"])
-    model.graph.node.extend([onnx.helper.make_node("Cast", ["image"], ["image_f"], to=onnx.TensorProto.FLOAT), node])
+    model.graph.node.extend(
+        [onnx.helper.make_node("Cast", ["image"], ["image_f"], to=onnx.TensorProto.FLOAT), node]
+    )
     model.graph.node.append(onnx.helper.make_node("Cast", ["order64"], ["order"], to=onnx.TensorProto.INT32))
     for old in model.graph.node:
         if old.op_type != "Cast":
@@ -178,7 +196,9 @@ def test_a_refused_graph_is_quoted_and_leaves_the_bundle_as_it_was(
     monkeypatch.setattr(
         Path, "read_bytes", lambda path: broken if path.name == "pixelprune.pred_2d.max.onnx" else read(path)
     )
-    with pytest.raises(ppexport.BackendError, match=r"tensorrt-rtx 1\.\d.* refuses the prune graph: .*NonZero"):
+    with pytest.raises(
+        ppexport.BackendError, match=r"tensorrt-rtx 1\.\d.* refuses the prune graph: .*NonZero"
+    ):
         compile_bundle(bundle, RTX, None, SMALL)
     monkeypatch.undo()
     assert {p: p.read_bytes() for p in bundle.rglob("*") if p.is_file()} == before
@@ -188,12 +208,16 @@ def test_a_failing_compilation_is_quoted(bundle: Path) -> None:
     """The cache must hold the longest prompt: TensorRT checks the opt size, and we all of them before it."""
     sizes = several(open_bundle(bundle)[1])
     wrong = dataclasses.replace(sizes, prefill=({"S": (1, 300, 300), "K": (1, 1, 2)},))
-    with pytest.raises(ppexport.RequestError, match=r"prefill\[0\].S goes to 300, expected at most 256 \(capacity\)"):
+    with pytest.raises(
+        ppexport.RequestError, match=r"prefill\[0\].S goes to 300, expected at most 256 \(capacity\)"
+    ):
         compile_bundle(bundle, RTX, wrong)
     monkey = pytest.MonkeyPatch()
     monkey.setattr(profiles, "check", lambda sizes, *_: sizes)
     try:
-        with pytest.raises(ppexport.BackendError, match="could not compile the language graph: .*KVCacheUpdate"):
+        with pytest.raises(
+            ppexport.BackendError, match="could not compile the language graph: .*KVCacheUpdate"
+        ):
             compile_bundle(bundle, RTX, wrong)
     finally:
         monkey.undo()
@@ -246,25 +270,35 @@ def test_records_that_do_not_fit_their_engines(bundle: Path) -> None:
         wrong = json.loads(json.dumps(right))
         wrong["engines"]["vision"] |= change
         path.write_text(json.dumps(wrong))
-        with pytest.raises(ppexport.BundleError, match=r"record.json: .*vision engine .*; run: ppexport build"):
+        with pytest.raises(
+            ppexport.BundleError, match=r"record.json: .*vision engine .*; run: ppexport build"
+        ):
             engine_record.read(bundle, manifest, RTX)
 
 
 def test_sizes_that_no_image_of_the_model_has(bundle: Path) -> None:
-    with pytest.raises(ppexport.RequestError, match="max_pixels is 4096, expected at least 65536: the model enlarges"):
+    with pytest.raises(
+        ppexport.RequestError, match="max_pixels is 4096, expected at least 65536: the model enlarges"
+    ):
         compile_bundle(bundle, RTX, None, Options(max_pixels=4096))
 
 
 def test_records_are_checked(bundle: Path, bundles: dict[tuple[str, str], Path]) -> None:
     _, manifest = open_bundle(bundle)
-    with pytest.raises(ppexport.BundleError, match="has no engines for tensorrt-rtx; run: ppexport build .* --target"):
+    with pytest.raises(
+        ppexport.BundleError, match="has no engines for tensorrt-rtx; run: ppexport build .* --target"
+    ):
         engine_record.read(bundle, manifest, RTX)
     compile_bundle(bundle, RTX, None, SMALL)
     folder = engine_record.folder(bundle, RTX)
-    with pytest.raises(ppexport.BundleError, match="compiled from other graphs than the bundle's; run: ppexport build"):
+    with pytest.raises(
+        ppexport.BundleError, match="compiled from other graphs than the bundle's; run: ppexport build"
+    ):
         engine_record.read(bundle, open_bundle(bundles["plain", "bf16"])[1], RTX)
     (folder / "vision.engine").write_bytes(b"short")
-    with pytest.raises(ppexport.BundleError, match=r"vision.engine: found 5 bytes, expected \d+; run: ppexport build"):
+    with pytest.raises(
+        ppexport.BundleError, match=r"vision.engine: found 5 bytes, expected \d+; run: ppexport build"
+    ):
         engine_record.read(bundle, manifest, RTX)
     record = json.loads((folder / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps({**record, "schema": 99}))
@@ -282,7 +316,9 @@ def test_options_that_do_not_fit_a_target(bundle: Path, tmp_path: Path) -> None:
         compile_bundle(bundle, RTX, None, Options(capacity=64, timing_cache=tmp_path / "cache"))
     with pytest.raises(ppexport.BackendError, match=r"tensorrt cannot be imported .*JetPack"):
         compile_bundle(bundle, "tensorrt")
-    with pytest.raises(ppexport.BackendError, match="target is 'tpu', expected one of: tensorrt, tensorrt-rtx"):
+    with pytest.raises(
+        ppexport.BackendError, match="target is 'tpu', expected one of: tensorrt, tensorrt-rtx"
+    ):
         compile_bundle(bundle, "tpu")
 
 

@@ -47,7 +47,9 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module", params=["ort", "plain"])
-def bundle(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     return build(checkpoint, tmp_path_factory.mktemp(request.param) / "bundle", dialect=request.param)
 
 
@@ -56,7 +58,9 @@ def pipe(bundle: Path) -> ppexport.Pipeline:
     return ppexport.load(bundle, min_pixels=32 * 32, max_pixels=256 * 256)
 
 
-def run(pipe: ppexport.Pipeline, ids: list[int], images: list[np.ndarray], count: int = 6) -> tuple[Any, Any, Any]:
+def run(
+    pipe: ppexport.Pipeline, ids: list[int], images: list[np.ndarray], count: int = 6
+) -> tuple[Any, Any, Any]:
     stats = ppexport.Stats()
     steps = list(pipe.generate_tokens(ids, images, max_new_tokens=count, stats=stats, stop=()))
     return [step.token for step in steps], np.stack([step.logits for step in steps]), stats

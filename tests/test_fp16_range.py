@@ -57,7 +57,9 @@ def test_an_ordinary_model_needs_only_what_is_always_wide(tmp_path: Path) -> Non
     assert ppexport.load(path).manifest.float32_kinds == {"vision": always, "language": always}
 
 
-def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_graphs_of_a_loud_model_stay_right(
+    loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the check the features and tokens are those of float32; without it they are not even numbers."""
     exact = ppexport.load(build(loud, tmp_path / "exact"), max_pixels=E2E_PIXELS)
     checked = ppexport.load(build(loud, tmp_path / "checked", "fp16", "plain"), max_pixels=E2E_PIXELS)
@@ -81,7 +83,9 @@ def test_float16_graphs_of_a_loud_model_stay_right(loud: Path, tmp_path: Path, m
         ("deepstack_merger_list.0.linear_fc2", "vision: features reaches"),
     ],
 )
-def test_what_has_to_be_in_16_bits_and_does_not_fit_is_refused(weight: str, message: str, tmp_path: Path) -> None:
+def test_what_has_to_be_in_16_bits_and_does_not_fit_is_refused(
+    weight: str, message: str, tmp_path: Path
+) -> None:
     path = shutil.copytree(GOLDEN / "e2e" / "model", tmp_path / "checkpoint")
     tensors = load_file(path / "model.safetensors")
     assert any(weight in name for name in tensors)
@@ -89,7 +93,9 @@ def test_what_has_to_be_in_16_bits_and_does_not_fit_is_refused(weight: str, mess
         if weight in name:
             tensors[name] = tensors[name] * 1e5
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ppexport.CheckpointError, match=rf"{message} \d+ on synthetic.*build with --precision bf16"):
+    with pytest.raises(
+        ppexport.CheckpointError, match=rf"{message} \d+ on synthetic.*build with --precision bf16"
+    ):
         build(path, tmp_path / "bundle", "fp16", "plain")
     assert not (tmp_path / "bundle").exists()
 
@@ -99,7 +105,8 @@ def test_bfloat16_needs_no_check(loud: Path, tmp_path: Path, monkeypatch: pytest
     path = build(loud, tmp_path / "bundle", "bf16", "standard")
     assert open_bundle(path)[1].float32_kinds["vision"] == ("norm", "positions")
     types = {
-        o.type.tensor_type.elem_type for o in onnx.load(path / "vision.onnx", load_external_data=False).graph.output
+        o.type.tensor_type.elem_type
+        for o in onnx.load(path / "vision.onnx", load_external_data=False).graph.output
     }
     assert types == {onnx.TensorProto.BFLOAT16}
 
@@ -126,5 +133,7 @@ def test_a_user_s_images_are_tried_too(tmp_path: Path, monkeypatch: pytest.Monke
     assert tried == [2]
     assert open_bundle(path)[1].precision.calibrated == 0
     monkeypatch.setattr(fp16_range, "LIMIT", 0.0)
-    with pytest.raises(ppexport.CheckpointError, match="reaches .* on synthetic screens and 2 images, expected under"):
+    with pytest.raises(
+        ppexport.CheckpointError, match="reaches .* on synthetic screens and 2 images, expected under"
+    ):
         build(POCKET, tmp_path / "refused", "fp16", "plain", calibration=images)

@@ -28,7 +28,9 @@ def test_tokens_and_logits(golden_pipe: ppexport.Pipeline, case: str) -> None:
     prune = None if case.endswith("full") else ppexport.PixelPrune(tau=0.0)
     images = [IMAGES / name for name in NAMES[case[:3]]]
     stats = ppexport.Stats()
-    steps = list(golden_pipe.generate_tokens(golden["input_ids"], images, prune, max_new_tokens=12, stats=stats))
+    steps = list(
+        golden_pipe.generate_tokens(golden["input_ids"], images, prune, max_new_tokens=12, stats=stats)
+    )
     assert [step.token for step in steps] == golden["generated"].tolist()
     assert relative_error(np.stack([step.logits for step in steps]), golden["step_logits"]) < 1e-3
     assert relative_error(steps[0].logits, golden["last_logits"]) < 1e-3

@@ -51,7 +51,9 @@ def test_answers_equal_the_cpu(
     for skill in SKILLS:
         for seed in range(5):
             made = sample(skill, HELD_OUT + seed)
-            found, expected = (p.generate(made.question, [np.asarray(made.image)], prune).text() for p in (pipe, cpu))
+            found, expected = (
+                p.generate(made.question, [np.asarray(made.image)], prune).text() for p in (pipe, cpu)
+            )
             assert found == expected
 
 

@@ -109,7 +109,9 @@ def test_types_are_consistent(dialect: str, precision: str, tmp_path: Path) -> N
     models = {}
     for name in ("vision", "language"):
         models[name] = onnx.load(bundle / f"{name}.onnx", load_external_data=False)
-        inferred = onnx.shape_inference.infer_shapes(models[name], check_type=True, strict_mode=dialect != "ort")
+        inferred = onnx.shape_inference.infer_shapes(
+            models[name], check_type=True, strict_mode=dialect != "ort"
+        )
         onnx.checker.check_model(bundle / f"{name}.onnx") if dialect != "ort" else None
         assert {o.name for o in inferred.graph.output} == {o.name for o in models[name].graph.output}
     taken = {v.name: v.type.tensor_type.elem_type for v in models["language"].graph.input}
@@ -119,7 +121,9 @@ def test_types_are_consistent(dialect: str, precision: str, tmp_path: Path) -> N
     assert given == {int(graphs.PRECISIONS[computed])}
 
 
-def test_standard_vision_equals_ort(checkpoint: Checkpoint, tmp_path: Path, golden_pipe: ppexport.Pipeline) -> None:
+def test_standard_vision_equals_ort(
+    checkpoint: Checkpoint, tmp_path: Path, golden_pipe: ppexport.Pipeline
+) -> None:
     bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", dialect="standard")
     session = ort.InferenceSession(bundle / "vision.onnx", providers=["CPUExecutionProvider"])
     path = IMAGES / "web_gnuplot.png"
@@ -135,9 +139,16 @@ def test_standard_vision_equals_ort(checkpoint: Checkpoint, tmp_path: Path, gold
 FLOATS, INTEGERS = ("FLOAT", "FLOAT16", "BFLOAT16"), ("INT32", "INT64")
 TENSORRT_10_3 = {  # types -> operators, from onnx-tensorrt's docs/operators.md of release 10; opset 9 to 20
     (*FLOATS, *INTEGERS, "BOOL", "UINT8"): "Cast CastLike",
-    (*FLOATS, *INTEGERS, "BOOL"): "Concat Constant ConstantOfShape Expand Gather Identity Reshape Shape Slice Split "
+    (
+        *FLOATS,
+        *INTEGERS,
+        "BOOL",
+    ): "Concat Constant ConstantOfShape Expand Gather Identity Reshape Shape Slice Split "
     "Squeeze Transpose Unsqueeze Where",
-    (*FLOATS, *INTEGERS): "Abs Add Div Equal Greater GreaterOrEqual Less LessOrEqual Loop Max Min Mul Range ReduceMax "
+    (
+        *FLOATS,
+        *INTEGERS,
+    ): "Abs Add Div Equal Greater GreaterOrEqual Less LessOrEqual Loop Max Min Mul Range ReduceMax "
     "ReduceMean ReduceMin ReduceProd ReduceSum ScatterElements Sub TopK",
     FLOATS: "Clip Cos CumSum Floor Gelu Gemm LayerNormalization MatMul Pow Sigmoid Sin Softmax Sqrt",
     ("BOOL",): "And Not Or",
@@ -183,7 +194,9 @@ def test_onnxruntime_fuses_the_norms(golden_bundle: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 5e-3), ("bf16", 5e-2)])
-def test_sixteen_bit_storage(precision: str, tolerance: float, tmp_path: Path, golden_pipe: ppexport.Pipeline) -> None:
+def test_sixteen_bit_storage(
+    precision: str, tolerance: float, tmp_path: Path, golden_pipe: ppexport.Pipeline
+) -> None:
     bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", precision=precision)
     size = (bundle / "language.onnx.data").stat().st_size
     assert size < 0.6 * 2_904_064  # of the float32 bundle
@@ -232,7 +245,9 @@ def test_sums_and_their_norms_are_one_node_and_no_reshape_follows_another(tiny_b
     assert kinds["SkipSimplifiedLayerNormalization"] >= 2 * layers - 1
     reshapes = [node for node in model.graph if node.op_type == "Reshape"]
     assert reshapes
-    assert not [node for node in reshapes if any(user.op_type == "Reshape" for user, _ in node.outputs[0].uses())]
+    assert not [
+        node for node in reshapes if any(user.op_type == "Reshape" for user, _ in node.outputs[0].uses())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -270,14 +285,20 @@ for path in sys.argv[1:]:
     ("dialect", "precision"),
     [
         *(("ort", precision) for precision in ("fp32", "fp16", "bf16", "int8", "int4", "w8a8")),
-        *((dialect, precision) for dialect in ("plain", "standard") for precision in ("fp32", "fp16", "bf16", "int4")),
+        *(
+            (dialect, precision)
+            for dialect in ("plain", "standard")
+            for precision in ("fp32", "fp16", "bf16", "int4")
+        ),
     ],
 )
 def test_every_graph_passes_the_checker_and_opens_without_a_warning(
     dialect: str, precision: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """As a user who opens a file of the bundle sees it: ONNX Runtime with its default settings."""
-    files = sorted(build(tiny_checkpoint, tmp_path / "bundle", precision=precision, dialect=dialect).glob("*.onnx"))
+    files = sorted(
+        build(tiny_checkpoint, tmp_path / "bundle", precision=precision, dialect=dialect).glob("*.onnx")
+    )
     assert len(files) > 15
     if precision != "fp32":  # the pruning graphs are the same in all
         files = [file for file in files if not file.name.startswith("prune.")]

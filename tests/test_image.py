@@ -123,7 +123,10 @@ def test_arrays_and_pil_images_and_bytes_give_the_same() -> None:
         ),
         ((IMAGES / "gui_mousepad.png").read_bytes()[:20], r"bad.png: (is not an image|cannot be opened)"),
         (saved(Image.new("RGB", (1, 1))), r"the image is 1 x 1 pixels, expected at least 2 on each side"),
-        (saved(Image.new("RGB", (4000, 10))), r"4000 x 10 pixels, an aspect ratio of 400, expected at most 200"),
+        (
+            saved(Image.new("RGB", (4000, 10))),
+            r"4000 x 10 pixels, an aspect ratio of 400, expected at most 200",
+        ),
         (saved(Image.new("1", (20000, 20000))), r"(20000 x 20000 pixels, expected at most|cannot be opened)"),
         (saved(Image.new("1", (11000, 11000))), r"11000 x 11000 pixels, expected at most 100000000"),
     ],
@@ -168,14 +171,18 @@ def test_impossible_pixel_limits(limits: tuple[int, int], screen: np.ndarray) ->
         ppexport.select(screen, min_pixels=limits[0], max_pixels=limits[1])
 
 
-def test_a_decoder_that_complains_by_itself_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_decoder_that_complains_by_itself_is_not_heard(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """libtiff writes "Using code not yet in table" to standard error; what is wrong is in the error."""
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.tif", compression="tiff_lzw")
     data = bytearray((tmp_path / "whole.tif").read_bytes())
     data[200:260] = b"\xff" * 60
     (tmp_path / "damaged.tif").write_bytes(bytes(data))
-    with pytest.raises(ppexport.ImageError, match=r"damaged.tif: cannot be decoded, it may be damaged or cut off"):
+    with pytest.raises(
+        ppexport.ImageError, match=r"damaged.tif: cannot be decoded, it may be damaged or cut off"
+    ):
         read(tmp_path / "damaged.tif")
     assert capfd.readouterr() == ("", "")
 
@@ -196,5 +203,7 @@ def test_reading_in_threads_leaves_the_filters_of_warnings_alone(tmp_path: Path)
 
 @pytest.mark.parametrize("url", ["https://example.org/a.png", "HTTP://x/y.jpg", "s3://b/a.png"])
 def test_urls_are_told_that_nothing_is_fetched(url: str) -> None:
-    with pytest.raises(ppexport.ImageError, match="is a URL, expected a file; nothing is fetched: download it first"):
+    with pytest.raises(
+        ppexport.ImageError, match="is a URL, expected a file; nothing is fetched: download it first"
+    ):
         read(url)

@@ -63,7 +63,9 @@ def test_inspect_json(tmp_path: Path) -> None:
 def test_inspect_takes_every_method(tmp_path: Path) -> None:
     kept = {}
     for method in PRUNE_METHODS[:3] + PRUNE_METHODS[4:]:
-        code, out, _ = invoke("inspect", SCREEN, "--tau", 0.02, "--method", method, "--metric", "mae", "--json")
+        code, out, _ = invoke(
+            "inspect", SCREEN, "--tau", 0.02, "--method", method, "--metric", "mae", "--json"
+        )
         assert code == 0
         (found,) = json.loads(out)
         assert found["prune"] == {
@@ -80,7 +82,12 @@ def test_inspect_takes_every_method(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(image=images(), level=st.sampled_from([0, 1, 3, 20]), method=st.sampled_from(PREDICTORS), anchored=st.booleans())
+@given(
+    image=images(),
+    level=st.sampled_from([0, 1, 3, 20]),
+    method=st.sampled_from(PREDICTORS),
+    anchored=st.booleans(),
+)
 def test_every_dropped_token_is_shown_as_what_it_was_predicted_from(
     image: np.ndarray, level: int, method: str, anchored: bool
 ) -> None:
@@ -106,8 +113,14 @@ def test_every_dropped_token_is_shown_as_what_it_was_predicted_from(
 
 
 def test_both_directions_are_in_a_real_picture() -> None:
-    found = sources(np.asarray(Image.open(DESKTOP).convert("RGB").resize((1920, 1088))), ppexport.select(DESKTOP))
-    assert {kind: int((found == kind).sum()) for kind in (KEPT, BESIDE, ABOVE)} == {KEPT: 297, BESIDE: 1680, ABOVE: 63}
+    found = sources(
+        np.asarray(Image.open(DESKTOP).convert("RGB").resize((1920, 1088))), ppexport.select(DESKTOP)
+    )
+    assert {kind: int((found == kind).sum()) for kind in (KEPT, BESIDE, ABOVE)} == {
+        KEPT: 297,
+        BESIDE: 1680,
+        ABOVE: 63,
+    }
 
 
 def test_what_stands_still_is_neither_from_the_left_nor_from_above() -> None:
@@ -134,7 +147,10 @@ def test_several_images_get_a_line_each_and_one_for_all(tmp_path: Path) -> None:
     assert code == 0
     assert f"image   {SCREEN}: 1024 x 768" in out
     assert "all     2 images: kept 495 of 2808 (17.6%), median 20.2%" in out
-    assert sorted(p.name for p in (tmp_path / "seen").iterdir()) == ["001-web_gnuplot.png", "002-gui_mousepad.png"]
+    assert sorted(p.name for p in (tmp_path / "seen").iterdir()) == [
+        "001-web_gnuplot.png",
+        "002-gui_mousepad.png",
+    ]
     code, out, _ = invoke("inspect", SCREEN, DESKTOP, "--json")
     assert [(r["image"], r["kept"]) for r in json.loads(out)] == [(str(SCREEN), 198), (str(DESKTOP), 297)]
 
@@ -151,7 +167,10 @@ def test_frames_of_a_recording(tmp_path: Path) -> None:
 def test_budget() -> None:
     code, out, _ = invoke("inspect", SCREEN, "--max-tokens", 190)
     assert code == 0
-    assert "kept    190 (24.7%), tau 0.25 would keep 198 tokens, expected at most 190; kept are the 190 that" in out
+    assert (
+        "kept    190 (24.7%), tau 0.25 would keep 198 tokens, expected at most 190; kept are the 190 that"
+        in out
+    )
     code, out, _ = invoke("inspect", SCREEN, "--max-tokens", 198)
     assert "kept    198 (25.8%), tau 0\n" in out
     code, _, err = invoke("inspect", SCREEN, "--max-tokens", 5, "--method", "unique")
@@ -172,7 +191,9 @@ def test_sweep_is_a_table_and_a_plot(tmp_path: Path) -> None:
     _, out, _ = invoke("inspect", SCREEN, "--sweep", tmp_path / "s.png", "--json", "--metric", "mae")
     shares = json.loads(out)
     assert shares["pred_2d"][0] == [0, pytest.approx(198 / 768)]
-    assert shares["unique"] == [[0, pytest.approx(ppexport.select(SCREEN, ppexport.PixelPrune("unique")).share)]]
+    assert shares["unique"] == [
+        [0, pytest.approx(ppexport.select(SCREEN, ppexport.PixelPrune("unique")).share)]
+    ]
     for method in PREDICTORS:
         kept = [share for _, share in shares[method]]
         assert kept[-1] < kept[0]
@@ -215,8 +236,14 @@ def test_impossible_requests(tmp_path: Path) -> None:
         (["--sweep", tmp_path / "s.bmp"], "expected a name that ends in .png, .svg or .pdf"),
         (["--sweep", ""], "expected a name that ends in .png, .svg or .pdf"),
         (["--overlay", tmp_path / "o.psd"], "expected a name that ends in .png or .jpg"),
-        ([SCREEN, "--frames", "--max-tokens", 9], "predicted by pred_2d with a fixed tau, found max_tokens 9"),
-        ([SCREEN, "--overlay", tmp_path / "one.png"], "is a file, expected a folder for the overlays of 2 images"),
+        (
+            [SCREEN, "--frames", "--max-tokens", 9],
+            "predicted by pred_2d with a fixed tau, found max_tokens 9",
+        ),
+        (
+            [SCREEN, "--overlay", tmp_path / "one.png"],
+            "is a file, expected a folder for the overlays of 2 images",
+        ),
         ([SCREEN, "--overlay", tmp_path / "no" / "such"], "expected a folder in an existing one"),
     ):
         code, out, err = invoke("inspect", SCREEN, *options)

@@ -142,7 +142,9 @@ def test_dialects_agree_with_images(decoders: dict[str, Decoder]) -> None:
 
 
 def selection(rows: int, cols: int, keep: list[int]) -> ppexport.Selection:
-    return ppexport.Selection(np.array(keep, np.int32), rows, cols, cols * 32, rows * 32, "", ppexport.PixelPrune())
+    return ppexport.Selection(
+        np.array(keep, np.int32), rows, cols, cols * 32, rows * 32, "", ppexport.PixelPrune()
+    )
 
 
 def laid_out(ids: np.ndarray, selections: list[ppexport.Selection]) -> Prompt:
@@ -209,7 +211,9 @@ def test_same_seed_same_tokens(tiny_pipe: ppexport.Pipeline, screen: np.ndarray)
     def tokens(seed: int) -> list[int]:
         sampling = Sampling(temperature=1.0, seed=seed)
         ids = tiny_pipe.text.encode("Hello", [20])  # type: ignore[union-attr]
-        return [s.token for s in tiny_pipe.generate_tokens(ids, [screen], max_new_tokens=12, sampling=sampling)]
+        return [
+            s.token for s in tiny_pipe.generate_tokens(ids, [screen], max_new_tokens=12, sampling=sampling)
+        ]
 
     assert tokens(1) == tokens(1)
     assert tokens(1) != tokens(2)
@@ -223,7 +227,9 @@ def test_caches_are_updated_in_place(golden_pipe: ppexport.Pipeline) -> None:
     def run(ids: list[int], start: int) -> None:
         positions = np.broadcast_to(np.arange(start, start + len(ids), dtype=np.int32), (3, 1, len(ids)))
         rows = np.full((1, len(ids)), -1, np.int32)
-        inputs = Inputs(np.array([ids], np.int32), rows, np.ascontiguousarray(positions), np.array([start], np.int32))
+        inputs = Inputs(
+            np.array([ids], np.int32), rows, np.ascontiguousarray(positions), np.array([start], np.int32)
+        )
         language.run(slots, 0, [0], inputs, None)
 
     run([3, 4, 5], 0)

@@ -65,12 +65,22 @@ def setting(times: np.ndarray, tau: float | None) -> Setting:
                     answer="",
                 )
             )
-    return Setting.model_construct(tau=tau, concurrency=1, requests=tuple(requests), correct=None, answered=None)
+    return Setting.model_construct(
+        tau=tau, concurrency=1, requests=tuple(requests), correct=None, answered=None
+    )
 
 
 def result(settings: Mapping[str, np.ndarray], speed: Speed, **given: Any) -> Result:
-    pages = [Item(image=str(i), sha256=str(i), width=32, height=32, prompt="", expected=None) for i in range(ITEMS)]
-    rest = {"workload": "documents", "created": "", "machine": MACHINE, "options": OPTIONS, "items": tuple(pages)}
+    pages = [
+        Item(image=str(i), sha256=str(i), width=32, height=32, prompt="", expected=None) for i in range(ITEMS)
+    ]
+    rest = {
+        "workload": "documents",
+        "created": "",
+        "machine": MACHINE,
+        "options": OPTIONS,
+        "items": tuple(pages),
+    }
     made = tuple(setting(times, SETTINGS[name]) for name, times in settings.items())
     return Result.model_construct(**{**rest, "settings": made, "speed": speed, **given})
 
@@ -101,7 +111,9 @@ def pair(seed: int, planted: Mapping[str, float] | None = None, tolerance: float
 def test_a_stage_that_became_a_fifth_slower_is_found_and_named(stage: str) -> None:
     found = 0
     for seed in range(100):
-        named = {v.metric.partition(".")[0] for v in pair(seed, {stage: 1.2}).of(judge.REGRESSED)} & set(STAGES)
+        named = {v.metric.partition(".")[0] for v in pair(seed, {stage: 1.2}).of(judge.REGRESSED)} & set(
+            STAGES
+        )
         found += named == {stage}
     assert found >= 95
 
@@ -146,7 +158,10 @@ def test_each_verdict_and_exit_code() -> None:
 def test_what_cannot_be_told() -> None:
     for rounds in (1, 5):
         few = judged(result({"tau 0": still(1.2, rounds)}, QUIET))
-        assert (few.exit_code, {v.note for v in few.verdicts}) == (3, {"too few rounds, expected at least 6 in both"})
+        assert (few.exit_code, {v.note for v in few.verdicts}) == (
+            3,
+            {"too few rounds, expected at least 6 in both"},
+        )
         assert "Infinity" not in judge.dumps(few)
     gone = judged(result({"unpruned": still()}, QUIET))
     assert {v.note for v in gone.verdicts} == {"not measured now"}
@@ -169,12 +184,15 @@ def test_only_questions_with_values_on_both_sides_are_compared() -> None:
     """Of question 1 there is no second token any more: no tpot."""
     base, new = setting(still(), 0.0), setting(still(1, 25), 0.0)
     short = [
-        r if r.item != 1 else r.model_copy(update={"output_tokens": 1, "itl": (), "e2el": r.ttft}) for r in new.requests
+        r if r.item != 1 else r.model_copy(update={"output_tokens": 1, "itl": (), "e2el": r.ttft})
+        for r in new.requests
     ]
     both = judge.common(base, new.model_copy(update={"requests": tuple(short)}), "tpot")
     assert both is not None
     assert [values.shape for values in both] == [(24, 2), (25, 2)]
-    found = judged(result({}, QUIET).model_copy(update={"settings": (new.model_copy(update={"requests": short}),)}))
+    found = judged(
+        result({}, QUIET).model_copy(update={"settings": (new.model_copy(update={"requests": short}),)})
+    )
     assert "tau 0: 1 answers became longer or shorter" in found.notes[0]
     assert [v.verdict for v in found.verdicts if v.metric == "tpot.p10"] == [judge.SAME]
 
@@ -202,7 +220,8 @@ def test_a_small_stage_that_cannot_be_told_does_not_matter() -> None:
 def shifted(setting: Setting, milliseconds: float) -> Setting:
     """More time outside of all stages, before the first token."""
     longer = [
-        r.model_copy(update={"ttft": r.ttft + milliseconds, "e2el": r.e2el + milliseconds}) for r in setting.requests
+        r.model_copy(update={"ttft": r.ttft + milliseconds, "e2el": r.e2el + milliseconds})
+        for r in setting.requests
     ]
     return setting.model_copy(update={"requests": tuple(longer)})
 
@@ -215,7 +234,11 @@ def test_time_outside_of_all_stages_is_named_and_no_verdict(then: float, now: fl
         for i, ms in enumerate((then, now))
     )
     found = judged(new, base)
-    assert (found.exit_code, found.of(judge.REGRESSED), found.of(judge.IMPROVED)) == (judge.CANNOT_TELL, [], [])
+    assert (found.exit_code, found.of(judge.REGRESSED), found.of(judge.IMPROVED)) == (
+        judge.CANNOT_TELL,
+        [],
+        [],
+    )
     assert named(found, judge.UNSURE) == {"ttft.p10", "e2el.p10", "other.p10"}
     assert {v.note for v in found.of(judge.UNSURE)} == {"only the time outside of all stages (other) says so"}
 
@@ -238,7 +261,9 @@ def with_answers(*said: str) -> Result:
     requests = tuple(r.model_copy(update={"answer": said[r.item]}) for r in made.requests)
     known = result({}, QUIET)
     items = tuple(i.model_copy(update={"expected": e}) for i, e in zip(known.items, "abc", strict=True))
-    return known.model_copy(update={"settings": (made.model_copy(update={"requests": requests}),), "items": items})
+    return known.model_copy(
+        update={"settings": (made.model_copy(update={"requests": requests}),), "items": items}
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,11 +312,24 @@ def bundle(pocket_bundle: Path) -> Path:
     return pocket_bundle
 
 
-def test_a_sleep_in_the_vision_session_is_found(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sleep_in_the_vision_session_is_found(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the command line, on the real thing."""
 
     def run(name: str) -> str:
-        options = ["--workload", "screens", "--tau", "0", "--runs", "14", "--cold", "0", "--no-pictures", "-q"]
+        options = [
+            "--workload",
+            "screens",
+            "--tau",
+            "0",
+            "--runs",
+            "14",
+            "--cold",
+            "0",
+            "--no-pictures",
+            "-q",
+        ]
         done = runner().invoke(main, ["bench", str(bundle), *options, "-o", str(tmp_path / name)])
         assert done.exit_code == 0, done.output
         return str(tmp_path / name)
@@ -329,7 +367,17 @@ def test_the_example_holds_a_bundle_to_its_promise(bundle: Path, tmp_path: Path)
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "BUNDLE": str(bundle), "LATENCY_SECONDS": "2", "PYTEST_ADDOPTS": ""}
-        command = [sys.executable, "-m", "pytest", "--rootdir", ".", "-rs", "-p", "no:cacheprovider", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--rootdir",
+            ".",
+            "-rs",
+            "-p",
+            "no:cacheprovider",
+            *options,
+        ]
         return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
 
     first = run()
@@ -340,7 +388,9 @@ def test_the_example_holds_a_bundle_to_its_promise(bundle: Path, tmp_path: Path)
     assert [item.image for item in baseline.items] == ["read-0.png", "yesno-1.png", "read-2.png"]
     assert baseline.settings[0].correct == baseline.settings[0].answered
     again = run()
-    assert again.returncode == 0, again.stdout  # passed, or skipped because two seconds were not enough to tell
+    assert again.returncode == 0, (
+        again.stdout
+    )  # passed, or skipped because two seconds were not enough to tell
     (project / "conftest.py").write_text(PLANTED)
     slow = run()
     assert slow.returncode == 1, slow.stdout
@@ -348,7 +398,8 @@ def test_the_example_holds_a_bundle_to_its_promise(bundle: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("codes", "outcome"), [([1, 1, 1], "failed"), ([1, 1, 2], "skipped"), ([2, 2, 1], "skipped"), ([2, 1, 0], "passed")]
+    ("codes", "outcome"),
+    [([1, 1, 1], "failed"), ([1, 1, 2], "skipped"), ([2, 2, 1], "skipped"), ([2, 1, 0], "passed")],
 )
 def test_attempts(codes: list[int], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A regression has to show each time; one good measurement is enough."""
@@ -370,7 +421,9 @@ def test_attempts(codes: list[int], outcome: str, tmp_path: Path, monkeypatch: p
 
 def test_checks_that_cannot_be(tmp_path: Path) -> None:
     gate = Latency(tmp_path, update=False)
-    with pytest.raises(pytest.fail.Exception, match="tolerance is 'much', expected a share such as 5% or 0.05"):
+    with pytest.raises(
+        pytest.fail.Exception, match="tolerance is 'much', expected a share such as 5% or 0.05"
+    ):
         gate.check("bundle", "desktop", "base.json", tolerance="much")
     with pytest.raises(pytest.fail.Exception, match="photos: no such file"):
         gate.check("bundle", "photos", "base.json")

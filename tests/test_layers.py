@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPORT_ONLY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes"}
 # the trainer stands beside the checkpoint it makes; nothing else imports it
 TRAINER = [
-    ROOT / "models" / "pocket" / name for name in ("lessons.py", "network.py", "report.py", "save.py", "train.py")
+    ROOT / "models" / "pocket" / name
+    for name in ("lessons.py", "network.py", "report.py", "save.py", "train.py")
 ]
 MAY_IMPORT = {
     "models": {"models"},
@@ -110,8 +111,16 @@ main(arguments, standalone_mode=False)
 @pytest.mark.parametrize(
     ("blocked", "code", "message"),
     [
-        ("onnxruntime", "ppexport.load(bundle)", r"onnxruntime is not installed.*pip install 'ppexport\[cpu\]'"),
-        ("torch", "build(checkpoint, '/nowhere/x')", r"torch is not installed.*pip install 'ppexport\[export\]'"),
+        (
+            "onnxruntime",
+            "ppexport.load(bundle)",
+            r"onnxruntime is not installed.*pip install 'ppexport\[cpu\]'",
+        ),
+        (
+            "torch",
+            "build(checkpoint, '/nowhere/x')",
+            r"torch is not installed.*pip install 'ppexport\[export\]'",
+        ),
     ],
 )
 def test_missing_package_names_the_extra(

@@ -150,7 +150,9 @@ def test_memory_here_is_a_number() -> None:
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("command", ["run", "inspect"])
-def test_signals_have_their_exit_codes(command: str, sent: signal.Signals, code: int, tiny_bundle: Path) -> None:
+def test_signals_have_their_exit_codes(
+    command: str, sent: signal.Signals, code: int, tiny_bundle: Path
+) -> None:
     """While it works, without a traceback."""
     images = Path(__file__).parent.parent / "ppexport" / "bench" / "images"
     arguments = {

@@ -64,7 +64,9 @@ def test_the_same_name_is_not_asked_twice() -> None:
         for skill in ("read", "yesno", "locate"):
             made = sample(skill, seed)
             names = [
-                e.name for e in made.elements if e.kind == {"read": "value", "yesno": "option"}.get(skill, "button")
+                e.name
+                for e in made.elements
+                if e.kind == {"read": "value", "yesno": "option"}.get(skill, "button")
             ]
             assert len(names) == len(set(names)), (skill, seed, names)
 
@@ -120,7 +122,18 @@ def test_intervals() -> None:
 
 
 def test_eval_command(tiny_bundle: Path) -> None:
-    arguments = ["eval", str(tiny_bundle), "-n", "2", "--skills", "read,yesno", "--no-prune", "--tau", "0", "--json"]
+    arguments = [
+        "eval",
+        str(tiny_bundle),
+        "-n",
+        "2",
+        "--skills",
+        "read,yesno",
+        "--no-prune",
+        "--tau",
+        "0",
+        "--json",
+    ]
     result = runner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)["results"]
@@ -209,8 +222,13 @@ def test_looking_loss_is_the_attention_that_the_decoder_pays() -> None:
             layer, (x, cos, sin, *_) = model.decoder.layers[index], model.inputs[index]
             h, c = ops.rms_norm(x, layer.norm1, layer.c.norm_eps), layer.c
             q, k = (
-                ops.rotary(ops.rms_norm(part(h).reshape(1, -1, heads, c.head_dim), norm, c.norm_eps), cos, sin)[0]
-                for part, heads, norm in ((layer.q, c.heads, layer.q_norm), (layer.k, c.kv_heads, layer.k_norm))
+                ops.rotary(
+                    ops.rms_norm(part(h).reshape(1, -1, heads, c.head_dim), norm, c.norm_eps), cos, sin
+                )[0]
+                for part, heads, norm in (
+                    (layer.q, c.heads, layer.q_norm),
+                    (layer.k, c.kv_heads, layer.k_norm),
+                )
             )
             scores = q[:, head] @ k[:, head * c.kv_heads // c.heads].t() * c.head_dim**-0.5
             share = torch.softmax(scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf), 1)

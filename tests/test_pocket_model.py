@@ -57,7 +57,9 @@ def test_parity_with_transformers(skill: str, seed: int, tmp_path_factory: pytes
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    ids = tokenizer(prompt.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt")["input_ids"]
+    ids = tokenizer(prompt.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt")[
+        "input_ids"
+    ]
     model.generation_config.eos_token_id = None
     expected = model.generate(
         input_ids=ids,
@@ -70,7 +72,9 @@ def test_parity_with_transformers(skill: str, seed: int, tmp_path_factory: pytes
         return_dict_in_generate=True,
     )
     wide = ppexport.load(build(POCKET, tmp_path_factory.mktemp("pocket") / "fp32", precision="fp32"))
-    wide.manifest = dataclasses.replace(wide.manifest, stop_tokens=())  # both go on behind the end of the answer
+    wide.manifest = dataclasses.replace(
+        wide.manifest, stop_tokens=()
+    )  # both go on behind the end of the answer
     steps = list(wide.generate_tokens(ids[0].numpy(), [made.image], None, max_new_tokens=32))
     logits = np.stack([step.logits for step in steps])
     assert np.abs(logits - torch.cat(expected.logits).numpy()).max() < 1e-3
@@ -80,12 +84,16 @@ def test_parity_with_transformers(skill: str, seed: int, tmp_path_factory: pytes
 
 
 @pytest.mark.parametrize("prune", [None, ppexport.PixelPrune()], ids=["unpruned", "pruned"])
-def test_answers_about_the_screen_of_the_demo(pipe: ppexport.Pipeline, prune: ppexport.PixelPrune | None) -> None:
+def test_answers_about_the_screen_of_the_demo(
+    pipe: ppexport.Pipeline, prune: ppexport.PixelPrune | None
+) -> None:
     for question, answer in (("What is the Region?", "Porto"), ("What is the Brightness?", "46%")):
         assert pipe.generate(question, [Image.open(SCREEN)], prune).text() == answer
 
 
-@pytest.mark.parametrize(("skill", "floor"), [("read", 0.8), ("transcribe", 0.85), ("locate", 0.8), ("yesno", 0.8)])
+@pytest.mark.parametrize(
+    ("skill", "floor"), [("read", 0.8), ("transcribe", 0.85), ("locate", 0.8), ("yesno", 0.8)]
+)
 def test_accuracy_floor(pipe: ppexport.Pipeline, skill: str, floor: float) -> None:
     """Ten held-out samples per skill, pruned at tau = 0; the figures on 200 are in docs/accuracy.md."""
     found = evaluate(pipe, skill, ppexport.PixelPrune(), 10)

@@ -100,7 +100,8 @@ LIMITS = {"int8": (0.03, 0.03), "int4": (0.03, 0.35), "w8a8": (0.03, 0.04)}
 
 
 @pytest.mark.parametrize(
-    ("stored", "block", "symmetric"), [("int8", 32, True), ("int4", 32, True), ("int4", 32, False), ("w8a8", 32, True)]
+    ("stored", "block", "symmetric"),
+    [("int8", 32, True), ("int4", 32, True), ("int4", 32, False), ("w8a8", 32, True)],
 )
 def test_bundles_stay_close_to_float32(stored: str, block: int, symmetric: bool, tmp_path: Path) -> None:
     wide = ppexport.load(build(MODEL, tmp_path / "wide", "fp32"), max_pixels=E2E_PIXELS)
@@ -124,7 +125,9 @@ def optimized(graph: Path, tmp_path: Path) -> Counter[str]:
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node)
+    return Counter(
+        node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    )
 
 
 @pytest.mark.parametrize("stored", ["int8", "int4"])
@@ -148,7 +151,12 @@ def test_products_of_integers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("fpu avx2 avx512f", "found a CPU without VNNI"), ("fpu avx2 avx_vnni", ""), ("fpu avx512_vnni", ""), (None, "")],
+    [
+        ("fpu avx2 avx512f", "found a CPU without VNNI"),
+        ("fpu avx2 avx_vnni", ""),
+        ("fpu avx512_vnni", ""),
+        (None, ""),
+    ],
 )
 def test_a_cpu_that_saturates_is_refused(
     flags: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,7 +180,7 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
     path = build(POCKET, tmp_path / "bundle", stored, dialect, ["tensorrt-rtx"], None, options)
     _, manifest = open_bundle(path)
     record = engine_record.read(path, manifest, "tensorrt-rtx")
-    assert str(manifest.precision) == f"{stored}, vision bf16, embedding bf16, blocks of 32"
+    assert str(manifest.precision) == f"{stored}, vision bf16, embedding bf16, groups of 32"
     assert record.engines["language"].bytes > 100_000
 
 
@@ -182,12 +190,27 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
         (Wanted("int3"), "ort", False, "precision is 'int3', expected auto, fp32, fp16, bf16, int8, int4"),
         (Wanted(vision="int2"), "ort", False, "vision precision is 'int2'"),
         (Wanted("int4", block=48), "ort", False, "block is 48, expected one of: 32, 64, 128"),
-        (Wanted("int4", embedding="int4"), "ort", False, "embedding cannot be stored in int4, expected int8 or bf16"),
-        (Wanted("int4", embedding="int8"), "standard", False, "embedding cannot be stored in int8, expected bf16"),
+        (
+            Wanted("int4", embedding="int4"),
+            "ort",
+            False,
+            "embedding cannot be stored in int4, expected int8 or bf16",
+        ),
+        (
+            Wanted("int4", embedding="int8"),
+            "standard",
+            False,
+            "embedding cannot be stored in int8, expected bf16",
+        ),
         (Wanted("bf16", embedding="int8"), "ort", True, "they are one table in this checkpoint"),
         (Wanted("int4", vision="fp16"), "standard", False, "found bf16 and fp16, expected bf16 only"),
         (Wanted("bf16", block=64), "ort", False, "block and asymmetric are for int8 and int4, found bf16"),
-        (Wanted("w8a8", head="bf16", embedding="bf16", symmetric=False), "ort", True, "found w8a8, head bf16"),
+        (
+            Wanted("w8a8", head="bf16", embedding="bf16", symmetric=False),
+            "ort",
+            True,
+            "found w8a8, head bf16",
+        ),
         (Wanted("w8a8"), "standard", False, "w8a8 is for ONNX Runtime"),
         (Wanted("int4", symmetric=False), "plain", False, "TensorRT takes no zero points"),
     ],
@@ -200,31 +223,45 @@ def test_what_cannot_be_stored(wanted: Wanted, dialect: str, tied: bool, message
 def test_what_goes_with_what() -> None:
     assert resolve(Wanted(), "bf16", "ort", True) == Precision("bf16", "bf16", "bf16", "bf16", "bf16")
     assert str(resolve(Wanted("int4"), "bf16", "ort", True)) == (
-        "int4, vision w8a8, head int8, embedding int8, blocks of 32"
+        "int4, vision w8a8, head int8, embedding int8, groups of 32"
     )
-    assert str(resolve(Wanted("int4"), "fp32", "standard", False)) == "int4, vision bf16, embedding bf16, blocks of 32"
+    assert (
+        str(resolve(Wanted("int4"), "fp32", "standard", False))
+        == "int4, vision bf16, embedding bf16, groups of 32"
+    )
     assert str(resolve(Wanted("bf16", head="fp32"), "bf16", "ort", True)) == "bf16, head fp32, embedding fp32"
     assert str(resolve(Wanted(vision="bf16"), "fp32", "standard", False, engines=True)) == "bf16"
     assert str(resolve(Wanted(), "fp32", "plain", False)) == "fp32"
     assert str(resolve(Wanted("int8", symmetric=False, block=64), "bf16", "ort", False)) == (
-        "int8, vision w8a8, blocks of 64 with zero points"
+        "int8, vision w8a8, groups of 64 with zero points"
     )
 
 
 def test_matrices_that_blocks_do_not_divide_are_told(tmp_path: Path) -> None:
     """Width 192: of every layer all but the down projection, and the table, which is the head, too."""
     result = runner().invoke(
-        main, ["build", str(POCKET), "-o", str(tmp_path / "b"), "--precision", "int4", "--block", "128"]
+        main, ["build", str(POCKET), "-o", str(tmp_path / "b"), "--precision", "int4", "--group-size", "128"]
     )
     assert result.exit_code == 0, result.output
-    notice = f"notice: {6 * 6 + 2} matrices stay in bf16: blocks of 128 do not divide their inputs"
+    notice = f"notice: {6 * 6 + 2} matrices stay in bf16: groups of 128 do not divide their inputs"
     assert notice in " ".join(result.stderr.split())
 
 
 def test_options_of_the_command(tmp_path: Path) -> None:
-    options = ["--precision", "int4", "--vision-precision", "bf16", "--head-precision", "int4", "--block", "64"]
+    options = [
+        "--precision",
+        "int4",
+        "--vision-precision",
+        "bf16",
+        "--head-precision",
+        "int4",
+        "--group-size",
+        "64",
+    ]
     result = runner().invoke(main, ["build", str(POCKET), "-o", str(tmp_path / "b"), *options])
     assert result.exit_code == 0, result.output
-    assert "int4, vision bf16, embedding int8, blocks of 64" in " ".join(result.stderr.split())
-    answer = runner().invoke(main, ["run", str(tmp_path / "b"), "What is the Region?", "-i", "docs/settings.png"])
+    assert "int4, vision bf16, embedding int8, groups of 64" in " ".join(result.stderr.split())
+    answer = runner().invoke(
+        main, ["run", str(tmp_path / "b"), "What is the Region?", "-i", "docs/settings.png"]
+    )
     assert answer.stdout == "Porto\n"

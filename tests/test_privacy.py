@@ -30,7 +30,12 @@ def test_nothing_is_stored_in_the_home(arguments: list[str], tiny_bundle: Path, 
     home.mkdir()
     work.mkdir()
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG")}
-    command = [sys.executable, "-m", "ppexport", *[part.replace("{bundle}", str(tiny_bundle)) for part in arguments]]
+    command = [
+        sys.executable,
+        "-m",
+        "ppexport",
+        *[part.replace("{bundle}", str(tiny_bundle)) for part in arguments],
+    ]
     done = subprocess.run(command, cwd=work, env={**kept, "HOME": str(home)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [str(path.relative_to(tmp_path)) for path in (*home.rglob("*"), *work.rglob("*"))] == []

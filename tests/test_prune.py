@@ -38,7 +38,9 @@ def source(name: str) -> Path:
     return path
 
 
-LEVELS = st.one_of(st.sampled_from([0, 1, 3, 20]), st.integers(0, 255))  # tau in 1 / 255, the interesting ones often
+LEVELS = st.one_of(
+    st.sampled_from([0, 1, 3, 20]), st.integers(0, 255)
+)  # tau in 1 / 255, the interesting ones often
 GOLDEN_CASES = [(name, case) for name, info in INDEX.items() for case in info["kept"]]
 
 
@@ -47,7 +49,9 @@ def test_selection_equals_the_reference(name: str, case: str) -> None:
     """Every case, although the reference compares floats: no distance of these images lies on a threshold."""
     expected = np.load(GOLDEN / "selection" / f"{name}.npz")
     method, metric, tau, mode = case.split("|")
-    selection = ppexport.select(source(name), ppexport.PixelPrune(method, metric, float(tau), mode == "anchored"))
+    selection = ppexport.select(
+        source(name), ppexport.PixelPrune(method, metric, float(tau), mode == "anchored")
+    )
     check_selection(selection)
     _, h, w = expected["grid_thw"]
     assert (selection.rows, selection.cols) == (h // 2, w // 2)
@@ -86,7 +90,11 @@ def test_distances_are_those_to_the_prediction(image: np.ndarray, level: int, pa
     expected = [0] * (rows * cols)
     for index, before in visit(pair[0], rows, cols):
         expected[index] = apart(index, before(lambda a, b: apart(a, b) <= threshold))
-    inputs = {"image": image, "threshold": np.array([threshold], np.int32), "anchored": np.array([0], np.int32)}
+    inputs = {
+        "image": image,
+        "threshold": np.array([threshold], np.int32),
+        "anchored": np.array([0], np.int32),
+    }
     for dialect in DIALECTS:
         (found,) = session(dialect, *pair).run(["distance"], inputs)
         assert found.tolist() == expected
@@ -126,7 +134,9 @@ def test_pred_2d_does_not_look_ahead(image: np.ndarray, data: st.DataObject) -> 
     rows, cols = image.shape[0] // BLOCK, image.shape[1] // BLOCK
     fewer_rows, fewer_cols = data.draw(st.integers(1, rows)), data.draw(st.integers(1, cols))
     whole = run(session("ort", "pred_2d", "max"), image, 3, True)
-    part = run(session("ort", "pred_2d", "max"), image[: fewer_rows * BLOCK, : fewer_cols * BLOCK].copy(), 3, True)
+    part = run(
+        session("ort", "pred_2d", "max"), image[: fewer_rows * BLOCK, : fewer_cols * BLOCK].copy(), 3, True
+    )
     inside = [(i // cols, i % cols) for i in whole if i // cols < fewer_rows and i % cols < fewer_cols]
     assert [(i // fewer_cols, i % fewer_cols) for i in part] == inside
 
@@ -160,13 +170,17 @@ def test_sums_stay_exact_where_float32_would_not() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(("method", "metric"), PRUNE_GRAPHS)
-def test_selection_is_the_same_in_every_run_and_on_many_threads(method: str, metric: str, threads: int) -> None:
+def test_selection_is_the_same_in_every_run_and_on_many_threads(
+    method: str, metric: str, threads: int
+) -> None:
     image = prepare(IMAGES / "web_gnuplot.png", 32, 1, 1 << 24)
     prune = ppexport.PixelPrune(method, metric, 0.0 if method == "unique" else 0.02)
     expected = ppexport.select(image, prune).keep
     selector = Selector(OrtCpu(threads), DIRECTORY / "32", 32)
     with ThreadPoolExecutor(4) as pool:
-        for keep in pool.map(lambda _: selector.select(selector.backend.upload(image), prune)[1].keep, range(8)):
+        for keep in pool.map(
+            lambda _: selector.select(selector.backend.upload(image), prune)[1].keep, range(8)
+        ):
             np.testing.assert_array_equal(keep, expected)
 
 
@@ -186,7 +200,10 @@ def test_the_form_for_older_onnxruntime_selects_the_same(method: str, metric: st
     for file in ("web_gnuplot.png", "gui_mousepad.png"):
         image = newer.backend.upload(prepare(IMAGES / file, 32, 1, 1 << 24))
         for tau in (0.0, 0.05) if method != "unique" else (0.0,):
-            found = [each.select(image, ppexport.PixelPrune(method, metric, tau))[1].keep for each in (newer, older)]
+            found = [
+                each.select(image, ppexport.PixelPrune(method, metric, tau))[1].keep
+                for each in (newer, older)
+            ]
             np.testing.assert_array_equal(*found)
 
 

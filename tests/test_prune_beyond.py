@@ -27,7 +27,9 @@ from ppexport.models.pruners.pixelprune import PRUNE_METRICS
     target=st.integers(0, 150),
     seed=st.integers(0, 2**31 - 2),
 )
-def test_components_equal_the_specification(image: np.ndarray, level: int, metric: str, target: int, seed: int) -> None:
+def test_components_equal_the_specification(
+    image: np.ndarray, level: int, metric: str, target: int, seed: int
+) -> None:
     threshold = ppexport.PixelPrune(metric=metric, tau=level / 255).threshold(BLOCK)
     expected = components(image, BLOCK, metric, threshold, target, seed)
     numbers = {"threshold": threshold, "target": target, "seed": seed}
@@ -123,6 +125,10 @@ def test_unique_drops_nothing_whose_hash_alone_is_equal(monkeypatch: pytest.Monk
     monkeypatch.setattr(unique, "weights", lambda size: np.zeros((size, unique.SUMS), np.int8))
     model = ir.to_proto(prune_graph(BLOCK, DIALECTS["ort"], "unique", "max"))
     found = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    image = np.repeat(np.array([10, 10, 20, 10, 20, 20], np.uint8), BLOCK)[None, :, None].repeat(BLOCK, 0).repeat(3, 2)
+    image = (
+        np.repeat(np.array([10, 10, 20, 10, 20, 20], np.uint8), BLOCK)[None, :, None]
+        .repeat(BLOCK, 0)
+        .repeat(3, 2)
+    )
     order, count = found.run(None, {"image": np.ascontiguousarray(image)})
     assert order[: count[0]].tolist() == [0, 2, 3, 4]

@@ -42,7 +42,9 @@ def pipe(
     request: pytest.FixtureRequest, registered: None, tmp_path_factory: pytest.TempPathFactory
 ) -> ppexport.Pipeline:
     return ppexport.load(
-        build(POCKET, tmp_path_factory.mktemp(request.param) / "bundle", precision="fp32", dialect=request.param)
+        build(
+            POCKET, tmp_path_factory.mktemp(request.param) / "bundle", precision="fp32", dialect=request.param
+        )
     )
 
 
@@ -110,8 +112,14 @@ def test_a_bundle_carries_its_pruners(registered: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (0.5, r"prune is 0\.5, expected ppexport\.PixelPrune\(\.\.\.\), a list of pruners, None \(off\) or 'default'"),
-        ([PixelPrune(), PixelPrune()], "names the pruners pixelprune, pixelprune, expected each of them once"),
+        (
+            0.5,
+            r"prune is 0\.5, expected ppexport\.PixelPrune\(\.\.\.\), a list of pruners, None \(off\) or 'default'",
+        ),
+        (
+            [PixelPrune(), PixelPrune()],
+            "names the pruners pixelprune, pixelprune, expected each of them once",
+        ),
         ([None], "expected ppexport.PixelPrune"),
     ],
 )
@@ -131,7 +139,9 @@ def test_the_command_line_builds_with_defaults(tmp_path: Path) -> None:
     assert pipe.prune == (own,)
 
     def kept(*options: str) -> int:
-        done = runner().invoke(main, ["run", str(bundle), "-i", str(SCREEN), "-n", "1", "--json", *options, QUESTION])
+        done = runner().invoke(
+            main, ["run", str(bundle), "-i", str(SCREEN), "-n", "1", "--json", *options, QUESTION]
+        )
         assert done.exit_code == 0, done.output
         return int(json.loads(done.stdout.splitlines()[0])["kept"])
 
@@ -145,7 +155,9 @@ def test_the_command_line_builds_with_defaults(tmp_path: Path) -> None:
     assert f"max {kept()} " in done.stdout
     done = runner().invoke(main, ["eval", str(bundle), "-n", "2", "--skills", "read", "--json"])
     assert json.loads(done.stdout)["results"][0]["setting"] == "pred_2d tau 0.05"
-    done = runner().invoke(main, ["build", str(POCKET), "-o", str(tmp_path / "b"), "--tau", "0", "--no-prune"])
+    done = runner().invoke(
+        main, ["build", str(POCKET), "-o", str(tmp_path / "b"), "--tau", "0", "--no-prune"]
+    )
     assert done.exit_code == 2
     assert "--no-prune goes with no other option of pruning" in done.stderr
 
@@ -158,7 +170,9 @@ def test_questions_of_one_s_own(pocket_bundle: Path, tmp_path: Path) -> None:
     ]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, tasks)) + "\n\n")
-    done = runner().invoke(main, ["eval", str(pocket_bundle), "--workload", str(file), "--json", "--no-prune"])
+    done = runner().invoke(
+        main, ["eval", str(pocket_bundle), "--workload", str(file), "--json", "--no-prune"]
+    )
     assert done.exit_code == 0, done.output
     (result,) = json.loads(done.stdout)["results"]
     assert (result["skill"], result["n"], result["accuracy"]) == ("mine.jsonl", 2, 0.5)
@@ -168,7 +182,10 @@ def test_questions_of_one_s_own(pocket_bundle: Path, tmp_path: Path) -> None:
     for content, message in (
         ("", "holds no questions"),
         ("{", "mine.jsonl:1: is no JSON"),
-        ('{"image": "settings.png", "question": 3, "answer": "x"}', "mine.jsonl:1: found .* expected an object with"),
+        (
+            '{"image": "settings.png", "question": 3, "answer": "x"}',
+            "mine.jsonl:1: found .* expected an object with",
+        ),
         (json.dumps({**tasks[0], "image": "gone.png"}), "the image 'gone.png' is missing"),
     ):
         file.write_text(content)

@@ -19,7 +19,9 @@ PRUNING = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
 
 
 def commands(page: str) -> list[str]:
-    return [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines() if line]
+    return [
+        line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines() if line
+    ]
 
 
 SHELL = commands(README)
@@ -36,7 +38,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Makefile", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, directory)
     for name in ("models", "ppexport", "exporters", "runtime", "docs"):
-        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     venv.create(directory / ".venv", with_pip=True)
     (site,) = (directory / ".venv" / "lib").glob("python*/site-packages")
     (site / "packages_of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"], encoding="utf-8")

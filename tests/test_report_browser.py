@@ -56,7 +56,9 @@ def test_it_is_readable(page: str, width: int, dark: bool, tmp_path: Path) -> No
     file = tmp_path / "report.html"
     file.write_text(page.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     assert BROWSER is not None
-    quiet = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    quiet = (
+        "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    )
     command = [
         *(BROWSER, "--headless", *quiet.split(), "--disable-sync", "--enable-logging=stderr"),
         *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
@@ -72,7 +74,14 @@ def test_it_is_readable(page: str, width: int, dark: bool, tmp_path: Path) -> No
     assert len(found["plots"]) == 5
     assert min(found["plots"]) > 300
     assert min(found["letters"]) >= 8
-    assert found["tables"] == ["overview", "stages", "percentiles-1", "percentiles-2", "percentiles-3", "kept"]
+    assert found["tables"] == [
+        "overview",
+        "stages",
+        "percentiles-1",
+        "percentiles-2",
+        "percentiles-3",
+        "kept",
+    ]
     assert found["after"]
     ink, paper = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("ink", "paper"))
     assert (ink > 600 and paper < 120) if dark else (ink < 120 and paper > 600)

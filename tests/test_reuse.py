@@ -15,7 +15,7 @@ from terminal import runner
 
 import ppexport
 from ppexport.cli import main
-from ppexport.runtime import engine
+from ppexport.runtime import placement
 from ppexport.runtime.reuse import digest, shared
 
 IMAGE = 500
@@ -49,7 +49,9 @@ def ask(
     return [step.token for step in steps], np.stack([step.logits for step in steps]), stats
 
 
-def check(pipe: ppexport.Pipeline, fresh: ppexport.Pipeline, *request: object) -> tuple[list[int], ppexport.Stats]:
+def check(
+    pipe: ppexport.Pipeline, fresh: ppexport.Pipeline, *request: object
+) -> tuple[list[int], ppexport.Stats]:
     """Both give the same tokens from nearly the same logits."""
     (found, logits, stats), (expected, expected_logits, _) = ask(pipe, *request), ask(fresh, *request)  # type: ignore[arg-type]
     assert found == expected
@@ -111,7 +113,9 @@ def test_features_are_kept_where_the_text_comes_first(
     assert stats.reused_tokens == 0
 
 
-def test_sequences_that_fit_little_are_left_to_others(pipe: ppexport.Pipeline, fresh: ppexport.Pipeline) -> None:
+def test_sequences_that_fit_little_are_left_to_others(
+    pipe: ppexport.Pipeline, fresh: ppexport.Pipeline
+) -> None:
     """Two images by turns, behind the same system prompt."""
     system = [40, 41, 42, 43]
     totals = [ppexport.select(picture, max_pixels=E2E_PIXELS).total for picture in PICTURES]
@@ -142,14 +146,14 @@ def test_abandoned_answers_are_kept(pipe: ppexport.Pipeline, fresh: ppexport.Pip
 def test_caches_grow(golden_bundle: Path, fresh: ppexport.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moving the entries changes nothing; memory follows what is used, not what could be asked for."""
     expected, logits, _ = ask(fresh, [1, 2, 3], [], 40)
-    monkeypatch.setattr(engine, "ROOM", 8)
+    monkeypatch.setattr(placement, "ROOM", 8)
     small = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS)
     found, small_logits, _ = ask(small, [1, 2, 3], [], 40)
     assert found == expected
     np.testing.assert_allclose(small_logits, logits, atol=2e-5 * np.abs(logits).max())
     assert small.reuse is not None
     kept = small.engine.held_bytes
-    (slots,) = small.engine.pools
+    (slots,) = small.engine.placement.pools
     (slot,) = slots.listed
     assert slots.nbytes == kept
     assert slot.length == 42
@@ -162,7 +166,7 @@ def test_a_failed_growth_is_not_kept(
     golden_bundle: Path, fresh: ppexport.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some caches of a sequence may have grown by then, others not."""
-    monkeypatch.setattr(engine, "ROOM", 4)
+    monkeypatch.setattr(placement, "ROOM", 4)
     pipe = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS)
     steps = pipe.generate_tokens([1, 2, 3], max_new_tokens=40)
     assert next(steps).token >= 0
@@ -208,7 +212,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process as Linux tells it")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="reads the memory of a process as Linux tells it"
+)
 def test_memory_is_bounded(tiny_bundle: Path) -> None:
     """500 requests of many lengths about many images: what is kept stays within the limit, the process does, too."""
     limit = 1 << 20
@@ -256,7 +262,9 @@ def columns(ids: list[int], image_of: list[int]) -> np.ndarray:
         ([2], [-1], (), 0),
     ],
 )
-def test_what_is_shared(ids: list[int], image_of: list[int], digests: tuple[bytes, ...], expected: int) -> None:
+def test_what_is_shared(
+    ids: list[int], image_of: list[int], digests: tuple[bytes, ...], expected: int
+) -> None:
     held = columns([1, 9, 9, 2, 3], [-1, 0, 0, -1, -1])
     assert shared(held, (b"a",), columns(ids, image_of), digests) == expected
 
@@ -278,13 +286,29 @@ def test_digests_tell_images_and_selections_apart() -> None:
 def test_further_questions_on_the_command_line(tiny_bundle: Path) -> None:
     """The second one runs only what is new; --no-reuse runs all of it, and answers alike."""
     picture = str(IMAGES / "web_gnuplot.png")
-    command = ["run", str(tiny_bundle), "-i", picture, "-n", "4", "--json", "What is this?", "What is that, then?"]
+    command = [
+        "run",
+        str(tiny_bundle),
+        "-i",
+        picture,
+        "-n",
+        "4",
+        "--json",
+        "What is this?",
+        "What is that, then?",
+    ]
     found, anew = (
         [json.loads(line) for line in runner().invoke(main, [*command, *more]).stdout.splitlines()]
         for more in ([], ["--no-reuse"])
     )
     assert [row["answer"] for row in found] == [row["answer"] for row in anew]
-    assert found[0]["reused_tokens"] == 0 < found[0]["kept"] < found[1]["reused_tokens"] < found[1]["prompt_tokens"]
+    assert (
+        found[0]["reused_tokens"]
+        == 0
+        < found[0]["kept"]
+        < found[1]["reused_tokens"]
+        < found[1]["prompt_tokens"]
+    )
     assert [row["reused_tokens"] for row in anew] == [0, 0]
     result = runner().invoke(main, [part for part in command if part != "--json"])
     assert f"{found[1]['reused_tokens']} reused)" in result.stderr

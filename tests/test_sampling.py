@@ -41,7 +41,9 @@ LOGITS = {
 
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 30.0])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (40, 1.0), (0, 0.9), (0, 0.01), (40, 0.5), (9999, 1)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (40, 1.0), (0, 0.9), (0, 0.01), (40, 0.5), (9999, 1)]
+)
 def test_draws_equal_a_full_sort(kind: str, temperature: float, top_k: int, top_p: float) -> None:
     made = np.random.default_rng(1)
     for seed in range(20):
@@ -60,7 +62,9 @@ def test_the_coldest_and_the_hottest(temperature: float) -> None:
         warnings.simplefilter("error")
         token = sampling.choose(logits, sampling.rng())
     assert token == logits.argmax() or temperature > 1
-    with pytest.raises(ppexport.RequestError, match=r"temperature is 1e\+308, expected 0 \(greedy\) to 1e\+06"):
+    with pytest.raises(
+        ppexport.RequestError, match=r"temperature is 1e\+308, expected 0 \(greedy\) to 1e\+06"
+    ):
         Sampling(1e308)
 
 
@@ -77,7 +81,9 @@ def test_logits_that_are_not_finite_end_the_run(bad: float, temperature: float) 
     logits = np.zeros(10, np.float32)
     logits[3] = bad
     sampling = Sampling(temperature)
-    with pytest.raises(ppexport.BackendError, match=r"computed (nan|inf) as the logit of token 3, expected a finite"):
+    with pytest.raises(
+        ppexport.BackendError, match=r"computed (nan|inf) as the logit of token 3, expected a finite"
+    ):
         sampling.choose(logits, sampling.rng())
 
 

@@ -75,7 +75,9 @@ def test_special_tokens_are_left_out() -> None:
 def test_template_is_sandboxed(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     (bundle / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(ppexport.RequestError, match="the chat template refused the prompt: access to attribute"):
+    with pytest.raises(
+        ppexport.RequestError, match="the chat template refused the prompt: access to attribute"
+    ):
         Text(bundle, PAD).encode("hi", [])
 
 
@@ -109,7 +111,9 @@ def test_special_tokens_in_a_message_are_text(token: str, text: Text) -> None:
         f"<|im_start|>system\n{token}<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|>"
         f"<|vision_end|>{said}<|im_end|>\n<|im_start|>assistant\n"
     )
-    expected = text.encode([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], [2]).tolist()
+    expected = text.encode(
+        [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], [2]
+    ).tolist()
     for special in text.special.values():
         assert ids.count(special) == expected.count(special)
 
@@ -171,7 +175,9 @@ def test_images_stand_before_what_is_asked(messages: Any, text: Text) -> None:
 def test_a_conversation_shows_its_images_to_the_first_user(text: Text) -> None:
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
     ids = text.encode([{"role": role, "content": said} for role, said in turns], [1])
-    assert "user\n<|vision_start|><|image_pad|><|vision_end|>a" in text.tokenizer.decode(ids, skip_special_tokens=False)
+    assert "user\n<|vision_start|><|image_pad|><|vision_end|>a" in text.tokenizer.decode(
+        ids, skip_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,11 +197,17 @@ def test_messages_that_hold_their_images(
 ) -> None:
     Image.fromarray(screen).save(tmp_path / "screen.png")
     written = base64.b64encode((tmp_path / "screen.png").read_bytes()).decode()
-    values = {"{path}": str(tmp_path / "screen.png"), "{data}": f"data:image/png;base64,{written}", "{array}": screen}
+    values = {
+        "{path}": str(tmp_path / "screen.png"),
+        "{data}": f"data:image/png;base64,{written}",
+        "{array}": screen,
+    }
     values["{file}"] = (tmp_path / "screen.png").as_uri()
 
     def filled(value: Any) -> Any:
-        return {k: filled(v) for k, v in value.items()} if isinstance(value, dict) else values.get(value, value)
+        return (
+            {k: filled(v) for k, v in value.items()} if isinstance(value, dict) else values.get(value, value)
+        )
 
     messages = [{"role": "user", "content": [filled(part), {"type": "text", "text": "What?"}]}]
     expected = tiny_pipe.generate("What?", [screen], max_new_tokens=3)
@@ -207,7 +219,9 @@ def test_messages_that_hold_their_images(
 def test_images_beside_those_in_messages(tiny_pipe: ppexport.Pipeline, screen: np.ndarray) -> None:
     """Parts without an image of their own take the given ones, in order."""
     content = [IMAGE, {"type": "image", "image": screen[:64]}, IMAGE, {"type": "text", "text": "What?"}]
-    answer = tiny_pipe.generate([{"role": "user", "content": content}], [screen, screen[:32]], max_new_tokens=1)
+    answer = tiny_pipe.generate(
+        [{"role": "user", "content": content}], [screen, screen[:32]], max_new_tokens=1
+    )
     assert [image.rows for image in answer.stats.images] == [4, 2, 1]
 
 
@@ -224,8 +238,16 @@ def test_one_image_by_itself(tiny_pipe: ppexport.Pipeline, screen: np.ndarray, t
         ([{"role": "user", "content": ""}], 0, "a message of the user is empty"),
         ([{"role": "user", "content": []}], 0, "a message of the user is empty"),
         ([{"role": "user", "content": None}], 0, "content of type NoneType"),
-        ([{"role": "narrator", "content": "x"}], 0, "the role 'narrator', expected one of: system, user, assistant"),
-        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], 0, "holds the part .*'video'.*expected"),
+        (
+            [{"role": "narrator", "content": "x"}],
+            0,
+            "the role 'narrator', expected one of: system, user, assistant",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "video", "video": "x"}]}],
+            0,
+            "holds the part .*'video'.*expected",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], 0, "without text"),
         ([{"role": "user", "content": ["hi"]}], 0, "holds the part 'hi'"),
         ([{"role": "user", "content": [IMAGE, IMAGE]}], 1, "have image part 2, but images has 1"),
@@ -237,8 +259,16 @@ def test_one_image_by_itself(tiny_pipe: ppexport.Pipeline, screen: np.ndarray, t
             0,
             "AAA[.]{3}: .*if it is base64, put",
         ),
-        ([{"role": "user", "content": [{"type": "image", "image": "https://x.org/a.png"}]}], 0, "is a URL, expected a"),
-        ([{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,!"}]}], 0, "not valid base64"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "https://x.org/a.png"}]}],
+            0,
+            "is a URL, expected a",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,!"}]}],
+            0,
+            "not valid base64",
+        ),
         (
             [{"role": "user", "content": [{"type": "image", "image": "data:image/png,x"}]}],
             0,
@@ -255,7 +285,9 @@ def test_messages_that_are_refused(
 
 @pytest.mark.parametrize("prompt", [7, [{"text": "hi"}], None])
 def test_wrong_prompt(text: Text, prompt: object) -> None:
-    with pytest.raises(ppexport.RequestError, match=r"^the prompt is .*, expected a string or a list of messages"):
+    with pytest.raises(
+        ppexport.RequestError, match=r"^the prompt is .*, expected a string or a list of messages"
+    ):
         text.encode(prompt, [])  # type: ignore[arg-type]
 
 

@@ -23,7 +23,9 @@ def bundle(pocket_bundle: Path) -> Path:
 def test_a_trace_has_every_stage_and_token(bundle: Path, tmp_path: Path) -> None:
     path, screen = tmp_path / "trace.json", POCKET.parent.parent / "docs" / "settings.png"
     questions = ["What is the Region?", "What is the Brightness?"]
-    done = runner().invoke(main, ["run", str(bundle), *questions, "-i", str(screen), "--trace", str(path), "--json"])
+    done = runner().invoke(
+        main, ["run", str(bundle), *questions, "-i", str(screen), "--trace", str(path), "--json"]
+    )
     assert done.exit_code == 0, done.output
     trace = json.loads(path.read_text(encoding="utf-8"))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
@@ -31,7 +33,9 @@ def test_a_trace_has_every_stage_and_token(bundle: Path, tmp_path: Path) -> None
     requests = [event for event in events if event["tid"] == 1]
     assert [event["name"] for event in requests] == questions
     for request, found in zip(requests, stats, strict=True):
-        inside = [e for e in events if e["tid"] == 2 and request["ts"] <= e["ts"] <= request["ts"] + request["dur"]]
+        inside = [
+            e for e in events if e["tid"] == 2 and request["ts"] <= e["ts"] <= request["ts"] + request["dur"]
+        ]
         total: dict[str, float] = {}
         for event in inside:
             assert event["ts"] + event["dur"] <= request["ts"] + request["dur"] + 0.01

@@ -132,7 +132,8 @@ def test_two_requests_in_turns_on_one_pipeline(pipe: ppexport.Pipeline, cpu: ppe
     ids = [np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"], [5, 6, 7, 8]]
     images = [[IMAGES / "web_gnuplot.png"], []]
     expected = [
-        [step.token for step in cpu.generate_tokens(i, p, max_new_tokens=8)] for i, p in zip(ids, images, strict=True)
+        [step.token for step in cpu.generate_tokens(i, p, max_new_tokens=8)]
+        for i, p in zip(ids, images, strict=True)
     ]
     one, two = (pipe.generate_tokens(i, p, max_new_tokens=8) for i, p in zip(ids, images, strict=True))
     found: list[list[int]] = [[], []]
@@ -144,7 +145,9 @@ def test_two_requests_in_turns_on_one_pipeline(pipe: ppexport.Pipeline, cpu: ppe
 def test_two_threads_on_one_pipeline(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
     expected = {case: tokens(cpu, case) for case in ("one_full", "one_tau0")}
     with ThreadPoolExecutor(2) as pool:
-        for case, found in zip([*expected] * 2, pool.map(lambda c: tokens(pipe, c), [*expected] * 2), strict=True):
+        for case, found in zip(
+            [*expected] * 2, pool.map(lambda c: tokens(pipe, c), [*expected] * 2), strict=True
+        ):
             assert found == expected[case]
 
 
@@ -182,7 +185,9 @@ def test_no_memory_leaks(pipe: ppexport.Pipeline, gpu: emulator.Cuda) -> None:
     assert (len(gpu.allocated), len(gpu.pinned)) == (device, pinned)
 
 
-def test_sizes_outside_every_profile(bundle: Path, target: str, pipe: ppexport.Pipeline, tmp_path: Path) -> None:
+def test_sizes_outside_every_profile(
+    bundle: Path, target: str, pipe: ppexport.Pipeline, tmp_path: Path
+) -> None:
     wide = np.zeros((32, 4000, 3), np.uint8)
     message = r"the prune engine: W \(width in pixels\) is 4000, the engine takes 32 to \d+; build it again with --max"
     with pytest.raises(ppexport.RequestError, match=message):
@@ -209,7 +214,7 @@ def test_generation_ends_where_the_cache_does(bundle: Path, target: str, tmp_pat
     steps = list(pipe.generate_tokens([5] * 20, max_new_tokens=50, stats=stats))
     assert (len(steps), stats.finish) == (4, "context")
     with pytest.raises(ppexport.RequestError, match="25 tokens, expected at most 24"):
-        pipe.engine._make_room(pipe.language.slots(24), 25)
+        pipe.engine.placement.make_room(pipe.language.slots(24), 25)
 
 
 def test_two_pipelines_on_two_threads(bundle: Path, target: str, cpu: ppexport.Pipeline) -> None:
@@ -258,7 +263,9 @@ def test_engines_of_another_version_or_gpu_are_refused(
         ppexport.load(bundle, target)
     monkeypatch.undo()
     monkeypatch.setattr(gpu, "capability", (7, 5))
-    with pytest.raises(ppexport.BundleError, match=r"for compute capability 8.*, found 7.5 here; run: ppexport build"):
+    with pytest.raises(
+        ppexport.BundleError, match=r"for compute capability 8.*, found 7.5 here; run: ppexport build"
+    ):
         ppexport.load(bundle, target)
     assert len(gpu.streams) == streams
 
@@ -318,7 +325,9 @@ def test_auto_says_what_it_chose_and_why(
     else:
         with pytest.raises(ppexport.BackendError, match=r"on no device here: .*found 7.5.*dialect standard"):
             ppexport.load(bundle)
-    with pytest.raises(ppexport.BackendError, match="device is 'tpu', expected one of: auto, cpu, cuda, tensorrt"):
+    with pytest.raises(
+        ppexport.BackendError, match="device is 'tpu', expected one of: auto, cpu, cuda, tensorrt"
+    ):
         ppexport.load(bundle, "tpu")
 
 
@@ -332,7 +341,9 @@ def test_the_timing_cache_is_kept(bundle: Path, target: str, tmp_path: Path) -> 
     with pytest.raises(ppexport.RequestError, match="cache: is no timing cache of this TensorRT on this GPU"):
         compile_bundle(copy, target, None, Options(capacity=64, max_pixels=65536, timing_cache=cache))
     assert cache.read_bytes() == b"of another GPU"
-    with pytest.raises(ppexport.RequestError, match="expected a file in an existing directory as timing cache"):
+    with pytest.raises(
+        ppexport.RequestError, match="expected a file in an existing directory as timing cache"
+    ):
         compile_bundle(copy, target, None, Options(timing_cache=tmp_path))
     assert ppexport.load(copy, target).chosen
 
@@ -398,7 +409,9 @@ def test_a_second_question_runs_what_is_new(
     assert len(gpu.allocated) <= allocated + 4  # no further cache
 
 
-def test_engines_whose_profiles_begin_higher_run_whole_prompts(bundle: Path, target: str, tmp_path: Path) -> None:
+def test_engines_whose_profiles_begin_higher_run_whole_prompts(
+    bundle: Path, target: str, tmp_path: Path
+) -> None:
     small = shutil.copytree(bundle, tmp_path / "small")
     _, manifest = open_bundle(small)
     sizes = profiles.defaults(manifest.model, manifest.context, E2E_PIXELS, 1536)

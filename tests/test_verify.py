@@ -37,7 +37,14 @@ def test_a_bundle_in_the_checkpoint_s_precision_is_the_checkpoint(bundles: dict[
 
 
 def test_precisions_side_by_side(bundles: dict[str, Path]) -> None:
-    arguments = ["verify", *(str(path) for path in bundles.values()), "--against", str(POCKET), "-i", str(SCREEN)]
+    arguments = [
+        "verify",
+        *(str(path) for path in bundles.values()),
+        "--against",
+        str(POCKET),
+        "-i",
+        str(SCREEN),
+    ]
     result = runner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     found = {Path(r["bundle"]).name: r for r in json.loads(result.stdout)}
@@ -96,7 +103,10 @@ def test_without_images_and_with_several(bundles: dict[str, Path]) -> None:
 
 def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
     path = build(GOLDEN / "e2e" / "model", tmp_path / "bundle")
-    assert verify(path, GOLDEN / "e2e" / "model", [str(IMAGES / "web_gnuplot.png")], tokens=4).logits.cosine > 0.99999
+    assert (
+        verify(path, GOLDEN / "e2e" / "model", [str(IMAGES / "web_gnuplot.png")], tokens=4).logits.cosine
+        > 0.99999
+    )
 
 
 def test_another_checkpoint_is_refused(bundles: dict[str, Path]) -> None:
@@ -104,7 +114,9 @@ def test_another_checkpoint_is_refused(bundles: dict[str, Path]) -> None:
         verify(bundles["bf16"], GOLDEN / "e2e" / "model", [])
 
 
-def test_a_placeholder_that_is_generated_is_text(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_placeholder_that_is_generated_is_text(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bundle and to the reference: what is an image is said by rows, not by ids."""
     model = ppexport.load(bundles["bf16"]).manifest.model
     chosen = iter([65, 66, model.image_token, 67, 68])
@@ -115,7 +127,11 @@ def test_a_placeholder_that_is_generated_is_text(bundles: dict[str, Path], monke
 
 
 def test_json_has_no_nan() -> None:
-    assert finite({"a": [1.5, float("nan")], "b": float("inf"), "c": "x"}) == {"a": [1.5, None], "b": None, "c": "x"}
+    assert finite({"a": [1.5, float("nan")], "b": float("inf"), "c": "x"}) == {
+        "a": [1.5, None],
+        "b": None,
+        "c": "x",
+    }
 
 
 def test_measures() -> None:

@@ -10,4 +10,6 @@ SECONDS = float(os.environ.get("LATENCY_SECONDS", "60"))
 
 
 def test_latency(latency: Any) -> None:
-    latency.check(BUNDLE, "screens/", baseline="latency/cpu.json", tolerance="10%", taus=(0.0,), duration=SECONDS)
+    latency.check(
+        BUNDLE, "screens/", baseline="latency/cpu.json", tolerance="10%", taus=(0.0,), duration=SECONDS
+    )

@@ -42,7 +42,9 @@ class Item:
     targets: np.ndarray  # int64 [S], the token to predict at each position
     cells: np.ndarray  # int64 [4 K, CELLS], characters under each kept patch
     turns: tuple[Sample, ...]  # the questions, in their order
-    looks: tuple[tuple[np.ndarray, np.ndarray], ...]  # positions that predict an answer, image positions that show it
+    looks: tuple[
+        tuple[np.ndarray, np.ndarray], ...
+    ]  # positions that predict an answer, image positions that show it
 
 
 class Reader:
@@ -132,7 +134,9 @@ def runs_of(targets: np.ndarray) -> list[np.ndarray]:
 
 def overlap(made: Sample, rows: np.ndarray, cols: np.ndarray, H: int, W: int) -> np.ndarray:
     """bool [K]: which merged tokens of the picture resized to H x W show what the answer is to be read from."""
-    left, top, right, bottom = np.array(made.look) * (np.array([W, H, W, H]) / np.tile(made.image.size, 2)) / BLOCK
+    left, top, right, bottom = (
+        np.array(made.look) * (np.array([W, H, W, H]) / np.tile(made.image.size, 2)) / BLOCK
+    )
     return (cols < right) & (cols + 1 > left) & (rows < bottom) & (rows + 1 > top)
 
 
@@ -189,7 +193,9 @@ def line(rng: Random) -> Sample:
             text = longer
         if text:
             c.text(left, rng.randint(2, 60), text)
-            return Sample(c.image, "transcribe", "Transcribe the text.", text, None, None, (), tuple(c.characters))
+            return Sample(
+                c.image, "transcribe", "Transcribe the text.", text, None, None, (), tuple(c.characters)
+            )
 
 
 # progress from which it holds, shares of the skills, largest pictures (one of them for each step)
@@ -198,8 +204,16 @@ CURRICULUM: tuple[tuple[float, dict[str, float], tuple[tuple[int, int], ...]], .
     (0.067, {"transcribe": 0.2, "read": 0.5, "locate": 0.17, "yesno": 0.13}, ((384, 256),)),
     (0.333, {"transcribe": 0.17, "read": 0.37, "locate": 0.27, "yesno": 0.19}, ((640, 480),)),
     (0.467, {"transcribe": 0.1, "read": 0.27, "locate": 0.4, "yesno": 0.23}, ((384, 256), (640, 480))),
-    (0.56, {"transcribe": 0.12, "read": 0.2, "locate": 0.34, "yesno": 0.34}, ((288, 192), (384, 256), (640, 480))),
-    (0.84, {"transcribe": 0.35, "read": 0.35, "locate": 0.17, "yesno": 0.13}, ((288, 192), (384, 256), (640, 480))),
+    (
+        0.56,
+        {"transcribe": 0.12, "read": 0.2, "locate": 0.34, "yesno": 0.34},
+        ((288, 192), (384, 256), (640, 480)),
+    ),
+    (
+        0.84,
+        {"transcribe": 0.35, "read": 0.35, "locate": 0.17, "yesno": 0.13},
+        ((288, 192), (384, 256), (640, 480)),
+    ),
 )
 
 

@@ -8,7 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from lessons import BLOCK, CELLS, CLASSES, IGNORE, PAGE, PLACES, Item, blocks, cells_of, page, places_of, runs_of
+from lessons import (
+    BLOCK,
+    CELLS,
+    CLASSES,
+    IGNORE,
+    PAGE,
+    PLACES,
+    Item,
+    blocks,
+    cells_of,
+    page,
+    places_of,
+    runs_of,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +33,9 @@ from ppexport.models import qwen3_vl
 from ppexport.models.config import ModelConfig
 
 LOOKS = {2: 2, 3: 2}  # layer: one of its attention heads, taught to look at what the answer is read from
-WORTH = {"yesno": 4.0}  # of a token of an answer, 1 where not given: "yes" is one token among many of other answers
+WORTH = {
+    "yesno": 4.0
+}  # of a token of an answer, 1 where not given: "yes" is one token among many of other answers
 
 
 def pocket_config() -> dict[str, Any]:
@@ -81,8 +96,12 @@ class Pocket(nn.Module):
             kv = head * c.kv_heads // c.heads
             q_rows, k_rows = (slice(h * c.head_dim, (h + 1) * c.head_dim) for h in (head, kv))
             h = ops.rms_norm(x, layer.norm1, c.norm_eps)
-            q = ops.rms_norm(F.linear(h, layer.q.weight[:, q_rows].t()).unsqueeze(2), layer.q_norm, c.norm_eps)
-            k = ops.rms_norm(F.linear(h, layer.k.weight[:, k_rows].t()).unsqueeze(2), layer.k_norm, c.norm_eps)
+            q = ops.rms_norm(
+                F.linear(h, layer.q.weight[:, q_rows].t()).unsqueeze(2), layer.q_norm, c.norm_eps
+            )
+            k = ops.rms_norm(
+                F.linear(h, layer.k.weight[:, k_rows].t()).unsqueeze(2), layer.k_norm, c.norm_eps
+            )
             q, k = (ops.rotary(v, cos, sin).squeeze(2) for v in (q, k))
             for b, item in enumerate(items):
                 for at, seen in item.looks:
@@ -131,7 +150,9 @@ class Pocket(nn.Module):
         real = mask[:, ::4].reshape(-1)
         features = torch.stack([level[real] for level in (self.tower.merger(hidden), *levels)])
         is_image = ids == self.image_token
-        rows = torch.where(is_image, is_image.reshape(-1).cumsum(0).reshape(ids.shape) - 1, -1).to(torch.int32)
+        rows = torch.where(is_image, is_image.reshape(-1).cumsum(0).reshape(ids.shape) - 1, -1).to(
+            torch.int32
+        )
         c = self.decoder.c
         cache = torch.zeros(B, c.kv_heads, S, c.head_dim)
         at = torch.arange(S, dtype=torch.int32).expand(B, S)

@@ -50,7 +50,9 @@ def table(rows: list[Row], most: int = 16) -> str:
     stride = -(-len(rows) // most)
     rows = rows[::-1][::stride][::-1]
     measures = [m for m in MEASURES if m in rows[-1]]
-    looking = ["looking"] if "looking" in rows[-1] else []  # how little is looked at what an answer is read from
+    looking = (
+        ["looking"] if "looking" in rows[-1] else []
+    )  # how little is looked at what an answer is read from
     lines = [f"| step | minutes | loss | {' | '.join([*looking, *measures])} |"]
     lines.append("| ---: " * (3 + len(looking) + len(measures)) + "|")
     for row in rows:

@@ -180,8 +180,14 @@ def teach_answering(run: Run, first: int, steps: int, positions: int, rate: floa
         done = run.step - first
         if done // 40 > begin // 40:
             means = (round(sum(v) / len(v), 4) for v in zip(*losses, strict=True))
-            row = {"phase": "answer", "step": done, **dict(zip(("loss", "auxiliary", "looking"), means, strict=True))}
-            run.report(row | {skill: round(sum(seen[skill]) / max(1, len(seen[skill])), 3) for skill in SKILLS})
+            row = {
+                "phase": "answer",
+                "step": done,
+                **dict(zip(("loss", "auxiliary", "looking"), means, strict=True)),
+            }
+            run.report(
+                row | {skill: round(sum(seen[skill]) / max(1, len(seen[skill])), 3) for skill in SKILLS}
+            )
             losses, seen = [], defaultdict(list)
         if done // 200 > begin // 200:
             run.save()
@@ -189,12 +195,22 @@ def teach_answering(run: Run, first: int, steps: int, positions: int, rate: floa
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The checkpoint directory.")
-@click.option("--state", type=click.Path(path_type=Path), required=True, help="Saved progress; continues from it.")
-@click.option("--read-steps", type=int, default=700, show_default=True, help="Of the first phase, in batches of 64.")
-@click.option("--copy-steps", type=int, default=700, show_default=True, help="Of the second phase, in batches of 64.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The checkpoint directory."
+)
+@click.option(
+    "--state", type=click.Path(path_type=Path), required=True, help="Saved progress; continues from it."
+)
+@click.option(
+    "--read-steps", type=int, default=700, show_default=True, help="Of the first phase, in batches of 64."
+)
+@click.option(
+    "--copy-steps", type=int, default=700, show_default=True, help="Of the second phase, in batches of 64."
+)
 @click.option("--steps", type=int, default=3600, show_default=True, help="Of the third phase.")
-@click.option("--positions", type=int, default=6400, show_default=True, help="Of a batch in the third phase, padded.")
+@click.option(
+    "--positions", type=int, default=6400, show_default=True, help="Of a batch in the third phase, padded."
+)
 @click.option("--rate", type=float, default=3e-3, show_default=True, help="Highest learning rate.")
 @click.option("--unpruned", is_flag=True, help="Train without pruned samples.")
 @click.option("--note", default="", help="For TRAINING.md.")
@@ -215,9 +231,8 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = Pocket(qwen3_vl.QWEN3_VL.parse(pocket_config()))
-    options = (
-        f"--read-steps {read_steps} --copy-steps {copy_steps} --steps {steps} --positions {positions} --rate {rate:g}"
-    )
+    options = f"--read-steps {read_steps} --copy-steps {copy_steps} --steps {steps}"
+    options += f" --positions {positions} --rate {rate:g}"
     options += f"{' --unpruned' if unpruned else ''} --threads {threads} -o OUT --state FILE"
     reader = Reader(0.0 if unpruned else 0.5)
     run = Run(model, Optimizer(model, rate), output, state, options, note, reader.pruned_share)

@@ -39,16 +39,27 @@ class Layer(nn.Module):
         self.down = Linear(c.ffn, c.width, False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, own: Tensor, entries: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        own: Tensor,
+        entries: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, D] -> x [B, S, D] and the updated caches [B, kv_heads, M, Dh]."""
         c = self.c
         B, S, _ = x.shape
         h = ops.rms_norm(x, self.norm1.to(x.dtype), c.norm_eps).to(self.dtype)
-        q, k, v = (ops.watch("attention", part(h)).reshape(B, S, -1, c.head_dim) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            ops.watch("attention", part(h)).reshape(B, S, -1, c.head_dim) for part in (self.q, self.k, self.v)
+        )
         q = self.turn(ops.rms_norm(q, self.q_norm, c.norm_eps), cos, sin)
         k = self.turn(ops.rms_norm(k, self.k_norm, c.norm_eps), cos, sin)
-        out, k_cache, v_cache = ops.cached_attention(q, k, v, k_cache, v_cache, own, entries, c.head_dim**-0.5)
+        out, k_cache, v_cache = ops.cached_attention(
+            q, k, v, k_cache, v_cache, own, entries, c.head_dim**-0.5
+        )
         out = ops.watch("attention", self.o(out.reshape(B, S, c.heads * c.head_dim)))
         x = ops.watch("residual", x + out.to(x.dtype))
         h = ops.rms_norm(x, self.norm2.to(x.dtype), c.norm_eps).to(self.dtype)
@@ -65,13 +76,17 @@ class Layer(nn.Module):
         width = self.c.rope.width
         if width == self.c.head_dim:
             return ops.rotary(x, cos, sin)
-        return torch.cat((ops.rotary(x.narrow(3, 0, width), cos, sin), x.narrow(3, width, x.shape[3] - width)), dim=3)
+        return torch.cat(
+            (ops.rotary(x.narrow(3, 0, width), cos, sin), x.narrow(3, width, x.shape[3] - width)), dim=3
+        )
 
 
 class Decoder(nn.Module):
     """Token ids and features of images in, logits at the wanted positions out, states updated."""
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype = torch.float32, float32_kinds: Set[str] = frozenset()):
+    def __init__(
+        self, model: ModelConfig, dtype: torch.dtype = torch.float32, float32_kinds: Set[str] = frozenset()
+    ):
         super().__init__()
         self.c = c = model.text
         self.dtype = dtype

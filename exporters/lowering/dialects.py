@@ -47,7 +47,9 @@ def lower(model: ir.Model, dialect: Dialect) -> None:
         op = Ops()
         new = dialect.table[node.op_type](op, node)
         for before, after in zip(node.outputs, new, strict=True):
-            after.name, after.type, after.shape = before.name, before.type, before.shape
+            after.name = before.name
+            after.type = before.type
+            after.shape = before.shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, node.outputs, new)
     model.graph.opset_imports.pop(DOMAIN, None)
     model.graph.opset_imports[""] = dialect.opset
@@ -72,7 +74,8 @@ def _join(op: Ops, x: Any, heads: int, width: int) -> ir.Value:
     """[B, S, heads, Dh] -> [B, S, heads * Dh]."""
     out = op("Reshape", x, op.ints([0, 0, heads * width]))
     if x.shape is not None:
-        out.type, out.shape = x.type, ir.Shape([*x.shape[:2], heads * width])
+        out.type = x.type
+        out.shape = ir.Shape([*x.shape[:2], heads * width])
     return out
 
 
@@ -96,7 +99,9 @@ def _gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 def _ort_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     heads, width = _sizes(node)
     q, k, v = (_join(op, x, heads, width) for x in node.inputs)
-    out = op("MultiHeadAttention", q, k, v, domain="com.microsoft", num_heads=heads, scale=_attr(node, "scale"))
+    out = op(
+        "MultiHeadAttention", q, k, v, domain="com.microsoft", num_heads=heads, scale=_attr(node, "scale")
+    )
     return [_split(op, out, heads, width)]
 
 
@@ -132,7 +137,8 @@ def _ort_rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     tables = [op("Reshape", t, op.ints([-1, width // 2])) for t in (cos, sin)]
     joined = _join(op, x, heads, width)
     out = op("RotaryEmbedding", joined, ids, *tables, domain="com.microsoft", num_heads=heads)
-    out.type, out.shape = joined.type, joined.shape
+    out.type = joined.type
+    out.shape = joined.shape
     return [_split(op, out, heads, width)]
 
 
@@ -213,13 +219,16 @@ def _plain_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     first = op("ReduceMin", own, op.ints([1]), keepdims=1)  # [B, 1]
     in_cache = op("Less", entries, op("Unsqueeze", first, op.ints([1, 2])))  # [B, 1, 1, M]
     query = op("Unsqueeze", own, op.ints([2]))
-    query = op("Reshape", op("Concat", *[query] * groups, axis=2), op.ints([0, 1, -1, 1]))  # [B, 1, S * groups, 1]
+    query = op(
+        "Reshape", op("Concat", *[query] * groups, axis=2), op.ints([0, 1, -1, 1])
+    )  # [B, 1, S * groups, 1]
     causal = op("LessOrEqual", op("Unsqueeze", own, op.ints([1, 2])), query)  # [B, 1, S * groups, S]
     old = op("MatMul", grouped, op("Transpose", k_cache, perm=[0, 1, 3, 2]))
     new = op("MatMul", grouped, op("Transpose", k, perm=[0, 2, 3, 1]))
     scores = op("Concat", op("Where", in_cache, old, lowest), op("Where", causal, new, lowest), axis=-1)
     share = op("Softmax", scores, axis=-1)
-    capacity, axis = op("Shape", entries), op.ints([3])
+    capacity = op("Shape", entries)
+    axis = op.ints([3])
     out = op(
         "Add",
         op("MatMul", op("Slice", share, op.ints([0]), capacity, axis), v_cache),

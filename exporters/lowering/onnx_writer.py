@@ -16,7 +16,9 @@ class Ops:
         self.nodes: list[ir.Node] = []
         self.prefix = prefix
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def __call__(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         """Append a node with one output and return that output."""
         return self.multi(op_type, 1, *inputs, domain=domain, **attributes)[0]
 

@@ -62,7 +62,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 
 
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, own: Tensor, entries: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    own: Tensor,
+    entries: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal grouped-query attention over a cache of fixed capacity.
 
@@ -90,7 +97,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return _node("Rotary", (x, cos, sin), (x,))[0]
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos = cos[:, :, None]
+    sin = sin[:, :, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 

@@ -17,7 +17,9 @@ def float_cumsum(model: ir.Model) -> None:
             continue
         op, (x, axis) = Ops(), node.inputs
         after = op("Cast", op("CumSum", op("Cast", x, to=ir.DataType.FLOAT), axis), to=before.dtype)
-        after.name, after.type, after.shape = before.name, before.type, before.shape
+        after.name = before.name
+        after.type = before.type
+        after.shape = before.shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, [before], [after])
 
 
@@ -45,7 +47,9 @@ def one_reshape(model: ir.Model) -> None:
         first = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] else None
         if first is None or first.op_type != "Reshape":
             continue
-        source, between, shape = first.inputs[0], first.outputs[0], node.inputs[1]
+        source = first.inputs[0]
+        between = first.outputs[0]
+        shape = node.inputs[1]
         assert source is not None
         copied = [i for i, n in enumerate(_constant(shape)) if n == 0]
         left = _constant(first.inputs[1])
@@ -69,9 +73,11 @@ def skip_norm(op: Ops, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Valu
     found = op.multi(
         "SkipSimplifiedLayerNormalization", 4, *add.inputs, weight, domain="com.microsoft", epsilon=epsilon
     )
-    found[3].type, found[3].shape = x.type, x.shape
+    found[3].type = x.type
+    found[3].shape = x.shape
     for statistic in found[1:3]:  # mean and inverse deviation of each row, which nobody reads
-        statistic.type, statistic.shape = x.type, ir.Shape([*x.shape[:-1], 1])
+        statistic.type = x.type
+        statistic.shape = ir.Shape([*x.shape[:-1], 1])
     ir.convenience.replace_all_uses_with(x, found[3])
     return found[0]
 
@@ -106,7 +112,8 @@ def cache_rows(model: ir.Model) -> None:
         shape = ir.Shape(["S", B, heads, width])
         new = ir.Value(name=old.name, shape=ir.Shape([M, B, heads, width]), type=old.type)
         first = op("Transpose", new, perm=[1, 2, 0, 3])
-        first.type, first.shape = old.type, old.shape
+        first.type = old.type
+        first.shape = old.shape
         ir.convenience.replace_all_uses_with(old, first)
         graph.inputs[i] = new
     if not op.nodes:
@@ -117,6 +124,8 @@ def cache_rows(model: ir.Model) -> None:
     for value in rows:
         value.shape = shape
     stacked = op("Concat", *[op("Unsqueeze", v, op.ints([0])) for v in rows], axis=0)
-    stacked.name, stacked.type, stacked.shape = "rows", rows[0].type, ir.Shape([len(rows), *shape])
+    stacked.name = "rows"
+    stacked.type = rows[0].type
+    stacked.shape = ir.Shape([len(rows), *shape])
     graph.extend(op.nodes)
     graph.outputs[:] = [*[v for v in graph.outputs if v not in rows], stacked]

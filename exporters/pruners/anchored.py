@@ -29,8 +29,10 @@ def wavefront(
     ``times``: int64 scalar, 1 to do so, 0 to take no step. ``settled``: bool [N], which positions are not predicted,
     and int64 [N], the rows of ``tokens`` that stand for them.
     """
-    one, zero = op.const(1), op.const(0)
-    length, total = op("Min", rows, cols), op("Mul", rows, cols)
+    one = op.const(1)
+    zero = op.const(0)
+    length = op("Min", rows, cols)
+    total = op("Mul", rows, cols)
     wide = op("LessOrEqual", rows, cols)  # a step goes along the shorter side
     start = op("Range", zero, op("Add", total, length), one)
     if settled is not None:
@@ -43,18 +45,25 @@ def wavefront(
     i, go, anchors = _loop_inputs()
     along = inner("Range", zero, length, one)
     across = inner("Sub", inner("Add", i, one), along)
-    valid = inner("And", inner("GreaterOrEqual", across, zero), inner("Less", across, inner("Max", rows, cols)))
-    row, col = inner("Where", wide, along, across), inner("Where", wide, across, along)
+    valid = inner(
+        "And", inner("GreaterOrEqual", across, zero), inner("Less", across, inner("Max", rows, cols))
+    )
+    row = inner("Where", wide, along, across)
+    col = inner("Where", wide, across, along)
     inside = inner("Add", inner("Mul", row, cols), col)
     position = inner("Where", valid, inside, inner("Add", total, along))
-    first_row, first_col = inner("Equal", row, zero), inner("Equal", col, zero)
-    left, above = inner("Sub", inside, one), inner("Sub", inside, cols)
+    first_row = inner("Equal", row, zero)
+    first_col = inner("Equal", col, zero)
+    left = inner("Sub", inside, one)
+    above = inner("Sub", inside, cols)
 
     def anchor(where: ir.Value) -> ir.Value:
         """The anchors of neighbours; of any token where there is none, which is then not used."""
         return inner("Gather", anchors, inner("Max", inner("Where", valid, where, zero), zero))
 
-    a, b, c = anchor(inner("Where", first_col, above, left)), anchor(above), anchor(inner("Sub", above, one))
+    a = anchor(inner("Where", first_col, above, left))
+    b = anchor(above)
+    c = anchor(inner("Sub", above, one))
     corner = inner("And", inner("Not", first_row), inner("Not", first_col))
     matches = lambda x, y: _matches(inner, tokens, x, y, metric, limit)  # noqa: E731
     use_b = inner("And", inner("And", matches(c, a), inner("Not", matches(c, b))), corner)
@@ -70,7 +79,9 @@ def wavefront(
     return op("Slice", last, op.ints([0]), op("Reshape", total, op.ints([1])), op.ints([0]))
 
 
-def scan(op: Ops, tokens: ir.Value, order: ir.Value, metric: Metric, limit: ir.Value, times: ir.Value) -> ir.Value:
+def scan(
+    op: Ops, tokens: ir.Value, order: ir.Value, metric: Metric, limit: ir.Value, times: ir.Value
+) -> ir.Value:
     """Tokens [N, bytes] in scan order (positions int64 [N]) -> anchors int64 [N]; ``times`` as for wavefront."""
     one = op.const(1)
     total = op("Squeeze", op("Shape", order))
@@ -85,7 +96,9 @@ def scan(op: Ops, tokens: ir.Value, order: ir.Value, metric: Metric, limit: ir.V
     return _loop(op, op("Mul", op("Sub", total, one), times), start, inner, (i, go, anchors), after)
 
 
-def _matches(op: Ops, tokens: ir.Value, x: ir.Value, y: ir.Value, metric: Metric, limit: ir.Value) -> ir.Value:
+def _matches(
+    op: Ops, tokens: ir.Value, x: ir.Value, y: ir.Value, metric: Metric, limit: ir.Value
+) -> ir.Value:
     """Do the tokens at positions x match those at y? int64 [n] each -> bool [n]."""
     difference = metric.difference(op, op("Gather", tokens, x, axis=0), op("Gather", tokens, y, axis=0))
     return op("LessOrEqual", metric.of_tokens(op, difference), limit)
@@ -109,8 +122,10 @@ def _loop(
 ) -> ir.Value:
     """Loop ``steps`` times over the nodes of ``inner``, from the state ``start``; returns the last state."""
     still = inner("Identity", inputs[1])
-    still.type, still.shape = inputs[1].type, inputs[1].shape
-    after.type, after.shape = inputs[2].type, inputs[2].shape
+    still.type = inputs[1].type
+    still.shape = inputs[1].shape
+    after.type = inputs[2].type
+    after.shape = inputs[2].shape
     body = ir.Graph(list(inputs), [still, after], nodes=inner.nodes, name="step")
     always = op("Cast", op.const(1), to=ir.DataType.BOOL)  # TensorRT wants a condition
     return op("Loop", steps, always, start, body=body)

@@ -16,7 +16,10 @@ import onnx_ir as ir
 from ..lowering.onnx_writer import Ops
 
 # over MODULUS: a = 1 / p and b = 1 / p**2 for p**3 = p + 1, and the root of 2 - 1
-MODULUS, DOWN, ACROSS, TURN = 2**31 - 1, 1621087444, 1223722706, 889516852
+MODULUS = 2**31 - 1
+DOWN = 1621087444
+ACROSS = 1223722706
+TURN = 889516852
 
 
 def kept(
@@ -40,33 +43,46 @@ def kept(
     return op("Or", first, chosen)
 
 
-def _labels(op: Ops, left: ir.Value, above: ir.Value, rows: ir.Value, cols: ir.Value, index: ir.Value) -> ir.Value:
+def _labels(
+    op: Ops, left: ir.Value, above: ir.Value, rows: ir.Value, cols: ir.Value, index: ir.Value
+) -> ir.Value:
     """The smallest index in each token's component, int64 [N]."""
     sides = {1: (left, cols), 0: (above, rows)}  # axis: (matches with the one before, length)
     last = {axis: op("Sub", length, op.const(1)) for axis, (_, length) in sides.items()}
-    before, after, forward = {}, {}, {}
+    before = {}
+    after = {}
+    forward = {}
     for axis, (matches, length) in sides.items():
         place = op("Range", op.const(0), length, op.const(1))
         before[axis] = op("Max", op("Sub", place, op.const(1)), op.const(0))
         after[axis] = op("Min", op("Add", place, op.const(1)), last[axis])
-        forward[axis] = op("Gather", matches, after[axis], axis=axis)  # of the last one: its own match, then unused
+        forward[axis] = op(
+            "Gather", matches, after[axis], axis=axis
+        )  # of the last one: its own match, then unused
     shape = op("Concat", op("Reshape", rows, op.ints([1])), op("Reshape", cols, op.ints([1])), axis=0)
 
     inner = Ops("spread_")
-    step, go = ir.val("spread", ir.DataType.INT64, []), ir.val("spreads", ir.DataType.BOOL, [])
+    step = ir.val("spread", ir.DataType.INT64, [])
+    go = ir.val("spreads", ir.DataType.BOOL, [])
     state = ir.val("labels", ir.DataType.INT64, ["N"])
     grid = inner("Reshape", state, shape)
     least = grid
     for axis, (matches, _) in sides.items():
-        least = inner("Where", matches, inner("Min", least, inner("Gather", grid, before[axis], axis=axis)), least)
-        least = inner("Where", forward[axis], inner("Min", least, inner("Gather", grid, after[axis], axis=axis)), least)
+        least = inner(
+            "Where", matches, inner("Min", least, inner("Gather", grid, before[axis], axis=axis)), least
+        )
+        least = inner(
+            "Where", forward[axis], inner("Min", least, inner("Gather", grid, after[axis], axis=axis)), least
+        )
     flat = inner("Reshape", least, inner.ints([-1]))
     settled = inner("Gather", flat, flat)
-    settled.type, settled.shape = state.type, state.shape
+    settled.type = state.type
+    settled.shape = state.shape
     moved = inner("Cast", inner("Less", settled, state), to=ir.DataType.INT32)
     most = inner("ReduceMax", moved, inner.ints([0]), keepdims=0)
     still = inner("Cast", most, to=ir.DataType.BOOL)
-    still.type, still.shape = go.type, go.shape
+    still.type = go.type
+    still.shape = go.shape
     body = ir.Graph([step, go, state], [still, settled], nodes=inner.nodes, name="spread")
     always = op("Cast", op.const(1), to=ir.DataType.BOOL)
     return op("Loop", op("Mul", rows, cols), always, index, body=body)

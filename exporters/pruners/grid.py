@@ -12,13 +12,19 @@ class Grid:
     """The image as rows x cols tokens, and what of it the methods look at."""
 
     def __init__(self, op: Ops, pixels: ir.Value, block: int):
-        self.pixels, self.block, self.segment = pixels, block, block * 3
+        self.pixels = pixels
+        self.block = block
+        self.segment = block * 3
         self.height = _size(op, pixels, 0)
-        self.rows, self.cols = (op("Div", _size(op, pixels, axis), op.ints([block])) for axis in (0, 1))  # int64 [1]
+        self.rows, self.cols = (
+            op("Div", _size(op, pixels, axis), op.ints([block])) for axis in (0, 1)
+        )  # int64 [1]
         self.row_count, self.col_count = (op("Squeeze", n) for n in (self.rows, self.cols))  # scalars
         self.total = op("Mul", self.row_count, self.col_count)
         lines = op("Concat", self.height, self.cols, op.ints([self.segment]), axis=0)
-        self.by_line = op("Reshape", pixels, lines)  # [H, cols, segment], contiguous bytes of one pixel row of a token
+        self.by_line = op(
+            "Reshape", pixels, lines
+        )  # [H, cols, segment], contiguous bytes of one pixel row of a token
         self.by_row = op("Reshape", pixels, op("Concat", self.rows, op.ints([-1]), axis=0))
         self.lines = lines
         self.shape = op("Concat", self.rows, op.ints([block]), self.cols, axis=0)
@@ -27,7 +33,9 @@ class Grid:
         """Of each token to its left and upper neighbour, [rows, cols] each (0 where none is)."""
         before = op("Gather", self.by_line, previous(op, self.col_count), axis=1)
         left = distance.difference(op, self.by_line, before)
-        above = distance.difference(op, self.by_row, op("Gather", self.by_row, previous(op, self.row_count), axis=0))
+        above = distance.difference(
+            op, self.by_row, op("Gather", self.by_row, previous(op, self.row_count), axis=0)
+        )
         above = op("Reshape", above, self.lines)
         return distance.of_lines(op, left, self.shape), distance.of_lines(op, above, self.shape)
 

@@ -84,12 +84,18 @@ def image_input(op: Ops, dialect: Dialect, block: int, name: str = "image") -> t
 
 def output(value: ir.Value, name: str, *shape: int | str, dtype: ir.DataType = ir.DataType.INT32) -> ir.Value:
     """The value as an output of its graph."""
-    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+    value.name = name
+    value.type = ir.TensorType(dtype)
+    value.shape = ir.Shape(shape)
     return value
 
 
 def finish(
-    op: Ops, dialect: Dialect, inputs: list[ir.Value], outputs: list[ir.Value], tables: Sequence[ir.Value] = ()
+    op: Ops,
+    dialect: Dialect,
+    inputs: list[ir.Value],
+    outputs: list[ir.Value],
+    tables: Sequence[ir.Value] = (),
 ) -> ir.Model:
     """The graph of what ``op`` recorded, with ``tables`` as its initializers."""
     opsets = {"": dialect.opset}
@@ -169,14 +175,18 @@ def inexact(op: Ops, used: tuple[ir.Value, ...], limit: ir.Value, distance: Metr
     """Is there a match that is not exact? bool [1]."""
     found = []
     for d in used:
-        close = op("And", op("Greater", d, op("Cast", op.const(0), to=distance.dtype)), op("LessOrEqual", d, limit))
+        close = op(
+            "And", op("Greater", d, op("Cast", op.const(0), to=distance.dtype)), op("LessOrEqual", d, limit)
+        )
         flat = op("Reshape", op("Cast", close, to=ir.DataType.INT32), op.ints([-1]))
         found.append(op("ReduceMax", flat, op.ints([0]), keepdims=1))
     most = found[0] if len(found) == 1 else op("Max", *found)
     return op("Greater", most, op("Cast", op.const(0), to=ir.DataType.INT32))
 
 
-def _kept_anchors(op: Ops, grid: Grid, distance: Metric, limit: ir.Value, method: str, times: ir.Value) -> ir.Value:
+def _kept_anchors(
+    op: Ops, grid: Grid, distance: Metric, limit: ir.Value, method: str, times: ir.Value
+) -> ir.Value:
     """Which tokens are their own anchor, bool [N]."""
     tokens = grid.tokens(op)
     if method == "pred_2d":
@@ -195,7 +205,8 @@ def either(
         inner = Ops(f"{name}_")
         values = branch(inner)
         for value, dtype in zip(values, types, strict=True):
-            value.type, value.shape = ir.TensorType(dtype), ir.Shape(["N"])
+            value.type = ir.TensorType(dtype)
+            value.shape = ir.Shape(["N"])
         graphs.append(ir.Graph([], values, nodes=inner.nodes, name=name))
     return op.multi("If", len(types), op("Squeeze", condition), then_branch=graphs[0], else_branch=graphs[1])
 

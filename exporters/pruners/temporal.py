@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 def graphs(sizes: Sizes, dialect: Dialect) -> dict[str, ir.Model]:
     """Of every metric; see exporters/pruners/__init__.py."""
-    return {graph_name("temporal", metric): temporal_graph(sizes.block, dialect, metric) for metric in PRUNE_METRICS}
+    return {
+        graph_name("temporal", metric): temporal_graph(sizes.block, dialect, metric)
+        for metric in PRUNE_METRICS
+    }
 
 
 def temporal_graph(block: int, dialect: Dialect, metric: str = "max") -> ir.Model:
@@ -50,12 +53,16 @@ def temporal_graph(block: int, dialect: Dialect, metric: str = "max") -> ir.Mode
     left, above = grid.distances(op, measure)
     left_match, above_match, still = (op("LessOrEqual", d, limit) for d in (left, above, moved))
     still = op("And", still, op("Not", op("Cast", first, to=ir.DataType.BOOL)))
-    repeats = op("LessOrEqual", op("Where", from_above(op, grid, left_match, above_match), above, left), limit)
+    repeats = op(
+        "LessOrEqual", op("Where", from_above(op, grid, left_match, above_match), above, left), limit
+    )
     index = op("Range", op.const(0), grid.total, op.const(1))
     repeats, still = (op("Reshape", x, op.ints([-1])) for x in (repeats, still))
     repeats = op("And", repeats, op("Greater", index, op.const(0)))
     drifts = op(
-        "And", op("Cast", wants_anchors, to=ir.DataType.BOOL), inexact(op, (left, above, moved), limit, measure)
+        "And",
+        op("Cast", wants_anchors, to=ir.DataType.BOOL),
+        inexact(op, (left, above, moved), limit, measure),
     )
     tokens = op("Concat", grid.tokens(op), before.tokens(op), axis=0)
     settled = (still, op("Add", index, grid.total))
@@ -72,10 +79,15 @@ def temporal_graph(block: int, dialect: Dialect, metric: str = "max") -> ir.Mode
         shown = op("Where", drifts, found, index)
     else:
         walk = lambda inner: _own(inner, rows(inner, op.const(1)), index)  # noqa: E731
-        at_once = lambda inner: [inner("Not", inner("Or", still, repeats)), inner("Add", index, inner.const(0))]  # noqa: E731
+
+        def at_once(inner: Ops) -> list[ir.Value]:
+            return [inner("Not", inner("Or", still, repeats)), inner("Add", index, inner.const(0))]
+
         keep, shown = either(op, drifts, walk, at_once, [ir.DataType.BOOL, ir.DataType.INT64])
     order, count = compact(op, keep, index)
-    picture = op("Cast", _image_of(op, grid, op("Gather", tokens, shown, axis=0), image), to=ir.DataType.UINT8)
+    picture = op(
+        "Cast", _image_of(op, grid, op("Gather", tokens, shown, axis=0), image), to=ir.DataType.UINT8
+    )
     outputs = [output(order, "order", "N"), output(count, "count", 1)]
     outputs.append(output(picture, "shown", "H", "W", 3, dtype=ir.DataType.UINT8))
     return finish(op, dialect, [image, reference, *settings], outputs)

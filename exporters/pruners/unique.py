@@ -40,16 +40,24 @@ def kept(op: Ops, tokens: ir.Value, block: int, dialect: Dialect) -> tuple[ir.Va
     count = op("Shape", keys)
     found, place = op.multi("TopK", 2, keys, count, axis=0, largest=0, sorted=1)
     before = op(
-        "Max", op("Range", op.const(-1), op("Sub", op("Squeeze", count), op.const(1)), op.const(1)), op.const(0)
+        "Max",
+        op("Range", op.const(-1), op("Sub", op("Squeeze", count), op.const(1)), op.const(1)),
+        op.const(0),
     )
     same_key = op("Equal", found, op("Gather", found, before))
-    row, previous = op("Gather", tokens, place, axis=0), op("Gather", tokens, op("Gather", place, before), axis=0)
+    row = op("Gather", tokens, place, axis=0)
+    previous = op("Gather", tokens, op("Gather", place, before), axis=0)
     distance = Metric("max", block, dialect)
     apart = distance.difference(op, row, previous)
     zero = op("Cast", op.const(0), to=distance.dtype)
     same = op("And", same_key, op("Equal", op("ReduceMax", apart, op.ints([1]), keepdims=0), zero))
     first = op(
-        "Not", op("And", same, op("Greater", op("Range", op.const(0), op("Squeeze", count), op.const(1)), op.const(0)))
+        "Not",
+        op(
+            "And",
+            same,
+            op("Greater", op("Range", op.const(0), op("Squeeze", count), op.const(1)), op.const(0)),
+        ),
     )
     as_int = op("Cast", first, to=ir.DataType.INT32)
     keep = op("ScatterElements", op("Sub", as_int, as_int), place, as_int, axis=0)

@@ -39,8 +39,11 @@ class Block(nn.Module):
         B = cos.shape[0]
         width = self.heads * self.head_dim
         qkv = ops.watch("attention", self.qkv(self.norm1(x).to(self.dtype)))
-        q, k, v = (qkv.narrow(1, i * width, width).reshape(B, -1, self.heads, self.head_dim) for i in range(3))
-        q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
+        q, k, v = (
+            qkv.narrow(1, i * width, width).reshape(B, -1, self.heads, self.head_dim) for i in range(3)
+        )
+        q = ops.rotary(q, cos, sin)
+        k = ops.rotary(k, cos, sin)
         out = ops.attention(q, k, v, self.head_dim**-0.5, mask).reshape(-1, width)
         out = ops.watch("attention", self.proj(out))
         x = ops.watch("residual", x + out.to(x.dtype))
@@ -108,11 +111,13 @@ class Tower(nn.Module):
         Returns features [1 + L, K, D]: the embeddings, then the deepstack levels.
         """
         c = self.c
-        rows, cols = image.shape[0] // c.block, image.shape[1] // c.block
+        rows = image.shape[0] // c.block
+        cols = image.shape[1] // c.block
         row = torch.div(keep, cols, rounding_mode="floor")
         col = keep - row * cols
         pixels = self.gather_blocks(image, row, col, cols)
-        y, x = self.patch_coordinates(row), self.patch_coordinates(col).transpose(1, 2)
+        y = self.patch_coordinates(row)
+        x = self.patch_coordinates(col).transpose(1, 2)
         y, x = (t.expand(-1, c.merge, c.merge).reshape(1, -1).float() for t in (y, x))
         return self.encode(pixels, y, x, rows * c.merge, cols * c.merge)
 
@@ -134,7 +139,13 @@ class Tower(nn.Module):
         return torch.stack((self.merger(hidden), *levels))
 
     def trunk(
-        self, pixels: Tensor, y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor, mask: Tensor | None
+        self,
+        pixels: Tensor,
+        y: Tensor,
+        x: Tensor,
+        height: int | Tensor,
+        width: int | Tensor,
+        mask: Tensor | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The blocks: patches as in ``encode`` -> hidden [B * T, width of the tower] and the deepstack levels."""
         hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype)).to(self.residual)
@@ -174,11 +185,16 @@ class Tower(nn.Module):
         """
         side = round(self.c.positions**0.5)
         if self.c.merge == 1:  # a picture may be one patch high or wide: that patch has position 0
-            height, width = torch.sym_max(height, 2), torch.sym_max(width, 2)
-        y, x = (y * (side - 1) / (height - 1)).reshape(-1), (x * (side - 1) / (width - 1)).reshape(-1)
-        top, left = torch.floor(y), torch.floor(x)
-        down, right = (y - top).unsqueeze(1), (x - left).unsqueeze(1)
-        bottom, far = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
+            height = torch.sym_max(height, 2)
+            width = torch.sym_max(width, 2)
+        y = (y * (side - 1) / (height - 1)).reshape(-1)
+        x = (x * (side - 1) / (width - 1)).reshape(-1)
+        top = torch.floor(y)
+        left = torch.floor(x)
+        down = (y - top).unsqueeze(1)
+        right = (x - left).unsqueeze(1)
+        bottom = (top + 1).clamp(max=side - 1)
+        far = (left + 1).clamp(max=side - 1)
         table = self.positions
 
         def at(row: Tensor, col: Tensor) -> Tensor:
@@ -203,5 +219,7 @@ def constants(model: ModelConfig, pre: Preprocessing) -> dict[str, np.ndarray]:
     return {
         "scale": np.tile(1 / (255 * std), c.patch * c.patch).astype(np.float32),
         "shift": np.tile(-mean / std, c.patch * c.patch).astype(np.float32),
-        "inv_freq": (1.0 / c.rope_theta ** (np.arange(0, half, 2, dtype=np.float32) / half)).astype(np.float32),
+        "inv_freq": (1.0 / c.rope_theta ** (np.arange(0, half, 2, dtype=np.float32) / half)).astype(
+            np.float32
+        ),
     }

@@ -19,7 +19,7 @@ from ..graphs import PRECISIONS, compute_precision
 from ..lowering.dialects import Dialect
 from ..towers import TOWERS
 from .gptq import Moments
-from .quantized_nodes import Stored, Users, store_blocks, store_rows
+from .quantized_nodes import Stored, Users, store_groups, store_rows
 
 
 def attach(
@@ -40,7 +40,9 @@ def attach(
     fixed = TOWERS[c.tower].constants(c, pre) if graph == "vision" else DECODERS[c.decoder].constants(c)
     computed = compute_precision(precision.base, dialect)
     if precision.quantized:
-        model.graph.opset_imports[""] = max(model.graph.opset_imports[""], 21)  # the first with blocks
+        model.graph.opset_imports[""] = max(
+            model.graph.opset_imports[""], 21
+        )  # the first with groups (block_size)
     rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     for name, value in list(model.graph.initializers.items()):
         if name in fixed:
@@ -50,11 +52,13 @@ def attach(
                 if precision.of(part) in BITS and _fits(table[name], part, users, precision):
                     signed = dialect.name == "ort"
                     what = Stored(table[name], precision.of(part), precision, computed, signed, moments)
-                    own = f"{name}.{part}" if table[name].layout == "same" else name  # a table may be stored twice
+                    own = (
+                        f"{name}.{part}" if table[name].layout == "same" else name
+                    )  # a table may be stored twice
                     if what.kind == "w8a8":
                         store_rows(model, checkpoint, own, what, users, rounded)
                     else:
-                        store_blocks(model, checkpoint, graph, own, what, users)
+                        store_groups(model, checkpoint, graph, own, what, users)
             if value.uses():
                 parts = list(_users(value, graph, name))
                 stored = precision.of(parts[0]) if precision.of(parts[0]) not in BITS else precision.base
@@ -88,8 +92,8 @@ def weight_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
     return total
 
 
-def not_in_blocks(checkpoint: Checkpoint, precision: Precision) -> list[str]:
-    """Matrices that are to be stored in blocks, and whose inputs blocks do not divide."""
+def not_in_groups(checkpoint: Checkpoint, precision: Precision) -> list[str]:
+    """Matrices that are to be stored in groups, and whose inputs groups do not divide."""
     return [
         f"{graph}.{name}"
         for graph, table in checkpoint.family.weights(checkpoint.config).items()
@@ -114,7 +118,7 @@ def _divides(weight: Weight, part: str, precision: Precision) -> bool:
     """Can a matrix be stored in integers?"""
     if len(weight.shape) != 2 or weight.layout == "patch":
         return False
-    return precision.of(part) == "w8a8" or weight.shape[1] % precision.block == 0
+    return precision.of(part) == "w8a8" or weight.shape[1] % precision.group_size == 0
 
 
 def _users(value: ir.Value, graph: str, name: str) -> dict[str, Users]:
@@ -139,7 +143,9 @@ def _store(
     # vectors cost nothing; the patch kernel is a sum of two frames, which 16 bits would round
     dtype = PRECISIONS[stored if len(shape) > 1 and weight.layout != "patch" else computed]
     name = value.name
-    value.const_value = ir.LazyTensor(_reader(checkpoint, weight, dtype), dtype=dtype, shape=ir.Shape(shape), name=name)
+    value.const_value = ir.LazyTensor(
+        _reader(checkpoint, weight, dtype), dtype=dtype, shape=ir.Shape(shape), name=name
+    )
     if dtype != PRECISIONS[computed]:
         cast_after_load(model, value, dtype, PRECISIONS[computed])
 
@@ -150,20 +156,26 @@ def cast_after_load(model: ir.Model, weight: ir.Value, stored: ir.DataType, comp
     weight.type = ir.TensorType(stored)
     node = ir.Node("", "Cast", [weight], {"to": ir.AttrInt64("to", int(computed))}, num_outputs=1)
     cast = node.outputs[0]
-    cast.name, cast.type, cast.shape = f"{weight.name}.{computed.name.lower()}", ir.TensorType(computed), weight.shape
+    cast.name = f"{weight.name}.{computed.name.lower()}"
+    cast.type = ir.TensorType(computed)
+    cast.shape = weight.shape
     model.graph.insert_before(model.graph[0], node)
     for user, index in users:
         user.replace_input_with(index, cast)
 
 
 def _reader(checkpoint: Checkpoint, weight: Weight, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
-    torch_dtype = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}.get(dtype, torch.bfloat16)
+    torch_dtype = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}.get(
+        dtype, torch.bfloat16
+    )
 
     def read() -> ir.TensorProtocol:
         tensor: Tensor = checkpoint.read(weight).to(torch_dtype)
         if torch_dtype != torch.float32 and not bool(torch.isfinite(tensor).all()):
             name, wider = ("float16", "bf16") if torch_dtype == torch.float16 else ("bfloat16", "fp32")
-            raise CheckpointError(f"weight '{weight.source}' does not fit {name}; build with --precision {wider}")
+            raise CheckpointError(
+                f"weight '{weight.source}' does not fit {name}; build with --precision {wider}"
+            )
         if torch_dtype == torch.bfloat16:
             return ir.Tensor(tensor.view(torch.uint16).numpy().view(dtype.numpy()), dtype=dtype)
         return ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=dtype)

@@ -1,6 +1,6 @@
 """Four bits fitted to what a matrix is multiplied with: rounding errors of one input are made up for by the next ones.
 
-Source of the algorithm: GPTQ (Frantar et al., 2023, arXiv:2210.17323), with the scales of a block searched when its
+Source of the algorithm: GPTQ (Frantar et al., 2023, arXiv:2210.17323), with the scales of a group searched when its
 turn has come, weighted by how large its inputs are. The inputs come from a user's images (``collect``), the model
 in float32 runs on each of them, and what is kept of inputs x [n, in] is their second moment x^T x / n [in, in], in a
 file. Not for the head, which sees only what answers are made of.
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...models.config import Preprocessing
+from ...models.progress import Progress
 from ..checkpoint import Checkpoint
-from ..run_model import EagerModel, Progress, Sample
+from ..run_model import EagerModel, Sample
 from .quantize import Quantized, fit_asymmetric, fit_symmetric, limits
 
 DAMPING = 0.01  # of the mean second moment, added to each: what the images did not show
@@ -80,31 +81,42 @@ def collect(
 
 
 def quantize_calibrated(
-    matrix: Tensor, bits: int, size: int, symmetric: bool, scale_dtype: torch.dtype, signed: bool, moments: Tensor
+    matrix: Tensor,
+    bits: int,
+    size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    signed: bool,
+    moments: Tensor,
 ) -> Quantized:
     """As quantize.quantize, with moments [in, in] of the inputs."""
     left = matrix.float().clone()  # what is still to be rounded, with the errors that came before
     inner, outer = left.shape
     importance = moments.diagonal() + DAMPING * moments.diagonal().mean() + 1e-12
     spread = _spread(moments)
-    values, scales, zeros = torch.empty_like(left), torch.empty(inner // size, outer), torch.zeros(inner // size, outer)
+    values = torch.empty_like(left)
+    scales = torch.empty(inner // size, outer)
+    zeros = torch.zeros(inner // size, outer)
     low, high = limits(bits, symmetric)
-    for block, at in enumerate(range(0, inner, size)):
-        rows, weight = left[at : at + size], importance[None, at : at + size, None]
+    for group, at in enumerate(range(0, inner, size)):
+        rows = left[at : at + size]
+        weight = importance[None, at : at + size, None]
         if symmetric:
             _, scale, zero = fit_symmetric(rows[None], bits, scale_dtype, signed, weight)
         else:
             _, scale, zero = fit_asymmetric(rows[None], bits, scale_dtype, weight)
-        scales[block], zeros[block] = scale[0, 0], zero[0, 0]
+        scales[group], zeros[group] = scale[0, 0], zero[0, 0]
         errors = torch.empty_like(rows)
         for i in range(size):
-            q = ((rows[i] / scales[block]).round_() + zeros[block]).clamp_(low, high)
+            q = ((rows[i] / scales[group]).round_() + zeros[group]).clamp_(low, high)
             values[at + i] = q
-            errors[i] = (rows[i] - (q - zeros[block]) * scales[block]) / spread[at + i, at + i]
+            errors[i] = (rows[i] - (q - zeros[group]) * scales[group]) / spread[at + i, at + i]
             rows[i + 1 :].addr_(spread[at + i, at + i + 1 : at + size], errors[i], alpha=-1)
         left[at + size :].addmm_(spread[at : at + size, at + size :].t(), errors, alpha=-1)
     kind = np.int8 if symmetric else np.uint8
-    return Quantized(values.numpy().astype(kind), scales.numpy(), None if symmetric else zeros.numpy().astype(np.uint8))
+    return Quantized(
+        values.numpy().astype(kind), scales.numpy(), None if symmetric else zeros.numpy().astype(np.uint8)
+    )
 
 
 def _spread(moments: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Weight-only quantization in blocks, as standard ONNX: DequantizeLinear on int4 or int8 in front of a MatMul.
+"""Weight-only quantization in groups, as standard ONNX: DequantizeLinear on int4 or int8 in front of a MatMul.
 
-ONNX Runtime fuses the two into MatMulNBits, TensorRT compiles them. A block is ``size`` inputs of one output; it has
+ONNX Runtime fuses the two into MatMulNBits, TensorRT compiles them. A group is ``size`` inputs of one output; it has
 one scale, and (asymmetric) a zero point. A scale is not just the largest magnitude over the largest integer: from
 several such starts, rounding and the scale that fits the rounded values best (least squares) take turns, and the start
 with the smallest squared error wins. No calibration data is needed; with some, see exporters/weights/gptq.py.
@@ -20,13 +20,13 @@ from ...models.precision import BITS
 
 STARTS = (1.0, 0.92, 0.84, 0.76)  # of the range that is used, relative to the largest magnitude
 ROUNDS = 2
-Candidate = tuple[Tensor, Tensor, Tensor]  # integers [blocks, size, n]; scales and zero points [blocks, 1, n]
+Candidate = tuple[Tensor, Tensor, Tensor]  # integers [groups, size, n]; scales and zero points [groups, 1, n]
 CHUNK = 1 << 22  # values that are worked on at a time
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix [in, out] in blocks along its inputs."""
+    """A matrix [in, out] in groups along its inputs."""
 
     values: np.ndarray  # int8 [in, out] (asymmetric: uint8), in the range of the integer type
     scales: np.ndarray  # float32 [in / size, out]
@@ -53,11 +53,11 @@ def quantize(
     step = max(1, CHUNK // inner)
     for at in range(0, outer, step):
         part = slice(at, min(at + step, outer))
-        blocks = matrix[:, part].float().reshape(inner // size, size, -1)
+        groups = matrix[:, part].float().reshape(inner // size, size, -1)
         if symmetric:
-            found, scale, _ = fit_symmetric(blocks, bits, scale_dtype, signed and bits < 8)
+            found, scale, _ = fit_symmetric(groups, bits, scale_dtype, signed and bits < 8)
         else:
-            found, scale, zero = fit_asymmetric(blocks, bits, scale_dtype)
+            found, scale, zero = fit_asymmetric(groups, bits, scale_dtype)
             assert zeros is not None
             zeros[:, part] = zero.squeeze(1).numpy().astype(np.uint8)
         values[:, part] = found.reshape(inner, -1).numpy().astype(values.dtype)
@@ -67,31 +67,31 @@ def quantize(
 
 def dequantize(q: Quantized) -> np.ndarray:
     """What the graph computes: float32 [in, out]."""
-    blocks, outer = q.scales.shape
-    values = q.values.reshape(blocks, -1, outer).astype(np.float32)
+    groups, outer = q.scales.shape
+    values = q.values.reshape(groups, -1, outer).astype(np.float32)
     if q.zeros is not None:
         values = values - q.zeros[:, None]
     return (values * q.scales[:, None]).reshape(-1, outer)
 
 
 def fit_symmetric(
-    blocks: Tensor, bits: int, scale_dtype: torch.dtype, signed: bool, importance: Tensor | None = None
+    groups: Tensor, bits: int, scale_dtype: torch.dtype, signed: bool, importance: Tensor | None = None
 ) -> Candidate:
-    """blocks [blocks, size, n] -> integers of that shape, scales and zero points (which are 0) [blocks, 1, n].
+    """groups [groups, size, n] -> integers of that shape, scales and zero points (which are 0) [groups, 1, n].
 
     There is one more negative integer than positive ones: a scale's sign puts the value of largest magnitude there.
-    ``importance`` [blocks, size, 1]: what the squared error of a value counts; None: all the same.
+    ``importance`` [groups, size, 1]: what the squared error of a value counts; None: all the same.
     """
     low, high = limits(bits, True)
     if signed:
-        largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / low  # with its sign
+        largest = groups.gather(1, groups.abs().argmax(1, keepdim=True)) / low  # with its sign
     else:
-        largest = blocks.abs().amax(1, keepdim=True) / high
+        largest = groups.abs().amax(1, keepdim=True) / high
     start = torch.where(largest == 0, torch.ones_like(largest), largest)
 
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
         scale = _stored(scale, scale_dtype)
-        return (blocks / scale).round_().clamp_(low, high), scale
+        return (groups / scale).round_().clamp_(low, high), scale
 
     def candidates() -> Iterator[Candidate]:
         for factor in STARTS if bits < 8 else STARTS[:1]:
@@ -99,25 +99,31 @@ def fit_symmetric(
             for _ in range(ROUNDS if bits < 8 else 0):
                 weighted = q if importance is None else q * importance
                 power = (weighted * q).sum(1, keepdim=True)
-                q, scale = fit(torch.where(power > 0, (weighted * blocks).sum(1, keepdim=True) / power, scale))
+                q, scale = fit(
+                    torch.where(power > 0, (weighted * groups).sum(1, keepdim=True) / power, scale)
+                )
             yield q, scale, torch.zeros_like(scale)
 
-    return _closest(blocks, candidates(), importance)
+    return _closest(groups, candidates(), importance)
 
 
-def fit_asymmetric(blocks: Tensor, bits: int, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Candidate:
+def fit_asymmetric(
+    groups: Tensor, bits: int, scale_dtype: torch.dtype, importance: Tensor | None = None
+) -> Candidate:
     """As fit_symmetric, over 0 ... 2**bits - 1, with zero points in that range."""
     _, high = limits(bits, False)
-    least = blocks.amin(1, keepdim=True).clamp(max=0)
-    most = blocks.amax(1, keepdim=True).clamp(min=0)
+    least = groups.amin(1, keepdim=True).clamp(max=0)
+    most = groups.amax(1, keepdim=True).clamp(min=0)
 
     def candidates() -> Iterator[Candidate]:
         for factor in STARTS if bits < 8 else STARTS[:1]:
-            scale = _stored(((most - least) * factor / high).clamp(min=torch.finfo(scale_dtype).tiny), scale_dtype)
+            scale = _stored(
+                ((most - least) * factor / high).clamp(min=torch.finfo(scale_dtype).tiny), scale_dtype
+            )
             zero = (-least * factor / scale).round_().clamp_(0, high)
-            yield ((blocks / scale).round_() + zero).clamp_(0, high), scale, zero
+            yield ((groups / scale).round_() + zero).clamp_(0, high), scale, zero
 
-    return _closest(blocks, candidates(), importance)
+    return _closest(groups, candidates(), importance)
 
 
 def limits(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -125,21 +131,22 @@ def limits(bits: int, symmetric: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
-def _closest(blocks: Tensor, candidates: Iterator[Candidate], importance: Tensor | None) -> Candidate:
-    """Of each block the candidate with the smallest squared error, the first of equal ones."""
+def _closest(groups: Tensor, candidates: Iterator[Candidate], importance: Tensor | None) -> Candidate:
+    """Of each group the candidate with the smallest squared error, the first of equal ones."""
     best = next(candidates)
-    smallest = _error(blocks, best, importance)
+    smallest = _error(groups, best, importance)
     for found in candidates:
-        error = _error(blocks, found, importance)
+        error = _error(groups, found, importance)
         better = error < smallest
         q, scale, zero = (torch.where(better, new, old) for new, old in zip(found, best, strict=True))
-        best, smallest = (q, scale, zero), torch.minimum(error, smallest)
+        best = (q, scale, zero)
+        smallest = torch.minimum(error, smallest)
     return best
 
 
-def _error(blocks: Tensor, found: Candidate, importance: Tensor | None) -> Tensor:
+def _error(groups: Tensor, found: Candidate, importance: Tensor | None) -> Tensor:
     q, scale, zero = found
-    squares = ((q - zero) * scale - blocks).square_()
+    squares = ((q - zero) * scale - groups).square_()
     return (squares if importance is None else squares * importance).sum(1, keepdim=True)
 
 
@@ -153,7 +160,9 @@ class Lazy:
     """The initializers of one quantized matrix: computed when the first one is written, forgotten after the last."""
 
     def __init__(self, name: str, stored: str, read: Callable[[], Quantized]):
-        self.name, self.stored, self._read = name, stored, read
+        self.name = name
+        self.stored = stored
+        self._read = read
         self._found: Quantized | None = None
         self._open: set[str] = set()
 

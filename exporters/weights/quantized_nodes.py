@@ -1,4 +1,4 @@
-"""How products and lookups read weights that are stored in integers: in blocks, or a scale per output (w8a8)."""
+"""How products and lookups read weights that are stored in integers: in groups, or a scale per output (w8a8)."""
 
 from __future__ import annotations
 
@@ -32,23 +32,28 @@ class Stored:
     moments: Moments | None = None  # of the inputs of matrices in int4
 
 
-def store_blocks(model: ir.Model, checkpoint: Checkpoint, graph: str, name: str, stored: Stored, users: Users) -> None:
+def store_groups(
+    model: ir.Model, checkpoint: Checkpoint, graph: str, name: str, stored: Stored, users: Users
+) -> None:
     """DequantizeLinear in front of every reader, on new initializers."""
-    weight, size = stored.weight, stored.precision.block
+    weight = stored.weight
+    size = stored.precision.group_size
     outer, inner = weight.shape
     looked_up = users[0][0].op_type == "Gather"
     # a row of a table is read for its token alone: zero points would not pay
     symmetric = stored.precision.symmetric or looked_up
 
     def read() -> Quantized:
-        matrix, dtype = _matrix(checkpoint, weight), TORCH[stored.computed]
+        matrix = _matrix(checkpoint, weight)
+        dtype = TORCH[stored.computed]
         how = (matrix, BITS[stored.kind], size, symmetric, dtype, stored.signed)
         moments = stored.moments.of(graph, name) if stored.moments and stored.kind == "int4" else None
         found = quantize(*how) if moments is None else quantize_calibrated(*how, moments)
         return Quantized(found.values.T, found.scales.T, None) if looked_up else found
 
     lazy = Lazy(name, stored.kind, read)
-    integers, floats = integer_type(stored.kind, symmetric), PRECISIONS[stored.computed]
+    integers = integer_type(stored.kind, symmetric)
+    floats = PRECISIONS[stored.computed]
     rows = inner // size
     if looked_up:
         parts = [lazy.value("values", integers, outer, inner), lazy.value("scales", floats, outer, rows)]
@@ -62,11 +67,13 @@ def store_blocks(model: ir.Model, checkpoint: Checkpoint, graph: str, name: str,
         if looked_up:
             found = [op("Gather", part, node.inputs[1], axis=0) for part in parts]
             for part, row in zip(parts, found, strict=True):
-                row.name, row.type = f"{part.name}.rows", part.type
+                row.name = f"{part.name}.rows"
+                row.type = part.type
             _replace(model, node, op, op("DequantizeLinear", *found, axis=-1, block_size=size))
             continue
         weights = op("DequantizeLinear", *parts, axis=0, block_size=size)
-        weights.name, weights.type = f"{name}.{node.name or 'use'}", ir.TensorType(floats)
+        weights.name = f"{name}.{node.name or 'use'}"
+        weights.type = ir.TensorType(floats)
         if node.op_type == "Gemm":  # x @ table.t()
             _replace(model, node, op, op("MatMul", node.inputs[0], weights))
         else:
@@ -100,7 +107,8 @@ def store_rows(
             rounded[x] = _round(model, x)
         integers, scale = rounded[x]
         op = Ops()
-        one, middle = op.const(1.0), op.uint8(MIDDLE)
+        one = op.const(1.0)
+        middle = op.uint8(MIDDLE)
         whole = op("MatMulIntegerToFloat", integers, values, one, scales, middle, domain="com.microsoft")
         whole.type = ir.TensorType(ir.DataType.FLOAT)
         _replace(model, node, op, op("Mul", whole, scale))
@@ -115,7 +123,8 @@ def _round(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     integers = op("QuantizeLinear", op("Div", x, scale), op.const(1.0), op.uint8(MIDDLE))
     for what, value in (("scale", scale), ("integers", integers)):
         value.name = f"{x.name}.{what}"
-    integers.type, scale.type = ir.TensorType(ir.DataType.UINT8), ir.TensorType(ir.DataType.FLOAT)
+    integers.type = ir.TensorType(ir.DataType.UINT8)
+    scale.type = ir.TensorType(ir.DataType.FLOAT)
     producer = x.producer()
     assert producer is not None  # towers do not multiply their inputs
     model.graph.insert_after(producer, op.nodes)
@@ -131,5 +140,7 @@ def _matrix(checkpoint: Checkpoint, weight: Weight) -> Tensor:
 def _replace(model: ir.Model, node: ir.Node, op: Ops, after: ir.Value) -> None:
     """``op``'s nodes in place of ``node``; ``after`` takes the part of its output."""
     before = node.outputs[0]
-    after.name, after.type, after.shape = before.name, before.type, before.shape
+    after.name = before.name
+    after.type = before.type
+    after.shape = before.shape
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, [before], [after])

@@ -50,7 +50,9 @@ def pruners_of(listed: Iterable[PruneSetting]) -> tuple[Pruner, ...]:
     found: list[Pruner] = []
     for setting in listed:
         if setting.pruner not in PRUNERS:
-            raise RequestError(f"found the pruner {setting.pruner!r}, expected one of: {', '.join(sorted(PRUNERS))}")
+            raise RequestError(
+                f"found the pruner {setting.pruner!r}, expected one of: {', '.join(sorted(PRUNERS))}"
+            )
         try:
             found.append(PRUNERS[setting.pruner](**setting.settings))
         except TypeError as err:

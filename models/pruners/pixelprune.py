@@ -47,9 +47,13 @@ class PixelPrune:
     # it in that scan; "unique": the first of all equal tokens, anywhere. Baselines to measure accuracy against, which
     # keep as many as pred_2d: "random", and "conncomp" (about as many): an even share of every connected component
     method: str = "pred_2d"
-    metric: str = "max"  # distance: the largest difference of a byte, their mean ("mae") or root mean square ("rmse")
+    metric: str = (
+        "max"  # distance: the largest difference of a byte, their mean ("mae") or root mean square ("rmse")
+    )
     tau: float = 0.0  # 0 ... 1
-    anchored: bool = True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour
+    anchored: bool = (
+        True  # compare with the reconstruction, so errors cannot add up; False: with the raw neighbour
+    )
     max_tokens: int | None = None  # of an image: raise tau to the smallest that keeps no more (selector.py)
     seed: int = 0  # of the baselines
 
@@ -81,7 +85,12 @@ class PixelPrune:
 
     def inputs(self, block: int) -> dict[str, int]:
         """See Pruner."""
-        return {"threshold": self.threshold(block), "anchored": int(self.anchored), "seed": self.seed, "target": 0}
+        return {
+            "threshold": self.threshold(block),
+            "anchored": int(self.anchored),
+            "seed": self.seed,
+            "target": 0,
+        }
 
     def threshold(self, block: int) -> int:
         """The largest distance that counts as equal, as the graphs take it (exporters/pruners/metrics.py).
@@ -89,5 +98,6 @@ class PixelPrune:
         For tokens of ``block`` x ``block`` pixels: the largest difference of a byte, the sum of all differences, or the
         sum of their squares.
         """
-        count, level = 3 * block**2, 255 * self.tau
+        count = 3 * block**2
+        level = 255 * self.tau
         return int({"max": level, "mae": level * count, "rmse": level**2 * count}[self.metric] + 1e-6)

@@ -21,7 +21,9 @@ def main(given: dict) -> float:  # type: ignore[type-arg]
         pipe.generate(given["prompt"], [given["image"]], prune, max_new_tokens=1).text()
     else:
         total = sum(view.total for view in pipe.pixels(given["image"])[1].views)
-        next(pipe.generate_tokens(prompt_ids(None, pipe.manifest.model, "", [total]), [given["image"]], prune))
+        next(
+            pipe.generate_tokens(prompt_ids(None, pipe.manifest.model, "", [total]), [given["image"]], prune)
+        )
     return (time.time() - given["started"]) * 1e3
 
 

@@ -32,9 +32,14 @@ class Numbers(click.ParamType):
     name = "list"
 
     def __init__(self, kind: type, low: float, high: float, off: bool = False):
-        self.kind, self.low, self.high, self.off = kind, low, high, off
+        self.kind = kind
+        self.low = low
+        self.high = high
+        self.off = off
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
         """A tuple without repetitions."""
         if isinstance(value, tuple):
             return value
@@ -49,7 +54,9 @@ class Numbers(click.ParamType):
                     raise ValueError
             except ValueError:
                 also = " or off" if self.off else ""
-                self.fail(f"{part!r}, expected {self.low:g} to {self.high:g}{also}, separated by commas", param, ctx)
+                self.fail(
+                    f"{part!r}, expected {self.low:g} to {self.high:g}{also}, separated by commas", param, ctx
+                )
             found.append(number)
         return tuple(dict.fromkeys(found))
 
@@ -86,20 +93,40 @@ def bench() -> None:
 
 @bench.command(RUN)
 @click.argument("bundle", type=click.Path())
-@click.option("-i", "--image", "images", multiple=True, type=click.Path(), help="An image, or a folder of them.")
-@click.option("--workload", default="documents", show_default=True, help="desktop, documents or screens; without -i.")
+@click.option(
+    "-i", "--image", "images", multiple=True, type=click.Path(), help="An image, or a folder of them."
+)
+@click.option(
+    "--workload", default="documents", show_default=True, help="desktop, documents or screens; without -i."
+)
 @click.option("--prompt", help="What is asked about every image.")
-@click.option("--tau", "taus", type=Numbers(float, 0, 1, off=True), default="0,off", show_default=True, help="Pruning.")
-@click.option("--concurrency", type=Numbers(int, 1, 64), default="1", show_default=True, help="Requests at a time.")
-@click.option("--runs", "rounds", type=click.IntRange(1), help="Rounds over all settings and images.  [default: 20]")
+@click.option(
+    "--tau", "taus", type=Numbers(float, 0, 1, off=True), default="0,off", show_default=True, help="Pruning."
+)
+@click.option(
+    "--concurrency", type=Numbers(int, 1, 64), default="1", show_default=True, help="Requests at a time."
+)
+@click.option(
+    "--runs", "rounds", type=click.IntRange(1), help="Rounds over all settings and images.  [default: 20]"
+)
 @click.option("--duration", type=click.FloatRange(0, min_open=True), help="Seconds, in place of --runs.")
-@click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Rounds that do not count.")
-@click.option("--cold", type=click.IntRange(0), default=3, show_default=True, help="New processes, for cold starts.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Longest answer.")
-@click.option("--ignore-eos", is_flag=True, help="Answers as long as -n says, whatever the model would end at.")
+@click.option(
+    "--warmup", type=click.IntRange(0), default=2, show_default=True, help="Rounds that do not count."
+)
+@click.option(
+    "--cold", type=click.IntRange(0), default=3, show_default=True, help="New processes, for cold starts."
+)
+@click.option(
+    "-n", "--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Longest answer."
+)
+@click.option(
+    "--ignore-eos", is_flag=True, help="Answers as long as -n says, whatever the model would end at."
+)
 @click.option("--min-pixels", type=click.IntRange(1), help="Enlarge images below this many pixels.")
 @click.option("--max-pixels", type=click.IntRange(1), help="Shrink images above this many pixels.")
-@click.option("--threads", type=click.IntRange(0, 1024), default=0, show_default=True, help="Per graph; 0: all cores.")
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, show_default=True, help="Per graph; 0: all cores."
+)
 @click.option("--no-pictures", is_flag=True, help="Leave what was pruned out of the result.")
 @device_option
 @click.option("-o", "--output", type=click.Path(), help="Write the result, for compare and report.")
@@ -154,7 +181,13 @@ def summary(result: Any) -> list[str]:
     for s in result.settings:
         cells = [f"{s.metrics[name].median.value:.1f}" if name in s.metrics else "" for name in metrics]
         rows.append(
-            [s.name, f"{s.kept}/{s.total}", *cells, f"{s.request_throughput:.2f}", f"{s.output_throughput:.1f}"]
+            [
+                s.name,
+                f"{s.kept}/{s.total}",
+                *cells,
+                f"{s.request_throughput:.2f}",
+                f"{s.output_throughput:.1f}",
+            ]
         )
     lines = aligned(rows)
     longest = max(r.output_tokens for s in result.settings for r in s.requests)
@@ -163,8 +196,12 @@ def summary(result: Any) -> list[str]:
             f"answers have {longest} tokens, not the {result.options.max_new_tokens} asked for: the context ends there"
         )
     if result.cold:
-        lines.append(f"first token of a new process: {result.cold.median.value:.0f} ms (median of {result.cold.n})")
-    lines.append(f"peak RSS {result.peak_rss_bytes / 1e6:.0f} MB; {result.rounds} rounds; {result.bundle.device}")
+        lines.append(
+            f"first token of a new process: {result.cold.median.value:.0f} ms (median of {result.cold.n})"
+        )
+    lines.append(
+        f"peak RSS {result.peak_rss_bytes / 1e6:.0f} MB; {result.rounds} rounds; {result.bundle.device}"
+    )
     return lines
 
 
@@ -172,10 +209,16 @@ def summary(result: Any) -> list[str]:
 @click.argument("base", type=click.Path())
 @click.argument("new", type=click.Path())
 @click.option("--tolerance", type=Share(), default="5%", show_default=True, help="A change that is accepted.")
-@click.option("--metric", "metrics", multiple=True, help="Such as ttft.p50 or e2el.p95. Default: p10 of all but itl.")
-@click.option("--accuracy", is_flag=True, help="Judge the answers, too, where the workload knows the right ones.")
+@click.option(
+    "--metric", "metrics", multiple=True, help="Such as ttft.p50 or e2el.p95. Default: p10 of all but itl."
+)
+@click.option(
+    "--accuracy", is_flag=True, help="Judge the answers, too, where the workload knows the right ones."
+)
 @click.option("--any-machine", is_flag=True, help="Compare results of different machines.")
-@click.option("--markdown", type=click.Path(), help="Add a summary to this file, such as $GITHUB_STEP_SUMMARY.")
+@click.option(
+    "--markdown", type=click.Path(), help="Add a summary to this file, such as $GITHUB_STEP_SUMMARY."
+)
 @click.option("--json", "as_json", is_flag=True, help="All verdicts as a JSON object.")
 @click.pass_context
 def compare(
@@ -200,7 +243,8 @@ def compare(
         from . import compare as judge
         from . import schema
 
-        before, after = schema.read(base), schema.read(new)
+        before = schema.read(base)
+        after = schema.read(new)
         found = judge.compare(before, after, tolerance, metrics or None, accuracy, any_machine)
     except PpexportError as err:
         click.echo(f"Error: {err}", err=True)

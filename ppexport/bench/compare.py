@@ -25,7 +25,10 @@ SHIFT = 0.25  # a smaller difference between the machine's speeds then and now s
 RESOLUTION = 0.01  # milliseconds by which a stage differs from process to process
 WRONG = 0.05  # chance that any verdict of a comparison is wrong where nothing changed
 SMALL = 0.01  # of the end-to-end latency: what is not known of a smaller stage does not matter
-IMPROVED, SAME, REGRESSED, UNSURE = "improved", "same", "regressed", "cannot tell"
+IMPROVED = "improved"
+SAME = "same"
+REGRESSED = "regressed"
+UNSURE = "cannot tell"
 CANNOT_TELL = 3  # exit code; 2 is that of wrong options and files that cannot be read
 
 
@@ -82,7 +85,9 @@ def compare(
     names = parse(metrics)
     apart = [] if any_machine else differences(base.machine, new.machine)
     slower, faster, notes = _machine_speed(base.speed, new.speed)
-    notes += [f"different machines ({each}): nothing can be told; --any-machine compares them" for each in apart]
+    notes += [
+        f"different machines ({each}): nothing can be told; --any-machine compares them" for each in apart
+    ]
     found: list[Verdict] = []
     others = {(s.tau, s.concurrency): s for s in new.settings}
     confidence = 1 - WRONG / max(1, len(names) * len(base.settings))
@@ -93,9 +98,13 @@ def compare(
             found += [_unsure(setting, "accuracy", "not measured now")] if accuracy else []
             continue
         if changed := _other_lengths(setting, other):
-            notes.append(f"{setting.name}: {changed} answers became longer or shorter; --ignore-eos would not let them")
+            notes.append(
+                f"{setting.name}: {changed} answers became longer or shorter; --ignore-eos would not let them"
+            )
         for metric, name in names:
-            verdict = _judge(setting, other, metric, name, tolerance, confidence, slower, faster, metrics is None)
+            verdict = _judge(
+                setting, other, metric, name, tolerance, confidence, slower, faster, metrics is None
+            )
             if verdict is not None:
                 found.append(verdict if not apart else _unsure(setting, verdict.metric, "different machines"))
         if accuracy:
@@ -112,7 +121,8 @@ def _check_alike(base: Result, new: Result) -> None:
             f"'{new.workload}', expected the same images (at the same size) and prompts; measure again"
         )
     for name in ("max_new_tokens", "ignore_eos", "threads"):
-        first, second = getattr(base.options, name), getattr(new.options, name)
+        first = getattr(base.options, name)
+        second = getattr(new.options, name)
         if first != second:
             raise RequestError(f"{name} was {first} and is {second}, expected the same; measure again")
 
@@ -132,14 +142,19 @@ def parse(metrics: Sequence[str] | None) -> list[tuple[str, str]]:
 
 def _machine_speed(base: Speed, new: Speed) -> tuple[float, float, list[str]]:
     """How many times slower and faster the machine may be now: (at least 1, at most 1), and what to say of it."""
-    slower, faster, notes = 1.0, 1.0, []
+    slower = 1.0
+    faster = 1.0
+    notes = []
     for what, name in (("reads memory", "memory_gb_per_s"), ("multiplies", "gflop_per_s")):
         times = [1 / np.array(getattr(speed, name)) for speed in (base, new)]
         value = float(np.median(times[1]) / np.median(times[0]))
         if not 1 / (1 + SHIFT) < value < 1 + SHIFT:
-            slower, faster = max(slower, value), min(faster, value)
+            slower = max(slower, value)
+            faster = min(faster, value)
             word = "slower" if value > 1 else "faster"
-            notes.append(f"the machine itself {what} {abs(value - 1):.0%} {word}: intervals are that much wider")
+            notes.append(
+                f"the machine itself {what} {abs(value - 1):.0%} {word}: intervals are that much wider"
+            )
     return slower, faster, notes
 
 
@@ -168,16 +183,23 @@ def _judge(
     value, low, high = interval(tables)
     if not np.isfinite(high):
         return _unsure(base, f"{metric}.{name}", f"too few rounds, expected at least {FEWEST} in both")
-    verdict, note = _word(low, high, tolerance), ""
+    verdict = _word(low, high, tolerance)
+    note = ""
     if verdict in (REGRESSED, IMPROVED) and metric in (*WHOLE, "other"):
         in_stages = common(base, new, metric, in_stages=True) if metric in WHOLE else None
         if in_stages is None or _word(*interval(in_stages)[1:], tolerance) != verdict:
-            verdict, note = UNSURE, "only the time outside of all stages (other) says so"
+            verdict = UNSURE
+            note = "only the time outside of all stages (other) says so"
     elif verdict == UNSURE:
         note = "more rounds, or a quieter machine, would tell"
         most = max(high - 1, 1 - low) * before
-        if by_default and metric in (*STAGES, "other") and most < SMALL * _typical(table(base, "e2el")[0], name):
-            verdict, note = SAME, f"a change of {most:.2f} ms at most, under {SMALL:.0%} of e2el"
+        if (
+            by_default
+            and metric in (*STAGES, "other")
+            and most < SMALL * _typical(table(base, "e2el")[0], name)
+        ):
+            verdict = SAME
+            note = f"a change of {most:.2f} ms at most, under {SMALL:.0%} of e2el"
     return Verdict(base.name, f"{metric}.{name}", before, after, value, low, high, verdict, note)
 
 
@@ -195,7 +217,9 @@ def _typical(values: np.ndarray, name: str) -> float:
     return float(np.exp(np.log(statistic(values, name, 0)).mean()))
 
 
-def common(base: Setting, new: Setting, metric: str, in_stages: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
+def common(
+    base: Setting, new: Setting, metric: str, in_stages: bool = False
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Both tables, of the questions that have values in both; None if there are none."""
     (before, first), (after, second) = table(base, metric, in_stages), table(new, metric, in_stages)
     both = [item for item in first if item in second]
@@ -294,7 +318,9 @@ def markdown(comparison: Comparison, base: Result, new: Result) -> str:
         cells = [*row[:-1], f"{signs[verdict.verdict]} {row[-1]}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", *(f"> {note}" for note in comparison.notes)]
-    lines.append(f"Workload {new.workload}; {new.machine.cpu}, {new.machine.cores} cores; base of {base.created}.")
+    lines.append(
+        f"Workload {new.workload}; {new.machine.cpu}, {new.machine.cores} cores; base of {base.created}."
+    )
     return "\n".join(lines) + "\n"
 
 

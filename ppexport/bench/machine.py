@@ -20,9 +20,19 @@ from .schema import Gpu, Machine
 try:
     import psutil
 except ImportError as err:
-    raise BackendError("psutil is not installed; 'ppexport bench' needs: pip install 'ppexport[bench]'") from err
+    raise BackendError(
+        "psutil is not installed; 'ppexport bench' needs: pip install 'ppexport[bench]'"
+    ) from err
 
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-bindings", "numpy", "pillow", "tokenizers")
+PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+    "numpy",
+    "pillow",
+    "tokenizers",
+)
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -46,7 +56,8 @@ def differences(base: Machine, new: Machine) -> list[str]:
     """What makes times of two machines no comparison, in words."""
     found = []
     for name in ("cpu", "cores", "system"):
-        before, after = getattr(base, name), getattr(new, name)
+        before = getattr(base, name)
+        after = getattr(new, name)
         if before != after:
             found.append(f"{name}: {before} before, {after} now")
     gpus = [machine.gpu.name if machine.gpu else "none" for machine in (base, new)]
@@ -144,7 +155,8 @@ def _gpu() -> Gpu | None:
         with contextlib.suppress(library.NVMLError):
             clock = int(library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM))
             most = int(library.nvmlDeviceGetMaxClockInfo(handle, library.NVML_CLOCK_SM))
-        name, driver = str(library.nvmlDeviceGetName(handle)), str(library.nvmlSystemGetDriverVersion())
+        name = str(library.nvmlDeviceGetName(handle))
+        driver = str(library.nvmlSystemGetDriverVersion())
         return Gpu(name=name, driver=driver, memory_bytes=memory, clock_mhz=clock, clock_max_mhz=most)
 
 

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Several
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -23,12 +24,13 @@ import numpy as np
 from ..calibration import prompt_ids
 from ..models.errors import BackendError
 from ..models.manifest import FILE, sha256
+from ..models.progress import Progress, silent
 from ..models.pruners import Pruner, changed
 from ..models.version import __version__
 from ..overlay import overlay
 from ..runtime.bundle import open_bundle
-from ..runtime.image import prepare
 from ..runtime.pipeline import Pipeline, load
+from ..runtime.sequence import Sequence
 from ..runtime.stats import Stats
 from . import machine, schema
 from .power import Meter
@@ -41,16 +43,16 @@ sys.path[:] = [path for path in sys.path if path]  # what lies in the working di
 from ppexport.bench.cold import run
 run()"""
 STAGE_OF = {"image": "preprocess"}
-PICTURES, WIDTH = 8, 800  # at most so many images, so many pixels wide
-Progress = Callable[[str, int, int], None]  # stage, done, total
+PICTURES = 8
+WIDTH = 800  # at most so many images, so many pixels wide
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to measure and how long."""
 
-    taus: Sequence[float | None] = (0.0, None)  # None: unpruned
-    concurrency: Sequence[int] = (1,)
+    taus: Several[float | None] = (0.0, None)  # None: unpruned
+    concurrency: Several[int] = (1,)  # requests at once
     rounds: int = 20  # each asks every question once under every setting (and once per concurrent request)
     duration: float | None = None  # seconds, in place of a number of rounds
     warmup: int = 2  # rounds that do not count
@@ -80,9 +82,9 @@ class Block:
 def measure(
     bundle: str,
     workload: str,
-    questions: Sequence[Question],
+    questions: Several[Question],
     plan: Plan = Plan(),
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Result:
     """Measure a bundle. Raises BackendError, BundleError, ImageError, RequestError.
 
@@ -90,15 +92,21 @@ def measure(
     """
     open_bundle(bundle)  # before processes are started
     cold = _cold(bundle, questions[0], plan, progress)
-    with load(bundle, plan.device, plan.min_pixels, plan.max_pixels, plan.threads, reuse=0) as pipe:
+    together = max(plan.concurrency)
+    with load(
+        bundle, plan.device, plan.min_pixels, plan.max_pixels, plan.threads, False, 0, together
+    ) as pipe:
         items = [_item(pipe, question) for question in questions]
         blocks = {setting: Block() for setting in plan.settings}
-        runner, probe = Runner(pipe, questions, items, plan), machine.Probe()
+        runner = Runner(pipe, questions, items, plan)
+        probe = machine.Probe()
         for i in range(plan.warmup):
             progress("warm up", i, plan.warmup)
             runner.round(i, {setting: Block() for setting in plan.settings})
         progress("warm up", 1, 1)
-        done, found, interrupted = 0, None, False
+        done = 0
+        found = None
+        interrupted = False
         with Meter() as meter:
             runner.begin = time.perf_counter()
             try:
@@ -149,11 +157,28 @@ def measure(
         )
 
 
+@dataclass
+class Running:
+    """A request under way."""
+
+    number: int  # of the round
+    item: int  # of the question
+    user: deque[int]  # what the same user asks after it
+    stats: Stats
+    begin: float
+    encoded: float = 0.0  # when the prompt's text was tokens
+    end: float = 0.0  # of the last token so far
+    tokens: list[int] = field(default_factory=list)
+
+
 class Runner:
     """Runs rounds on a pipeline."""
 
-    def __init__(self, pipe: Pipeline, questions: Sequence[Question], items: Sequence[Item], plan: Plan):
-        self.pipe, self.questions, self.items, self.plan = pipe, questions, items, plan
+    def __init__(self, pipe: Pipeline, questions: Several[Question], items: Several[Item], plan: Plan):
+        self.pipe = pipe
+        self.questions = questions
+        self.items = items
+        self.plan = plan
         self.begin = time.perf_counter()
 
     def finished(self, done: int) -> bool:
@@ -166,64 +191,101 @@ class Runner:
         """Done of total: rounds, or seconds."""
         if self.plan.duration is None:
             return done, self.plan.rounds
-        return min(int(time.perf_counter() - self.begin), int(self.plan.duration)), max(1, int(self.plan.duration))
+        return min(int(time.perf_counter() - self.begin), int(self.plan.duration)), max(
+            1, int(self.plan.duration)
+        )
 
     def round(self, number: int, blocks: dict[tuple[float | None, int], Block]) -> None:
         """All settings once, in an order of their own in every round."""
         order = list(blocks)
         Random(number).shuffle(order)
         for tau, concurrency in order:
-            block, begin = blocks[tau, concurrency], time.perf_counter()
-            if concurrency == 1:
-                block.requests += self._pass(number, tau, 0)
-            else:
-                with ThreadPoolExecutor(concurrency) as pool:
-                    futures = [pool.submit(self._pass, number, tau, i) for i in range(concurrency)]
-                    block.requests += [request for future in futures for request in future.result()]
+            block = blocks[tau, concurrency]
+            begin = time.perf_counter()
+            block.requests += self._together(number, tau, concurrency)
             block.seconds += time.perf_counter() - begin
 
-    def _pass(self, number: int, tau: float | None, first: int) -> list[Request]:
-        """Every question once, from question ``first`` on."""
+    def _together(self, number: int, tau: float | None, concurrency: int) -> list[Request]:
+        """So many users, each with every question once and one after the other, from a question of their own on."""
         count = len(self.questions)
-        return [self._request(number, tau, (first + i) % count) for i in range(count)]
+        users = [deque((first + i) % count for i in range(count)) for first in range(concurrency)]
+        running: dict[Sequence, Running] = {}
+        done = []
+        try:
+            for user in users:
+                self._ask(number, tau, user, running)
+            while running:
+                for sequence in self.pipe.engine.step():
+                    record = running[sequence]
+                    record.end = time.perf_counter()
+                    record.tokens += [step.token for step in sequence.pending]
+                    sequence.pending.clear()
+                    if sequence.error is not None:
+                        raise sequence.error
+                    if sequence.finished:
+                        done.append(self._request(running.pop(sequence)))
+                        if record.user:
+                            self._ask(number, tau, record.user, running)
+        finally:
+            for sequence in running:
+                self.pipe.engine.cancel(sequence)
+        return done
 
-    def _request(self, number: int, tau: float | None, item: int) -> Request:
-        pipe, question, stats = self.pipe, self.questions[item], Stats()
+    def _ask(
+        self, number: int, tau: float | None, user: deque[int], running: dict[Sequence, Running]
+    ) -> None:
+        """The next question of a user."""
+        pipe = self.pipe
+        item = user.popleft()
+        question = self.questions[item]
         total = self.items[item].width * self.items[item].height // pipe.selector.block**2
         stop = () if self.plan.ignore_eos else None
-        begin = time.perf_counter()
+        record = Running(number, item, user, Stats(), time.perf_counter())
         ids = prompt_ids(pipe.text, pipe.manifest.model, question.prompt, [total])
-        encoded = time.perf_counter()
-        steps = pipe.generate_tokens(
-            ids, [question.image], _prune(pipe, tau), self.plan.max_new_tokens, stats=stats, stop=stop
+        record.encoded = time.perf_counter()
+        sequence = pipe.prepare_tokens(
+            ids,
+            [question.image],
+            _prune(pipe, tau),
+            self.plan.max_new_tokens,
+            stats=record.stats,
+            stop=stop,
+            ahead=None,
+            keeps_logits=False,
         )
-        tokens = []
-        for step in steps:
-            tokens.append(step.token)
-            end = time.perf_counter()  # giving back the caches comes after the answer
-        stages = dict.fromkeys(schema.STAGES, 0.0) | {"preprocess": (encoded - begin) * 1e3}
+        running[sequence] = record
+        pipe.engine.add(sequence)
+
+    def _request(self, record: Running) -> Request:
+        stats = record.stats
+        stages = dict.fromkeys(schema.STAGES, 0.0) | {"preprocess": (record.encoded - record.begin) * 1e3}
         for span in stats.spans:
             stages[STAGE_OF.get(span.stage, span.stage)] += span.milliseconds
-        times = [span.end for span in stats.spans if span.stage in ("prefill", "decode")]
+        last_of_prompt = max(i for i, span in enumerate(stats.spans) if span.stage == "prefill")
+        times = [
+            stats.spans[last_of_prompt].end,
+            *(span.end for span in stats.spans if span.stage == "decode"),
+        ]
         return Request(
-            round=number,
-            item=item,
-            start=(begin - self.begin) * 1e3,
+            round=record.number,
+            item=record.item,
+            start=(record.begin - self.begin) * 1e3,
             stages=stages,
-            ttft=(times[0] - begin) * 1e3,
-            e2el=(end - begin) * 1e3,
+            ttft=(times[0] - record.begin) * 1e3,
+            e2el=(record.end - record.begin) * 1e3,
             itl=tuple((b - a) * 1e3 for a, b in pairwise(times)),
             kept=stats.kept,
             total=stats.total,
             prompt_tokens=stats.prompt_tokens,
             output_tokens=stats.generated_tokens,
-            answer=_said(pipe, tokens),
+            answer=_said(self.pipe, record.tokens),
         )
 
 
-def setting_of(tau: float | None, concurrency: int, block: Block, items: Sequence[Item]) -> Setting:
+def setting_of(tau: float | None, concurrency: int, block: Block, items: Several[Item]) -> Setting:
     """Requests and what they come to."""
-    requests, once = block.requests, {r.item: r for r in block.requests}
+    requests = block.requests
+    once = {r.item: r for r in block.requests}
     judged = [is_right for r in requests if (is_right := items[r.item].judge(r.answer)) is not None]
     output = sum(r.output_tokens for r in requests)
     return Setting(
@@ -241,7 +303,7 @@ def setting_of(tau: float | None, concurrency: int, block: Block, items: Sequenc
     )
 
 
-def values_of(request: Request, metric: str, in_stages: bool = False) -> Sequence[float]:
+def values_of(request: Request, metric: str, in_stages: bool = False) -> Several[float]:
     """One number of a request, several for itl, none for the tpot of a single token.
 
     ``in_stages``: what of a ttft, e2el or tpot the stages took.
@@ -254,7 +316,7 @@ def values_of(request: Request, metric: str, in_stages: bool = False) -> Sequenc
     return [] if found is None else [found]
 
 
-def by_round(requests: Sequence[Request], metric: str) -> list[np.ndarray]:
+def by_round(requests: Several[Request], metric: str) -> list[np.ndarray]:
     """The values of each round that has any."""
     rounds: dict[int, list[float]] = {}
     for request in requests:
@@ -262,16 +324,17 @@ def by_round(requests: Sequence[Request], metric: str) -> list[np.ndarray]:
     return [np.array(values) for values in rounds.values() if values]
 
 
-def summary(groups: Sequence[np.ndarray]) -> Summary:
+def summary(groups: Several[np.ndarray]) -> Summary:
     """Statistics with their intervals; the resampling repeats itself."""
-    rng, found = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    found = {}
     for name in STATISTICS:
         value, low, high = interval(groups, name, rng)
         found[name] = Interval(value=value, low=low, high=high)
     return Summary(n=sum(map(len, groups)), **found)
 
 
-def _pictures(pipe: Pipeline, questions: Sequence[Question], plan: Plan) -> Iterator[schema.Picture]:
+def _pictures(pipe: Pipeline, questions: Several[Question], plan: Plan) -> Iterator[schema.Picture]:
     """The first images under every tau, small."""
     for item, question in enumerate(questions[:PICTURES]):
         for tau in plan.taus:
@@ -289,7 +352,7 @@ def _prune(pipe: Pipeline, tau: float | None) -> tuple[Pruner, ...] | None:
     return None if tau is None else changed(pipe.prune, {"tau": tau})
 
 
-def _said(pipe: Pipeline, tokens: Sequence[int]) -> str:
+def _said(pipe: Pipeline, tokens: Several[int]) -> str:
     """The answer as text, or its token ids where the bundle has no tokenizer."""
     if pipe.text is None:
         return " ".join(map(str, tokens))
@@ -298,7 +361,7 @@ def _said(pipe: Pipeline, tokens: Sequence[int]) -> str:
 
 
 def _item(pipe: Pipeline, question: Question) -> Item:
-    pixels = prepare(question.image, pipe.selector.block, pipe.min_pixels, pipe.max_pixels)
+    pixels, _ = pipe.pixels(question.image)
     return Item(
         image=question.name,
         sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
@@ -310,7 +373,8 @@ def _item(pipe: Pipeline, question: Question) -> Item:
 
 
 def _bundle(path: str, pipe: Pipeline) -> schema.Bundle:
-    directory, manifest = Path(path), pipe.manifest
+    directory = Path(path)
+    manifest = pipe.manifest
     return schema.Bundle(
         name=directory.resolve().name,
         sha256=sha256(directory / FILE),

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option that writes baselines."""
     group = parser.getgroup("ppexport")
-    group.addoption("--latency-update", action="store_true", help="Write the baselines of latency checks anew.")
+    group.addoption(
+        "--latency-update", action="store_true", help="Write the baselines of latency checks anew."
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -45,7 +47,8 @@ class Latency:
     """What the fixture gives. Relative paths are from ``root``, the folder of the test."""
 
     def __init__(self, root: Path, update: bool):
-        self.root, self.update = root, update
+        self.root = root
+        self.update = update
 
     def check(
         self,
@@ -71,7 +74,9 @@ class Latency:
         from ..models.errors import PpexportError
 
         try:
-            return self._check(bundle, workload, baseline, tolerance, metrics, accuracy, max(1, attempts), plan)
+            return self._check(
+                bundle, workload, baseline, tolerance, metrics, accuracy, max(1, attempts), plan
+            )
         except PpexportError as err:
             pytest.fail(str(err), pytrace=False)
 
@@ -93,7 +98,9 @@ class Latency:
         from .measure import Plan, measure
         from .workload import BUILT_IN, open_workload
 
-        path, where, limit = self.root / baseline, self.root / bundle, share(tolerance)
+        path = self.root / baseline
+        where = self.root / bundle
+        limit = share(tolerance)
         is_name = str(workload) in BUILT_IN and not (self.root / workload).exists()
         name, questions = open_workload(str(workload), [] if is_name else [str(self.root / workload)], None)
         asked = Plan(**{"cold": 0, "pictures": False, **plan})
@@ -102,14 +109,17 @@ class Latency:
             schema.write(measure(str(where), name, questions, asked), path)
             return None
         if not path.exists():
-            pytest.fail(f"{path}: there is no such baseline; write it with: pytest --latency-update", pytrace=False)
+            pytest.fail(
+                f"{path}: there is no such baseline; write it with: pytest --latency-update", pytrace=False
+            )
         base = schema.read(path)
         judge.parse(metrics)
         if apart := machine.differences(base.machine, machine.describe()):
             pytest.skip(
                 f"{SKIPPED}: {path.name} is of another machine ({'; '.join(apart)}); write one with --latency-update"
             )
-        judged, found = accuracy and any(setting.answered for setting in base.settings), []
+        judged = accuracy and any(setting.answered for setting in base.settings)
+        found = []
         for _ in range(attempts):
             result = measure(str(where), name, questions, asked)
             found.append(judge.compare(base, result, limit, metrics, judged))
@@ -118,6 +128,9 @@ class Latency:
         table = "\n".join(judge.text(found[-1]))
         if all(each.exit_code == 1 for each in found):
             pytest.fail(
-                f"slower than {path.name}, or wrong, in each of {attempts} measurements:\n{table}", pytrace=False
+                f"slower than {path.name}, or wrong, in each of {attempts} measurements:\n{table}",
+                pytrace=False,
             )
-        pytest.skip(f"{SKIPPED}: it cannot be told, in {attempts} measurements, the last of which is:\n{table}")
+        pytest.skip(
+            f"{SKIPPED}: it cannot be told, in {attempts} measurements, the last of which is:\n{table}"
+        )

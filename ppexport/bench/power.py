@@ -41,7 +41,9 @@ class Meter:
 
     def _run(self) -> None:
         with nvml() as library:
-            handle = library.nvmlDeviceGetHandleByIndex(0) if library and library.nvmlDeviceGetCount() else None
+            handle = (
+                library.nvmlDeviceGetHandleByIndex(0) if library and library.nvmlDeviceGetCount() else None
+            )
             if handle is None and not self._rails:
                 return
             joules: dict[str, float] = defaultdict(float)
@@ -54,7 +56,9 @@ class Meter:
                     joules[name] += _number(voltage) * _number(current) * 1e-6 * (now - last)
                 last = now
                 if handle is not None:
-                    with contextlib.suppress(library.NVMLError):  # a GPU on the CPU's chip has no memory of its own
+                    with contextlib.suppress(
+                        library.NVMLError
+                    ):  # a GPU on the CPU's chip has no memory of its own
                         used = int(library.nvmlDeviceGetMemoryInfo(handle).used)
                         self.gpu_bytes = max(self.gpu_bytes or 0, used)
                 if ended:
@@ -74,7 +78,8 @@ def rails(hwmon: Path = HWMON) -> dict[str, tuple[Path, Path]]:
                 continue
             for label in sorted(chip.glob("in*_label")):
                 index = label.name[len("in") : -len("_label")]
-                voltage, current = chip / f"in{index}_input", chip / f"curr{index}_input"
+                voltage = chip / f"in{index}_input"
+                current = chip / f"curr{index}_input"
                 if voltage.exists() and current.exists():
                     found[label.read_text(encoding="ascii").strip()] = (voltage, current)
         except (OSError, UnicodeDecodeError):

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "report.html"
 INK = "#010203"  # becomes the colour of the page's text
-COLOURS = ("#8a8f98", "#e69f00", "#2f8fd8", "#17a67c", "#cc6fa5", "#b58900", "#7a6fd0", "#d05c4c")  # on light and dark
+COLOURS = (
+    "#8a8f98",
+    "#e69f00",
+    "#2f8fd8",
+    "#17a67c",
+    "#cc6fa5",
+    "#b58900",
+    "#7a6fd0",
+    "#d05c4c",
+)  # on light and dark
 TITLES = {
     "ttft": "Time to first token (ttft)",
     "tpot": "Time per output token (tpot)",
@@ -49,7 +58,11 @@ class Row:
 def render(results: Sequence[Result], names: Sequence[str]) -> str:
     """The page; ``names`` of the results, for where there are several. Raises BackendError without matplotlib."""
     prefixes = [f"{name}: " if len(results) > 1 else "" for name in names]
-    rows = [Row(p + s.name, result, s) for p, result in zip(prefixes, results, strict=True) for s in result.settings]
+    rows = [
+        Row(p + s.name, result, s)
+        for p, result in zip(prefixes, results, strict=True)
+        for s in result.settings
+    ]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
@@ -115,7 +128,9 @@ def _by_item(row: Row) -> list[tuple[int, int, int, float]]:
     for item in range(len(row.result.items)):
         requests = [r for r in row.setting.requests if r.item == item]
         if requests:
-            found.append((item, requests[0].kept, requests[0].total, float(np.median([r.ttft for r in requests]))))
+            found.append(
+                (item, requests[0].kept, requests[0].total, float(np.median([r.ttft for r in requests])))
+            )
     return found
 
 
@@ -137,7 +152,13 @@ def _distribution(rows: Sequence[Row], metric: str, axes: Axes) -> None:
         groups = by_round(row.setting.requests, metric)
         if groups:
             values = np.sort(np.concatenate(groups))
-            axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", color=colour, label=row.name)
+            axes.step(
+                values,
+                np.arange(1, len(values) + 1) / len(values),
+                where="post",
+                color=colour,
+                label=row.name,
+            )
     axes.set_xlabel("ms")
     axes.set_ylabel("share of requests")
     axes.set_ylim(0, 1.02)
@@ -169,7 +190,9 @@ def _figure(draw: Callable[[Any], None], height: float) -> str:
         "text.parse_math": False,  # a $ is a $
         "font.size": 9,
         "font.family": "sans-serif",
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(
+            ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+        ),
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # letters that its font lacks: the browser has others

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..models.errors import BackendError, RequestError
+from ..models.files import write_whole
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 except ImportError as err:
-    raise BackendError(f"{err.name} is not installed; 'ppexport bench' needs: pip install 'ppexport[bench]'") from err
+    raise BackendError(
+        f"{err.name} is not installed; 'ppexport bench' needs: pip install 'ppexport[bench]'"
+    ) from err
 
 VERSION = 1
 STAGES = ("preprocess", "prune", "vision", "prefill", "decode")
@@ -212,7 +215,9 @@ class Result(Model):
     peak_rss_bytes: int
     peak_gpu_bytes: int | None
     pictures: tuple[Picture, ...]
-    energy_joules: dict[str, float] | None  # of each power rail or GPU, where the machine tells; while measuring
+    energy_joules: (
+        dict[str, float] | None
+    )  # of each power rail or GPU, where the machine tells; while measuring
 
     @model_validator(mode="after")
     def _known_items(self) -> Result:
@@ -228,7 +233,9 @@ def read(path: str | Path) -> Result:
         text = Path(path).read_text(encoding="utf-8")
         data = json.loads(text)
     except (OSError, ValueError, RecursionError) as err:
-        raise RequestError(f"{path}: cannot be read ({err}), expected a file written by 'ppexport bench'") from err
+        raise RequestError(
+            f"{path}: cannot be read ({err}), expected a file written by 'ppexport bench'"
+        ) from err
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
@@ -251,9 +258,5 @@ def write(result: Result, path: str | Path) -> None:
     if target.exists() and not target.is_file():
         target.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = result.model_dump_json(indent=1) + "\n"
+    write_whole(target, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -9,7 +9,8 @@ import numpy as np
 
 RESAMPLES = 1000
 ERROR_RESAMPLES = 100  # for a standard error, which needs fewer than a quantile
-BLOCKS, FEWEST = 12, 6  # with fewer, Student's quantile and its expansion say nothing
+BLOCKS = 12
+FEWEST = 6  # with fewer, Student's quantile and its expansion say nothing
 QUANTILE = {"p10": 0.1, "median": 0.5, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
@@ -48,7 +49,8 @@ def ratio(
     interval is Student's, since blocks are few and confidence is high.
     """
     value = float(np.exp(np.log(statistic(new, name, 0) / statistic(base, name, 0)).mean()))
-    variances, counts = [], []
+    variances = []
+    counts = []
     for values in (base, new):
         count = min(BLOCKS, len(values))
         size = len(values) // count
@@ -62,7 +64,9 @@ def ratio(
     if min(counts) < FEWEST:
         return value, 0.0, float("inf")
     total = sum(variances)
-    degrees = total**2 / max(sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True)), 1e-300)  # Welch
+    degrees = total**2 / max(
+        sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True)), 1e-300
+    )  # Welch
     spread = _student(confidence, max(1.0, degrees)) * total**0.5
     return value, value * float(np.exp(-spread)), value * float(np.exp(spread))
 

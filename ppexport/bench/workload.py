@@ -85,13 +85,21 @@ def _listed(folder: Path, prompt: str | None) -> list[Question]:
         raise RequestError(f"{path}: found {type(rows).__name__}, expected a list of questions")
     found = []
     for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not {"image", "prompt"} <= set(row) <= {"image", "prompt", "expected"}:
-            raise RequestError(f"{path}: entry {i} is {row!r:.80}, expected image, prompt and, if known, expected")
+        if not isinstance(row, dict) or not {"image", "prompt"} <= set(row) <= {
+            "image",
+            "prompt",
+            "expected",
+        }:
+            raise RequestError(
+                f"{path}: entry {i} is {row!r:.80}, expected image, prompt and, if known, expected"
+            )
         if not all(isinstance(value, str) for value in row.values()):
             raise RequestError(f"{path}: entry {i} holds something else than text")
         file = folder / row["image"]
         if not file.is_file():
-            raise RequestError(f"{path}: entry {i} has the image {row['image']!r}, which is no file in {folder}")
+            raise RequestError(
+                f"{path}: entry {i} has the image {row['image']!r}, which is no file in {folder}"
+            )
         found.append(Question(row["image"], str(file), row["prompt"], row.get("expected")))
     return found
 

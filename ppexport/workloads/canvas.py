@@ -55,9 +55,15 @@ class Canvas:
     def __post_init__(self) -> None:
         rng = self.rng
         base = rng.choice(((18, 18, 24), (30, 34, 42), (0, 0, 0))) if self.dark else None
-        self.paper: Colour = base or rng.choice(((255, 255, 255), (244, 244, 240), (232, 238, 246), (250, 246, 230)))
-        self.ink: Colour = (235, 235, 235) if self.dark else rng.choice(((0, 0, 0), (30, 30, 50), (50, 20, 20)))
-        self.accent: Colour = rng.choice(((40, 90, 200), (190, 50, 50), (20, 130, 80), (120, 60, 170), (200, 110, 20)))
+        self.paper: Colour = base or rng.choice(
+            ((255, 255, 255), (244, 244, 240), (232, 238, 246), (250, 246, 230))
+        )
+        self.ink: Colour = (
+            (235, 235, 235) if self.dark else rng.choice(((0, 0, 0), (30, 30, 50), (50, 20, 20)))
+        )
+        self.accent: Colour = rng.choice(
+            ((40, 90, 200), (190, 50, 50), (20, 130, 80), (120, 60, 170), (200, 110, 20))
+        )
         self.image = Image.new("RGB", (self.width, self.height), self.paper)
         self.draw = ImageDraw.Draw(self.image)
         self.font = _font(self.size)
@@ -81,8 +87,11 @@ class Canvas:
                 self.characters.append((at + step / 2, y + self.size * 0.6, character))
             at += step
         self.lines.append((y, x, text))
-        right, bottom = x + self.length(text), y + self.size + 2
-        self.busy |= {(i, j) for i in range(y // 32, bottom // 32 + 1) for j in range(x // 32, right // 32 + 1)}
+        right = x + self.length(text)
+        bottom = y + self.size + 2
+        self.busy |= {
+            (i, j) for i in range(y // 32, bottom // 32 + 1) for j in range(x // 32, right // 32 + 1)
+        }
         return (x, y, right, bottom)
 
     def rectangle(self, box: Box, fill: Colour | None = None, outline: Colour | None = None) -> None:
@@ -113,7 +122,9 @@ def busy_share(image: Image.Image) -> float:
     edges = ImageChops.lighter(across.crop((0, 0, w - 1, h - 1)), down.crop((0, 0, w - 1, h - 1)))
     red, green, blue = edges.split()
     changed = ImageChops.lighter(ImageChops.lighter(red, green), blue).point(_any)
-    blocks = changed.reduce(8).point(_any).reduce(4).point(_any)  # in two steps: the mean of 1024 would round to 0
+    blocks = (
+        changed.reduce(8).point(_any).reduce(4).point(_any)
+    )  # in two steps: the mean of 1024 would round to 0
     return blocks.histogram()[255] / (blocks.width * blocks.height)
 
 

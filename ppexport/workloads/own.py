@@ -31,8 +31,12 @@ def read_tasks(path: str | Path) -> list[Task]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as err:
-        raise RequestError(f"{path}: cannot be read as a workload: {err}; expected 'screens' or a JSONL file") from err
-    tasks = [_task(line, f"{path}:{number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()]
+        raise RequestError(
+            f"{path}: cannot be read as a workload: {err}; expected 'screens' or a JSONL file"
+        ) from err
+    tasks = [
+        _task(line, f"{path}:{number}", file.parent) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not tasks:
         raise RequestError(f"{path}: holds no questions, expected {{{', '.join(KEYS)}}} on each line")
     return tasks
@@ -43,11 +47,19 @@ def _task(line: str, where: str, folder: Path) -> Task:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as err:
         raise RequestError(f"{where}: is no JSON ({err}), expected an object with {', '.join(KEYS)}") from err
-    if not isinstance(value, dict) or set(value) != set(KEYS) or not all(isinstance(value[key], str) for key in KEYS):
-        raise RequestError(f"{where}: found {line.strip()!r:.80}, expected an object with texts: {', '.join(KEYS)}")
+    if (
+        not isinstance(value, dict)
+        or set(value) != set(KEYS)
+        or not all(isinstance(value[key], str) for key in KEYS)
+    ):
+        raise RequestError(
+            f"{where}: found {line.strip()!r:.80}, expected an object with texts: {', '.join(KEYS)}"
+        )
     image = folder / value["image"]
     if not image.is_file():
-        raise RequestError(f"{where}: the image {value['image']!r:.80} is missing, expected it beside the file")
+        raise RequestError(
+            f"{where}: the image {value['image']!r:.80} is missing, expected it beside the file"
+        )
     return Task(image, value["question"], value["answer"])
 
 

@@ -21,7 +21,8 @@ from .canvas import FONT_SIZES, Canvas, Element, Sample, busy_share
 SKILLS = ("read", "transcribe", "locate", "yesno")
 HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
 MOST_BUSY = 0.42  # real screens are mostly flat
-ON, OFF = "\x01", "\x02"  # among the characters: the marks of options
+ON = "\x01"
+OFF = "\x02"  # among the characters: the marks of options
 
 
 def _rows(c: Canvas, top: int, fields: dict[str, Callable[[Random], str]], count: int) -> int:
@@ -61,7 +62,8 @@ def settings(c: Canvas) -> None:
     """Switches or check boxes, and a few values."""
     top = _heading(c)
     options = c.rng.sample(words.OPTIONS, c.rng.randint(2, 7))
-    boxes, right = c.rng.random() < 0.5, c.rng.random() < 0.5
+    boxes = c.rng.random() < 0.5
+    right = c.rng.random() < 0.5
     left = c.rng.randint(3, 20)
     for i, option in enumerate(options):
         if top + c.line > c.height or c.full() or (i >= 2 and c.rng.random() < 0.1):
@@ -87,9 +89,15 @@ def _mark(c: Canvas, x: int, y: int, on: bool, box: bool) -> None:
     if box:
         c.rectangle((x, y + 1, x + s, y + 1 + s), fill=c.accent if on else c.paper, outline=c.ink)
         if on:
-            c.draw.line((x + 3, y + s // 2, x + s // 2 - 1, y + s - 3, x + s - 2, y + 4), fill=(255, 255, 255), width=2)
+            c.draw.line(
+                (x + 3, y + s // 2, x + s // 2 - 1, y + s - 3, x + s - 2, y + 4),
+                fill=(255, 255, 255),
+                width=2,
+            )
         return
-    c.draw.rounded_rectangle((x, y + 1, x + 2 * s, y + 1 + s), s // 2, fill=c.accent if on else (150, 150, 150))
+    c.draw.rounded_rectangle(
+        (x, y + 1, x + 2 * s, y + 1 + s), s // 2, fill=c.accent if on else (150, 150, 150)
+    )
     knob = x + s if on else x
     c.draw.ellipse((knob + 2, y + 3, knob + s - 2, y + s - 1), fill=(255, 255, 255))
 
@@ -100,7 +108,9 @@ def table(c: Canvas) -> None:
     columns = c.rng.sample(words.COLUMNS, 3 if c.width > 24 * c.size else 2 if c.width > 17 * c.size else 1)
     items = c.rng.sample(words.ITEMS.split(), c.rng.randint(2, 7))
     first = c.rng.randint(3, 10)
-    lefts = [first + 5 * c.size + i * (c.width - first - 5 * c.size) // len(columns) for i in range(len(columns))]
+    lefts = [
+        first + 5 * c.size + i * (c.width - first - 5 * c.size) // len(columns) for i in range(len(columns))
+    ]
     c.text(first, top, "Item")
     for x, column in zip(lefts, columns, strict=True):
         c.text(x, top, column)
@@ -131,22 +141,31 @@ def window(c: Canvas) -> None:
     """A window on a desktop with a title bar, maybe a menu, and buttons."""
     if c.rng.random() < 0.6 and c.width >= 224 and c.height >= 160:
         c.rectangle((0, 0, c.width, c.height), fill=c.accent if c.dark else (70, 100, 120))
-        x, y = c.rng.randint(0, c.width // 6), c.rng.randint(0, c.height // 6)
-        right, bottom = c.width - c.rng.randint(0, c.width // 6), c.height - c.rng.randint(0, c.height // 6)
+        x = c.rng.randint(0, c.width // 6)
+        y = c.rng.randint(0, c.height // 6)
+        right = c.width - c.rng.randint(0, c.width // 6)
+        bottom = c.height - c.rng.randint(0, c.height // 6)
     else:
-        x, y, right, bottom = 0, 0, c.width, c.height  # the whole picture, without a frame
+        x = 0
+        y = 0
+        right = c.width
+        bottom = c.height  # the whole picture, without a frame
     c.rectangle((x, y, right, bottom), fill=c.paper, outline=c.ink if x else None)
     c.rectangle((x, y, right, y + c.line), fill=c.accent)
     c.text(x + 6, y + 2, c.rng.choice(words.TITLES), (255, 255, 255))
     for i in range(2):  # icons
         side = c.size - 6
-        c.rectangle((right - 6 - (i + 1) * (side + 6), y + 5, right - 12 - i * (side + 6), y + 5 + side), fill=c.paper)
+        c.rectangle(
+            (right - 6 - (i + 1) * (side + 6), y + 5, right - 12 - i * (side + 6), y + 5 + side), fill=c.paper
+        )
     names = c.rng.sample(words.BUTTONS, c.rng.randint(2, 7))
-    at_x, at_y = x + c.rng.randint(4, 20), y + c.line + c.rng.randint(6, 24)
+    at_x = x + c.rng.randint(4, 20)
+    at_y = y + c.line + c.rng.randint(6, 24)
     for name in names:
         width = c.length(name) + c.rng.choice((12, 20, 28))
         if at_x + width > right - 2:
-            at_x, at_y = x + c.rng.randint(4, 20), at_y + c.line + 8 + c.rng.randint(2, 20)
+            at_x = x + c.rng.randint(4, 20)
+            at_y = at_y + c.line + 8 + c.rng.randint(2, 20)
         if at_y + c.line + 4 > bottom or at_x + width > right - 2 or c.full():
             break
         box = (at_x, at_y, at_x + width, at_y + c.line + 4)
@@ -180,23 +199,33 @@ def _canvas(rng: Random, largest: tuple[int, int]) -> Canvas:
     width = rng.randint(160, max(160, min(largest[0], 320 if small else 640)))
     height = rng.randint(96, max(96, min(largest[1], 224 if small else 480)))
     if rng.random() < 0.5:  # half of the pictures need no resizing
-        width, height = max(160, width // 32 * 32), max(96, height // 32 * 32)
+        width = max(160, width // 32 * 32)
+        height = max(96, height // 32 * 32)
     size = rng.choice(FONT_SIZES if width >= 320 else FONT_SIZES[:2])
     return Canvas(rng, width, height, rng.random() < 0.3, size)
 
 
 def about(c: Canvas | Sample, element: Element, where: bool = False) -> Sample:
     """A question about an element of a picture; ``where``: about its place."""
-    image, box, look = c.image, None, element.box
+    image = c.image
+    box = None
+    look = element.box
     if element.kind == "value" and not where:
-        skill, question, answer = "read", f"What is the {element.name}?", element.text
+        skill = "read"
+        question = f"What is the {element.name}?"
+        answer = element.text
     elif element.kind == "option" and not where:
-        skill, question, answer = "yesno", f"Is {element.name} on?", element.text
+        skill = "yesno"
+        question = f"Is {element.name} on?"
+        answer = element.text
         look = element.mark or look
     else:
         box = left, top, right, bottom = element.box
-        x, y = (left + right) / 2 / image.width, (top + bottom) / 2 / image.height
-        skill, question, answer = "locate", f"Click {element.name}", f"[{x * 1000:.0f}, {y * 1000:.0f}]"
+        x = (left + right) / 2 / image.width
+        y = (top + bottom) / 2 / image.height
+        skill = "locate"
+        question = f"Click {element.name}"
+        answer = f"[{x * 1000:.0f}, {y * 1000:.0f}]"
     return Sample(image, skill, question, answer, box, look, tuple(c.elements), tuple(c.characters))
 
 
@@ -206,7 +235,9 @@ def _question(c: Canvas, skill: str) -> Sample | None:
         text = c.transcript()
         if not text or len(text) > 160:
             return None
-        return Sample(c.image, skill, "Transcribe the text.", text, None, None, tuple(c.elements), tuple(c.characters))
+        return Sample(
+            c.image, skill, "Transcribe the text.", text, None, None, tuple(c.elements), tuple(c.characters)
+        )
     asked = [e for e in c.elements if e.kind == KIND[skill]]
     return about(c, c.rng.choice(asked)) if asked else None
 
@@ -214,7 +245,9 @@ def _question(c: Canvas, skill: str) -> Sample | None:
 @click.command()
 @click.option("--skill", type=click.Choice(SKILLS), required=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("-o", "--output", type=click.Path(), required=True, help="The picture; its question goes to stdout.")
+@click.option(
+    "-o", "--output", type=click.Path(), required=True, help="The picture; its question goes to stdout."
+)
 def main(skill: str, seed: int, output: str) -> None:
     """Draw one sample."""
     made = sample(skill, seed)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from random import Random
 
-NAMES = "Anna Ben Carla David Emma Felix Grace Henry Irene Jonas Karin Liam Maria Noah Olga Paul Rosa Simon Tina Victor"
-SURNAMES = "Adams Brown Clark Davis Evans Fisher Green Hall Jones King Lopez Miller Nolan Owens Price Reed Stone Weber"
+NAMES = (
+    "Anna Ben Carla David Emma Felix Grace Henry Irene Jonas "
+    "Karin Liam Maria Noah Olga Paul Rosa Simon Tina Victor"
+)
+SURNAMES = (
+    "Adams Brown Clark Davis Evans Fisher Green Hall Jones "
+    "King Lopez Miller Nolan Owens Price Reed Stone Weber"
+)
 CITIES = (
-    "Berlin Boston Cairo Delhi Geneva Havana Kyoto Lagos Lima London Madrid Milan Oslo Paris Porto Quito Rome Seoul"
+    "Berlin Boston Cairo Delhi Geneva Havana Kyoto Lagos Lima "
+    "London Madrid Milan Oslo Paris Porto Quito Rome  Seoul"
 )
 COLORS = "red blue green black white gray orange purple brown pink"
 STATES = "open paid sent late new done draft void ready hold"

@@ -44,7 +44,9 @@ def api() -> Api:
     try:
         from cuda.bindings import runtime
     except ImportError as err:
-        raise BackendError(f"cuda.bindings cannot be imported ({err}), expected for a GPU; {INSTALL}") from err
+        raise BackendError(
+            f"cuda.bindings cannot be imported ({err}), expected for a GPU; {INSTALL}"
+        ) from err
     return Api(runtime)
 
 
@@ -74,7 +76,8 @@ class Memory:
     """
 
     def __init__(self, cuda: Api):
-        self.cuda, self.lock = cuda, threading.RLock()  # a block may be collected while the lock is held
+        self.cuda = cuda
+        self.lock = threading.RLock()  # a block may be collected while the lock is held
         self.free: dict[tuple[bool, int], list[int]] = defaultdict(list)
         self.total = 0  # bytes taken from CUDA on the device
         self.closed = False
@@ -122,7 +125,10 @@ class Block:
     """Memory that goes back to its ``Memory`` when nobody refers to it any more."""
 
     def __init__(self, memory: Memory, pointer: int, size: int, pinned: bool):
-        self.memory, self.pointer, self.size, self.pinned = memory, pointer, size, pinned
+        self.memory = memory
+        self.pointer = pointer
+        self.size = size
+        self.pinned = pinned
 
     def __del__(self) -> None:
         self.memory.give_back(self.pinned, self.size, self.pointer)

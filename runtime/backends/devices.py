@@ -54,7 +54,9 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify
     found = f"{directory}: has {manifest.compute} graphs of dialect {dialects}"
     if device == "cuda":
         if dialects != "plain":
-            raise BundleError(f"{found}, expected 'plain' for CUDA; build it with --dialect plain --precision fp16")
+            raise BundleError(
+                f"{found}, expected 'plain' for CUDA; build it with --dialect plain --precision fp16"
+            )
         from .ort_cuda import OrtCuda
 
         return OrtCuda()

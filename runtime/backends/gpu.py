@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ...models.dtype import BY_NAME
 from . import cuda
-from .session import NUMPY, Buffer
+from .session import Buffer
 
 
 class GpuBackend:
@@ -26,7 +27,9 @@ class GpuBackend:
     appends = True
     byte_max = True  # engines and ``plain`` graphs calculate on floats
     batches = False
-    cache_multiple = 128  # the used part of a cache by position grows in such steps, so that shapes seldom change
+    cache_multiple = (
+        128  # the used part of a cache by position grows in such steps, so that shapes seldom change
+    )
 
     def __init__(self) -> None:
         self.cuda = cuda.api()
@@ -34,8 +37,8 @@ class GpuBackend:
         self.memory = cuda.Memory(self.cuda)
         self.stream = int(cuda.check(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking)))
         self._in_flight: list[cuda.Block] = []  # memory that copies still read
-        self.graphs: dict[int, Any] = {}  # executable CUDA graphs by address
-        self._finalizer = weakref.finalize(self, _close, self.cuda, self.memory, self.stream, self.graphs)
+        self.captures: dict[int, Any] = {}  # executable CUDA graphs by address
+        self._finalizer = weakref.finalize(self, _close, self.cuda, self.memory, self.stream, self.captures)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
         """See session.Backend."""
@@ -69,7 +72,7 @@ class GpuBackend:
         raw = np.ctypeslib.as_array((ctypes.c_uint8 * buffer.nbytes).from_address(staging.pointer))
         if buffer.dtype == "bfloat16":
             return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(buffer.shape)
-        return raw.view(NUMPY[buffer.dtype]).reshape(buffer.shape).copy()
+        return raw.view(BY_NAME[buffer.dtype].numpy).reshape(buffer.shape).copy()
 
     def copy_into(self, target: Buffer, at: int, source: Buffer, count: int | None = None) -> None:
         """See session.Backend; on the device."""
@@ -114,9 +117,9 @@ class GpuBackend:
         cuda.check(self.cuda.cudaMemcpyAsync(to, source, nbytes, value, self.stream))
 
 
-def _close(api: cuda.Api, memory: cuda.Memory, stream: int, graphs: dict[int, Any]) -> None:
+def _close(api: cuda.Api, memory: cuda.Memory, stream: int, captures: dict[int, Any]) -> None:
     api.cudaStreamSynchronize(stream)
-    for graph in graphs.values():
-        api.cudaGraphExecDestroy(graph)
+    for capture in captures.values():
+        api.cudaGraphExecDestroy(capture)
     memory.close()
     api.cudaStreamDestroy(stream)

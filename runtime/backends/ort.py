@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...models.checks import utf8
+from ...models.dtype import BY_NAME
 from ...models.errors import BackendError, PpexportError
 from ...models.version import release
-from .session import NUMPY, Buffer
+from .session import Buffer
 
 
 def import_onnxruntime(device: str) -> Any:
@@ -40,7 +41,8 @@ def import_onnxruntime(device: str) -> Any:
 
 NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")  # the name differs between releases
 FIRST_WITH_BYTE_MAX = (1, 24)  # release of ONNX Runtime
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 @contextmanager
@@ -69,18 +71,19 @@ class OrtBinding:
     """IO binding on raw pointers; keeps the bound buffers alive."""
 
     def __init__(self, session: Any):
-        self._session, self._io = session, session.io_binding()
+        self._session = session
+        self._io = session.io_binding()
         self._bound: dict[str, Buffer] = {}
 
     def input(self, name: str, buffer: Buffer) -> None:
         """See session.Binding."""
         self._bound[name] = buffer
-        self._io.bind_input(name, "cpu", 0, NUMPY[buffer.dtype], buffer.shape, buffer.pointer)
+        self._io.bind_input(name, "cpu", 0, BY_NAME[buffer.dtype].numpy, buffer.shape, buffer.pointer)
 
     def output(self, name: str, buffer: Buffer) -> None:
         """See session.Binding."""
         self._bound[name] = buffer
-        self._io.bind_output(name, "cpu", 0, NUMPY[buffer.dtype], buffer.shape, buffer.pointer)
+        self._io.bind_output(name, "cpu", 0, BY_NAME[buffer.dtype].numpy, buffer.shape, buffer.pointer)
 
     def run(self) -> None:
         """See session.Binding."""
@@ -141,7 +144,7 @@ class OrtCpu:
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
         """See session.Backend; pages are taken from the system when they are first written."""
-        return self.upload(np.zeros(shape, NUMPY[dtype]))
+        return self.upload(np.zeros(shape, BY_NAME[dtype].numpy))
 
     def upload(self, array: np.ndarray) -> Buffer:
         """See session.Backend."""
@@ -156,7 +159,7 @@ class OrtCpu:
         """See session.Backend."""
         memory = buffer.owner.reshape(-1).view(np.uint8)
         start = buffer.pointer - buffer.owner.ctypes.data
-        return memory[start : start + buffer.nbytes].view(NUMPY[buffer.dtype]).reshape(buffer.shape)
+        return memory[start : start + buffer.nbytes].view(BY_NAME[buffer.dtype].numpy).reshape(buffer.shape)
 
     def copy_into(self, target: Buffer, at: int, source: Buffer, count: int | None = None) -> None:
         """See session.Backend."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...models.checks import utf8
+from ...models.dtype import BY_NAME
 from ...models.errors import BackendError
 from .gpu import GpuBackend
 from .ort import import_onnxruntime
 from .session import Buffer
 
 PROVIDER = "CUDAExecutionProvider"
-ELEMENT = {"uint8": 2, "int32": 6, "float32": 1, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
 
 class OrtCuda(GpuBackend):
@@ -42,9 +42,13 @@ class OrtCuda(GpuBackend):
         try:
             session = self.ort.InferenceSession(file, options, providers=[provider, "CPUExecutionProvider"])
         except Exception as err:
-            raise BackendError(f"ONNX Runtime {self.ort.__version__} cannot load {path.name} on CUDA: {err}") from err
+            raise BackendError(
+                f"ONNX Runtime {self.ort.__version__} cannot load {path.name} on CUDA: {err}"
+            ) from err
         if PROVIDER not in session.get_providers():
-            raise BackendError(f"ONNX Runtime did not take {PROVIDER} for {path.name}: its CUDA libraries do not load")
+            raise BackendError(
+                f"ONNX Runtime did not take {PROVIDER} for {path.name}: its CUDA libraries do not load"
+            )
         return OrtCudaSession(self, session)
 
 
@@ -52,7 +56,8 @@ class OrtCudaSession:
     """An onnxruntime.InferenceSession on the GPU."""
 
     def __init__(self, backend: OrtCuda, session: Any):
-        self.backend, self.loaded = backend, session
+        self.backend = backend
+        self.loaded = session
         self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
         self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
 
@@ -65,18 +70,19 @@ class OrtCudaBinding:
     """IO binding on device pointers; keeps the bound buffers alive."""
 
     def __init__(self, session: OrtCudaSession):
-        self.session, self.io = session, session.loaded.io_binding()
+        self.session = session
+        self.io = session.loaded.io_binding()
         self.buffers: dict[str, Buffer] = {}
 
     def input(self, name: str, buffer: Buffer) -> None:
         """See session.Binding."""
         self.buffers[name] = buffer
-        self.io.bind_input(name, "cuda", 0, ELEMENT[buffer.dtype], buffer.shape, buffer.pointer)
+        self.io.bind_input(name, "cuda", 0, BY_NAME[buffer.dtype].onnx, buffer.shape, buffer.pointer)
 
     def output(self, name: str, buffer: Buffer) -> None:
         """See session.Binding."""
         self.buffers[name] = buffer
-        self.io.bind_output(name, "cuda", 0, ELEMENT[buffer.dtype], buffer.shape, buffer.pointer)
+        self.io.bind_output(name, "cuda", 0, BY_NAME[buffer.dtype].onnx, buffer.shape, buffer.pointer)
 
     def run(self) -> None:
         """See session.Binding."""

@@ -13,9 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# as host arrays; bfloat16 has no numpy type
-NUMPY = {"uint8": np.uint8, "int32": np.int32, "float16": np.float16, "float32": np.float32}
-ITEM_BYTES = {"uint8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+from ...models.dtype import BY_NAME
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,13 @@ class Buffer:
 
     pointer: int  # address in the backend's memory
     shape: tuple[int, ...]
-    dtype: str  # a key of ITEM_BYTES
+    dtype: str  # a key of dtype.BY_NAME
     owner: Any  # keeps the memory alive
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        total = ITEM_BYTES[self.dtype]
+        total = BY_NAME[self.dtype].nbytes
         for n in self.shape:
             total *= n
         return total

@@ -29,7 +29,8 @@ class TrtBackend(GpuBackend):
         check_fits(self.record, self.trt, directory)
         super().__init__()
         self.name = f"{target} {self.trt.__version__}"
-        self.capacity, self.max_pixels = self.record.profiles.capacity, self.record.profiles.max_pixels
+        self.capacity = self.record.profiles.capacity
+        self.max_pixels = self.record.profiles.max_pixels
         # profiles of plain engines take a prompt with an empty cache only; others may be edited to begin higher
         plain = manifest.graphs["language"].dialect == "plain"
         self.appends = not plain and all(p["S"][0] == p["K"][0] == 1 for p in self.record.profiles.prefill)
@@ -54,15 +55,15 @@ class TrtBackend(GpuBackend):
             self._scratch = self.memory.take(max(size, 1))
         for each in self._sessions:
             for context in each.all_contexts():
-                self.forget_graph(context)  # it holds the address of the memory before
+                self.forget_capture(context)  # it holds the address of the memory before
                 context.context.set_device_memory(self._scratch.pointer, self._scratch.size)
 
-    def forget_graph(self, context: Context) -> None:
+    def forget_capture(self, context: Context) -> None:
         """Before anything about a context changes: TensorRT forbids to replay what was captured before."""
-        if context.graph is not None:
-            del self.graphs[int(context.graph)]
-            cuda.check(self.cuda.cudaGraphExecDestroy(context.graph))
-            context.graph = None
+        if context.capture is not None:
+            del self.captures[int(context.capture)]
+            cuda.check(self.cuda.cudaGraphExecDestroy(context.capture))
+            context.capture = None
 
     def session(self, path: Path) -> TrtSession:
         """The engine that was compiled from a graph; see session.Backend."""
@@ -78,7 +79,10 @@ class TrtSession:
     """A deserialized engine, with one execution context for each of its profiles."""
 
     def __init__(self, backend: TrtBackend, graph: str, engine: Engine, bundle: Path):
-        trt, self.backend, self.graph, self.engine = backend.trt, backend, graph, engine
+        trt = backend.trt
+        self.backend = backend
+        self.graph = graph
+        self.engine = engine
         target = backend.record.target
         folder = engine_record.folder(bundle, target)
         self.loaded = backend.runtime.deserialize_cuda_engine((folder / engine.file).read_bytes())
@@ -97,7 +101,9 @@ class TrtSession:
                 f"{len(engine.profiles)}; {engine_record.rebuild(bundle, target)}"
             )
         last = len(engine.profiles) - 1  # for single tokens, if there is more than one
-        self.contexts = [self._context(i) for i in range(last + 1 if graph != "language" or not last else last)]
+        self.contexts = [
+            self._context(i) for i in range(last + 1 if graph != "language" or not last else last)
+        ]
         self.decode = self._context(last, replays=True) if graph == "language" else None
         backend.share_scratch(self)
 
@@ -107,7 +113,8 @@ class TrtSession:
 
     def _context(self, profile: int, replays: bool = False) -> Context:
         """A context for one profile; ``replays``: CUDA graphs, which the runtime of RTX captures by itself."""
-        backend, trt = self.backend, self.backend.trt
+        backend = self.backend
+        trt = self.backend.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(trt, "CudaGraphStrategy"):
             config = self.loaded.create_runtime_config()
@@ -134,16 +141,18 @@ class Context:
     """An execution context and what is set in it; a run that repeats the last one is captured as a CUDA graph."""
 
     def __init__(self, context: Any, captures: bool):
-        self.context, self.captures = context, captures
+        self.context = context
+        self.captures = captures
         self.bound: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self.graph: Any = None  # an executable graph of exactly what is bound
+        self.capture: Any = None  # an executable CUDA graph of exactly what is bound
 
 
 class TrtBinding:
     """See session.Binding. Runs are queued on the backend's stream, in order with its copies."""
 
     def __init__(self, session: TrtSession):
-        self.session, self.backend = session, session.backend
+        self.session = session
+        self.backend = session.backend
         self.buffers: dict[str, Buffer] = {}
         self.copies: dict[str, Buffer] = {}  # where a buffer is not aligned
 
@@ -155,13 +164,14 @@ class TrtBinding:
 
     def run(self) -> None:
         """See session.Binding. Raises RequestError for sizes outside every profile."""
-        session, backend = self.session, self.backend
+        session = self.session
+        backend = self.backend
         context = self._context()
         with backend.lock:
             aligned = {name: self._aligned(name, buffer) for name, buffer in self.buffers.items()}
             wanted = {name: (b.pointer, b.shape) for name, b in aligned.items()}
-            if context.bound == wanted and context.graph is not None:
-                cuda.check(backend.cuda.cudaGraphLaunch(context.graph, backend.stream))
+            if context.bound == wanted and context.capture is not None:
+                cuda.check(backend.cuda.cudaGraphLaunch(context.capture, backend.stream))
             elif context.bound == wanted and context.captures:
                 self._capture(context)
             else:
@@ -186,7 +196,8 @@ class TrtBinding:
         return copy
 
     def _context(self) -> Context:
-        session, engine = self.session, self.session.engine
+        session = self.session
+        engine = self.session.engine
         sizes: dict[str, int] = {}
         for name, axes in engine.axes.items():
             if name not in self.buffers:
@@ -202,7 +213,7 @@ class TrtBinding:
 
     def _set(self, context: Context, wanted: dict[str, tuple[int, tuple[int, ...]]]) -> None:
         """Addresses and shapes that differ from what the context has."""
-        self.backend.forget_graph(context)
+        self.backend.forget_capture(context)
         for name, (pointer, shape) in wanted.items():
             if context.bound.get(name) == (pointer, shape):
                 continue
@@ -225,8 +236,11 @@ class TrtBinding:
 
     def _capture(self, context: Context) -> None:
         """Run as a CUDA graph, to be replayed as long as addresses and shapes stay."""
-        api, stream = self.backend.cuda, self.backend.stream
-        cuda.check(api.cudaStreamBeginCapture(stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        api = self.backend.cuda
+        stream = self.backend.stream
+        cuda.check(
+            api.cudaStreamBeginCapture(stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        )
         try:
             self._enqueue(context)
         except BackendError:
@@ -234,11 +248,11 @@ class TrtBinding:
             raise
         captured = cuda.check(api.cudaStreamEndCapture(stream))
         try:
-            context.graph = cuda.check(api.cudaGraphInstantiate(captured, 0))
-            self.backend.graphs[int(context.graph)] = context.graph
+            context.capture = cuda.check(api.cudaGraphInstantiate(captured, 0))
+            self.backend.captures[int(context.capture)] = context.capture
         finally:
             cuda.check(api.cudaGraphDestroy(captured))
-        cuda.check(api.cudaGraphLaunch(context.graph, stream))
+        cuda.check(api.cudaGraphLaunch(context.capture, stream))
 
 
 def check_fits(record: EngineRecord, trt: Any, directory: Path) -> None:
@@ -250,7 +264,8 @@ def check_fits(record: EngineRecord, trt: Any, directory: Path) -> None:
             f"{directory}: the engines were compiled by {record.target} {record.version}, found {trt.__version__} "
             f"here; {todo}"
         )
-    here, made_for = cuda.compute_capability(), record.compute_capabilities
+    here = cuda.compute_capability()
+    made_for = record.compute_capabilities
     from_ampere_on = "HARDWARE_COMPATIBLE_AMPERE_PLUS" in record.flags and int(here.split(".")[0]) >= 8
     if here not in made_for and not from_ampere_on:
         raise BundleError(

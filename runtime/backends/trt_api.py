@@ -49,6 +49,9 @@ def logger(trt: Any) -> Any:
 def quote(log: Any) -> str:
     """What TensorRT said since this was last asked, shortened, without its complaint that there is no GPU (compiling
     needs none)."""
-    messages, log.messages = log.messages, []
-    told = [m for m in messages if "CUDA driver version is insufficient" not in m and "no CUDA-capable" not in m]
+    messages = log.messages
+    log.messages = []
+    told = [
+        m for m in messages if "CUDA driver version is insufficient" not in m and "no CUDA-capable" not in m
+    ]
     return " | ".join(told)[:1500] or "no reason given"
