@@ -124,8 +124,8 @@ def _check(found: Precision, wanted: Wanted, dialect: str, tied: bool) -> None:
         )
     if tied and found.head not in BITS and found.embedding != found.head:
         raise CheckpointError(
-            f"the head is stored in {found.head} and the embedding in {found.embedding}, expected the same: they are one "
-            "table in this checkpoint; quantize the head too, or neither"
+            f"the head is stored in {found.head} and the embedding in {found.embedding}, expected the same: they are "
+            "one table in this checkpoint; quantize the head too, or neither"
         )
     if dialect != "ort" and "w8a8" in (found.language, found.vision, found.head):
         raise CheckpointError("w8a8 is for ONNX Runtime (dialect ort), expected int8 or int4 for engines")

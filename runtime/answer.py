@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .stats import Stats
 from .text import Text
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,42 @@ class Step:
 
     token: int
     logits: np.ndarray  # float32 [V], what it was chosen from
+
+
+class Steps(Iterator[Step]):
+    """Iterate for the tokens of a sequence; it runs when it is read, and ends when this is closed or dropped."""
+
+    def __init__(self, engine: Engine, sequence: Sequence, added: bool = False):
+        self._engine = engine
+        self._sequence = sequence
+        self._added = added
+        self._closed = False
+
+    def __next__(self) -> Step:
+        if self._closed:
+            raise StopIteration
+        if not self._added:
+            self._added = True
+            self._engine.add(self._sequence)
+        try:
+            step = self._engine.next(self._sequence)
+        except BaseException:
+            self.close()
+            raise
+        if step is None:
+            self.close()
+            raise StopIteration
+        return step
+
+    def close(self) -> None:
+        """Nobody wants more of it."""
+        if not self._closed:
+            self._closed = True
+            if self._added:
+                self._engine.cancel(self._sequence)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Answer(Iterator[str]):

@@ -313,39 +313,3 @@ class Engine:
                 self._end(sequence)
                 log_request(stats)
         return batch
-
-
-class Steps(Iterator[Step]):
-    """Iterate for the tokens of a sequence; it runs when it is read, and ends when this is closed or dropped."""
-
-    def __init__(self, engine: Engine, sequence: Sequence, added: bool = False):
-        self._engine = engine
-        self._sequence = sequence
-        self._added = added
-        self._closed = False
-
-    def __next__(self) -> Step:
-        if self._closed:
-            raise StopIteration
-        if not self._added:
-            self._added = True
-            self._engine.add(self._sequence)
-        try:
-            step = self._engine.next(self._sequence)
-        except BaseException:
-            self.close()
-            raise
-        if step is None:
-            self.close()
-            raise StopIteration
-        return step
-
-    def close(self) -> None:
-        """Nobody wants more of it."""
-        if not self._closed:
-            self._closed = True
-            if self._added:
-                self._engine.cancel(self._sequence)
-
-    def __del__(self) -> None:
-        self.close()

@@ -20,11 +20,11 @@ from ..models.errors import BundleError, RequestError
 from ..models.family import Kept, Views
 from ..models.manifest import Manifest
 from ..models.pruners import Pruner, listed, pruners_of
-from .answer import Answer
+from .answer import Answer, Steps
 from .backends.devices import open_device
 from .backends.session import Backend
 from .bundle import open_bundle
-from .engine import TOGETHER, Engine, Steps
+from .engine import TOGETHER, Engine
 from .image import ImageLike, resized
 from .language import Language
 from .messages import PromptLike, images_of, with_images

@@ -15,7 +15,7 @@ from conftest import E2E_PIXELS, IMAGES
 
 import ppexport
 from ppexport.runtime import engine
-from ppexport.runtime.engine import Steps
+from ppexport.runtime.answer import Steps
 from ppexport.runtime.sequence import Sequence
 
 IMAGE = 500
