@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,17 @@ def test_direction(package: str) -> None:
             if named[0] == "ppexport":
                 ours = named[1] or node.names[0].name
                 assert ours in ALLOWED[package], f"{file}:{node.lineno}"
+
+
+def test_every_package_is_installed() -> None:
+    """setup.cfg lists packages one by one: one that it forgets is missing in an installed copy only."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    folders = [ROOT / "ppexport", *(ROOT / package for package in ALLOWED)]
+    found = set()
+    for folder in folders:
+        for file in folder.rglob("__init__.py"):
+            parts = file.parent.relative_to(ROOT).parts
+            found.add(".".join(parts if parts[0] == "ppexport" else ("ppexport", *parts)))
+    assert listed == found

@@ -237,7 +237,7 @@ def test_two_pipelines_on_two_threads(bundle: Path, target: str, cpu: ppexport.P
 
 def test_an_unbound_input_is_an_error(pipe: ppexport.Pipeline) -> None:
     with pytest.raises(ppexport.BackendError, match="the input image of the prune engine is not bound"):
-        pipe.selector.session("pred_2d", "max").binding().run()
+        pipe.selector.session("pixelprune.pred_2d.max").binding().run()
 
 
 def test_engines_prune_with_one_method(pipe: ppexport.Pipeline) -> None:

@@ -73,7 +73,7 @@ class Pocket(nn.Module):
                 nn.init.normal_(parameter, 0.0, min(0.06, fan**-0.5))
         _look_at_neighbours(self.tower)
         fixed = qwen_vit.constants(config, qwen3_vl.PREPROCESSING)
-        for module, values in ((self.tower, fixed), (self.decoder, attention.constants(config.text))):
+        for module, values in ((self.tower, fixed), (self.decoder, attention.constants(config))):
             for name, value in values.items():
                 module.get_buffer(name).copy_(torch.from_numpy(value))
 
