@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .calibration import Calibration, synthetic_screens
-from .compile_bundle import check_dialect, compile_bundle, plan_sizes
+from .compile_bundle import check_dialect, check_pruners, compile_bundle, plan_sizes
 from .memory import available_memory
 from .models.errors import BackendError, BundleError, CheckpointError, RequestError, SpaceError
 from .models.manifest import FILE, Manifest
@@ -70,6 +70,8 @@ def build(
     wanted = precision if isinstance(precision, Wanted) else Wanted(precision)
     images = calibration.files() if calibration else []
     pruners = listed(prune)
+    if targets:
+        check_pruners(pruners)
     plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images), pruners)
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")

@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from .models import engine_record, profiles
@@ -16,6 +17,8 @@ from .models.manifest import GRAPHS, sha256
 from .models.precision import BYTES
 from .models.profiles import Profiles
 from .models.progress import Progress, silent
+from .models.pruners import Pruner, pruners_of
+from .models.pruners.pixelprune import PixelPrune
 from .onnx_dims import set_axis
 from .runtime.backends.cuda import rounded
 from .runtime.bundle import open_bundle
@@ -39,6 +42,7 @@ def compile_bundle(
     trt, options = prepare(target, options)
     directory, manifest = open_bundle(bundle)
     dialect = check_dialect({g.dialect for g in manifest.graphs.values()}, manifest.compute, str(directory))
+    check_pruners(pruners_of(manifest.prune))
     sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, dialect, sizes, options)
     if manifest.compute == "bf16" and (old := [c for c in options.compute_capabilities if float(c) < 8]):
         raise RequestError(
@@ -108,6 +112,16 @@ def check_dialect(dialects: set[str], compute: str, what: str) -> str:
             "float32); build from the checkpoint with --precision bf16 or fp16"
         )
     return next(iter(dialects))
+
+
+def check_pruners(pruners: Iterable[Pruner]) -> None:
+    """Raise RequestError for pruners of a bundle that are not compiled: one that looks at the image is."""
+    named = [pruner.name for pruner in pruners]
+    if named not in ([], [PixelPrune.name]):
+        raise RequestError(
+            f"the bundle prunes with {', '.join(named)}, expected {PixelPrune.name} alone or none: engines have no "
+            "others"
+        )
 
 
 def plan_sizes(

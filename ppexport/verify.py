@@ -121,6 +121,11 @@ def verify(
         model = pipe.manifest.model
         if reference.checkpoint.config != model:
             raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")
+        later = [pruner.name for pruner in pipe.pruners_of(prune) if pruner.after == "vision"]
+        if later:
+            raise RequestError(
+                f"verify prunes images only, found {', '.join(later)}; name others, or --no-prune"
+            )
         progress(f"{Path(bundle).name}", 0, 1)
         resized = [pipe.pixels(image)[0] for image in images]
         encoded = [pipe.encode(image, prune) for image in images]

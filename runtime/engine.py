@@ -155,10 +155,9 @@ class Engine:
         self._active.remove(sequence)
         slot = sequence.slot
         assert slot is not None
-        sequence.slot = None
-        sequence.features = None
-        sequence.parts.clear()
         slot.images = sequence.digests
+        sequence.slot = None
+        sequence.free()
         self.placement.give_back(slot)
 
     def _fail(self, sequences: Several[Sequence], error: BaseException) -> None:

@@ -222,6 +222,11 @@ class Pipeline:
             ids.astype(np.int32), pictures, sampling, max_new_tokens, stats, stop, ahead, keeps_logits
         )
 
+    def pruners_of(self, prune: PruneLike) -> tuple[Pruner, ...]:
+        """What a request's ``prune`` stands for. Raises RequestError."""
+        default = isinstance(prune, str) and prune == "default"
+        return self.prune if default else listed(prune, " or 'default'")
+
     def pixels(self, image: ImageLike) -> tuple[np.ndarray, Views]:
         """An image as the model takes it, uint8 [H, W, 3], and how it looks at it. Raises ImageError, RequestError."""
         limits = (self.min_pixels, self.max_pixels)
@@ -240,8 +245,7 @@ class Pipeline:
 
     def _pictures(self, images: Several[ImageLike], prune: PruneLike, stats: Stats) -> list[Picture]:
         """Stages image and prune: read, resize, upload, select."""
-        default = isinstance(prune, str) and prune == "default"
-        pruners = self.prune if default else listed(prune, " or 'default'")
+        pruners = self.pruners_of(prune)
         pictures = []
         for image in images:
             picture = self._picture(image, pruners, stats)

@@ -109,6 +109,13 @@ class Sequence:
         """Has its prompt been run?"""
         return self.rest is not None and self.done == len(self.rest.ids)
 
+    def free(self) -> None:
+        """Let go of images and features: whoever reads the answer may keep it for long."""
+        self.pictures = ()
+        self.features = None
+        self.parts.clear()
+        self.images_to_encode.clear()
+
     def runs_in(self, slots: Slots) -> bool:
         """Is its slot one of these?"""
         return self.slot is not None and self.slot.slots is slots

@@ -19,6 +19,7 @@ from ppexport.exporters.pruners import GRAPHS
 from ppexport.models.errors import BundleError, RequestError
 from ppexport.models.pruners import PRUNERS
 from ppexport.models.pruners.pixelprune import PixelPrune
+from ppexport.verify import verify
 
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
 SCREEN = Path(__file__).resolve().parent.parent / "docs" / "settings.png"
@@ -107,6 +108,18 @@ def test_a_bundle_carries_its_pruners(registered: None, tmp_path: Path) -> None:
         (path / "bundle.json").write_text(json.dumps(changed))
         with pytest.raises(BundleError, match=message):
             ppexport.load(path)
+
+
+def test_what_engines_and_verify_do_not_run(registered: None, tmp_path: Path) -> None:
+    pruners = [PixelPrune(), EverySecondFeature()]
+    with pytest.raises(
+        RequestError, match="prunes with pixelprune, every_second_feature, expected pixelprune alone"
+    ):
+        build(POCKET, tmp_path / "engines", targets=["tensorrt-rtx"], prune=pruners)
+    assert not (tmp_path / "engines").exists()
+    path = build(POCKET, tmp_path / "bundle", prune=pruners)
+    with pytest.raises(RequestError, match="verify prunes images only, found every_second_feature"):
+        verify(path, POCKET, [str(SCREEN)])
 
 
 @pytest.mark.parametrize(
