@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -237,7 +238,7 @@ def table(setting: Setting, metric: str, in_stages: bool = False) -> tuple[np.nd
     cells: dict[tuple[int, int], list[float]] = {}
     for request in setting.requests:
         cells.setdefault((request.round, request.item), []).extend(values_of(request, metric, in_stages))
-    means = {key: float(np.mean(values)) for key, values in cells.items() if values}
+    means = {key: fmean(values) for key, values in cells.items() if values}
     items = sorted({item for _, item in means})
     rounds = sorted({number for number, _ in means})
     whole = [number for number in rounds if all((number, item) in means for item in items)]
