@@ -65,6 +65,8 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/build.py --target tensorrt-rtx --runs 1 -o build/bench/build_rtx.json
 	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
+	$(BIN)/python -m ppexport.exporters.random_checkpoint build/bench/random_300m --shape 300m
+	$(BIN)/python bench/concurrency.py --checkpoint build/bench/random_300m -o build/bench/concurrency_300m.json
 	$(BIN)/python bench/calibration.py -o build/bench/calibration.json
 	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m_document.json \
 		--image ppexport/bench/images/pdf_gnuplot-020.png \
