@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..models import family_of
 from ..models.config import ModelConfig, Weight
 from ..models.dtype import BY_SAFETENSORS
 from ..models.errors import CheckpointError
+from ..models.families import family_of
 from ..models.family import Family
 
 ADAPTER = (

@@ -14,9 +14,10 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from ..models import family_of, qwen3_vl
+from ..models import qwen3_vl
 from ..models.bytelevel import IDS, VOCAB, byte_tokenizer
 from ..models.dtype import BY_PRECISION
+from ..models.families import family_of
 
 DTYPES: dict[str, torch.dtype] = {dtype.name: getattr(torch, dtype.name) for dtype in BY_PRECISION.values()}
 # (text layers, width, ffn, heads, kv heads, head width, vocabulary, tied, mRoPE sections,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Dtype:
@@ -21,6 +19,8 @@ class Dtype:
     @property
     def numpy(self) -> Any:
         """The type of host arrays; raises TypeError for bfloat16, which numpy has not."""
+        import numpy as np
+
         return np.dtype(self.name)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..models import FAMILIES
 from ..models.checks import integer
 from ..models.dtype import BY_PRECISION
 from ..models.errors import BundleError, RequestError
+from ..models.families import FAMILIES
 from ..models.family import Kept, Views
 from ..models.manifest import Manifest
 from ..models.pruners import Pruner, listed, pruners_of

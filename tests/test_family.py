@@ -19,8 +19,8 @@ from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.decoders import DECODERS
 from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random
 from ppexport.exporters.run_model import EagerModel
-from ppexport.models import FAMILIES
 from ppexport.models.errors import CheckpointError
+from ppexport.models.families import FAMILIES
 from ppexport.models.family import Family
 from ppexport.verify import verify
 

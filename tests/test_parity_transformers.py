@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import ppexport
 from ppexport.build_bundle import build
-from ppexport.models import FAMILIES
+from ppexport.models.families import FAMILIES
 
 IMAGE, START, END = 90, 91, 92
 

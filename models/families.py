@@ -1,0 +1,23 @@
+"""The model families: one file for each, by its Hugging Face ``model_type``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import CheckpointError
+from .family import Family
+from .qwen3_vl import QWEN3_VL
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3_VL,)}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a ``config.json``; raises CheckpointError for a family that is not in FAMILIES."""
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise CheckpointError(
+            f"config.json: model_type is {name!r}, expected one of: {', '.join(sorted(FAMILIES))}. "
+            "Other families are not supported yet"
+        )
+    return FAMILIES[name]
