@@ -72,6 +72,11 @@ def known_keys() -> dict[str, Any]:
 def defaults_of(family: str, section: str) -> dict[str, Any]:
     """Keys that transformers knows in a section of a family's configuration -> the value where one is absent."""
     keys = known_keys()
+    if family not in keys:
+        raise CheckpointError(
+            f"the keys of {section} are not known for family {family!r}, expected them in models/known_keys.json; "
+            "add the family to tests/known_keys.py and run it (docs/add-a-family.md)"
+        )
     own: dict[str, Any] = keys[family][section]
     if section == "preprocessor_config.json":
         return own

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from .config import ModelConfig, Preprocessing
 from .errors import BundleError, RequestError
+from .families import FAMILIES
 from .precision import BITS, BYTES, PARTS, Precision
-from .pruners import PruneSetting, pruners_of
+from .pruners import PruneSetting, listed, pruners_of
 from .strict import StrictError, from_json, to_json
 
 SCHEMA = 4
 GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
+MOST_SIDE = 1 << 20  # of a state
 SMALL_FILE = (
     16 << 20
 )  # files up to this size (bytes) are hashed on every load; larger ones are checked for size
@@ -119,10 +121,15 @@ def _check(manifest: Manifest) -> None:
     ):
         if found not in allowed:
             raise StrictError(f"{key}: found {found!r}, expected one of: {', '.join(allowed)}")
+    if manifest.family not in FAMILIES or manifest.model.family != manifest.family:
+        raise StrictError(
+            f"family: found {manifest.family!r}, expected one of: {', '.join(FAMILIES)}, as in model"
+        )
+    _check_model(manifest.model)
     if set(manifest.graphs) != set(GRAPHS):
         raise StrictError(f"graphs: found {sorted(manifest.graphs)}, expected language, prune, vision")
     try:
-        pruners_of(manifest.prune)
+        listed(list(pruners_of(manifest.prune)))
     except RequestError as err:
         raise StrictError(f"prune: {err}") from err
     needed = {graph.file for graph in manifest.graphs.values()} | {"vision.onnx.data", "language.onnx.data"}
@@ -132,3 +139,31 @@ def _check(manifest: Manifest) -> None:
     for name in manifest.files:
         if Path(name).name != name:
             raise StrictError(f"files: found {name!r}, expected plain file names")
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Sizes that nothing could be computed with; raises StrictError."""
+    for name, size in (
+        ("patch", model.vision.patch),
+        ("merge", model.vision.merge),
+        ("vocab", model.text.vocab),
+    ):
+        if size < 1:
+            raise StrictError(f"model: {name} is {size}, expected at least 1")
+    if 2 * sum(model.text.rope.sections) != model.text.rope.width:
+        raise StrictError(
+            f"model.text.rope: sections {model.text.rope.sections}, expected a sum of width / 2"
+        )
+    names = [state.name for state in model.states]
+    if not names or len(set(names)) < len(names):
+        raise StrictError(f"model.states: found {names!r:.80}, expected each state once")
+    for state in model.states:
+        letters = [n for n in state.shape if isinstance(n, str)]
+        sizes = [n for n in state.shape if isinstance(n, int)]
+        known = letters in (["slots"], ["slots", "M"]) and state.shape[0] == "slots"
+        if (
+            not known
+            or state.dtype not in ("compute", "float32")
+            or not all(1 <= n <= MOST_SIDE for n in sizes)
+        ):
+            raise StrictError(f"model.states: found {state}, expected shape slots, ..., with M at most once")

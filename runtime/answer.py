@@ -67,9 +67,18 @@ class Answer(Iterator[str]):
         self.stats = stats
         self._pieces = _decode(steps, text, stop)
         self._text: list[str] = []
+        self._error: Exception | None = None
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        if self._error is not None:
+            raise self._error  # an answer that failed is never taken for one that ended
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            raise
+        except Exception as err:
+            self._error = err
+            raise
         self._text.append(piece)
         return piece
 

@@ -21,6 +21,7 @@ from .vision import Vision
 
 TOGETHER = 8  # sequences that run at once, if nothing else is asked for
 CHUNK = 256  # tokens of a prompt that run at once while other sequences wait for their next token
+CLOSED = "the pipeline is closed, expected an open one; load the bundle again"
 NO_LOGITS = np.empty(0, np.float32)
 
 
@@ -43,6 +44,7 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._active: list[Sequence] = []
         self._dropped: deque[Sequence] = deque()  # cancelled, and not taken out yet
+        self._closed = False
 
     @property
     def held_bytes(self) -> int:
@@ -53,8 +55,9 @@ class Engine:
             return kept + self.placement.held_bytes
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence run with the others."""
+        """Let a sequence run with the others. Raises BackendError where the engine is closed."""
         with self.lock:
+            self._check_open()
             self._waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
@@ -102,9 +105,12 @@ class Engine:
                 self.reuse.features.clear()
 
     def close(self) -> None:
-        """End all sequences and keep nothing."""
+        """End all sequences, whose readers get an error, and keep nothing."""
         with self.lock:
+            self._take_out()
+            self._closed = True
             for sequence in [*self._waiting, *self._active]:
+                sequence.error = BackendError(CLOSED)
                 self.cancel(sequence)
             self._take_out()
             self.reuse = None
@@ -112,6 +118,10 @@ class Engine:
             self.placement.drop_idle()
 
     # ------------------------------------------------------------------------------------- slots
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError(CLOSED)
 
     def _take_out(self) -> None:
         """Sequences that were cancelled."""
@@ -139,6 +149,8 @@ class Engine:
             except Exception as err:
                 sequence.error = err
                 sequence.finished = True
+                sequence.free()
+                log_request(sequence.stats)
                 failed.append(sequence)
                 continue
             slot.busy = True
@@ -194,7 +206,8 @@ class Engine:
         with sequence.stats.stage("vision"):
             missing = sequence.images_to_encode
             if missing:
-                sequence.parts.append(self.features(missing.pop(0)))
+                sequence.parts.append(self.features(missing[0]))
+                missing.pop(0)  # now, since an interruption of the line above belongs to somebody else
                 self.language.backend.wait()
             sequence.encoded = not missing
             if sequence.encoded and sequence.parts:
@@ -203,8 +216,11 @@ class Engine:
 
     def features(self, picture: Picture) -> Buffer:
         """Features of an image [1 + L, K, D] on the backend; computed where they are not kept."""
-        if picture.features is not None:
-            return picture.features
+        with self.lock:
+            self._check_open()
+            return picture.features or self._features(picture)
+
+    def _features(self, picture: Picture) -> Buffer:
         kept = self.reuse.features.get(picture.digest) if self.reuse else None
         if kept is not None:
             return kept

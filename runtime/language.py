@@ -9,8 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from ..models.config import ModelConfig
+from ..models.errors import BundleError
 from .backends.session import Backend, Buffer, Session
 from .slots import Run, Slots
+
+GIVEN = {
+    "input_ids",
+    "features",
+    "feature_rows",
+    "position_ids",
+    "start",
+    "logits_at",
+}  # inputs that are no states
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,11 @@ class Language:
         self.by_position = dialect == "plain"
         self.batches = backend.batches and not self.by_position  # may several slots run at once?
         self.session: Session = backend.session(graph)
+        missing = sorted({state.name for state in model.states} ^ set(self.session.inputs) - GIVEN)
+        if missing:
+            raise BundleError(
+                f"{graph.name}: its states and those of bundle.json differ in {missing[0]!r}; build it again"
+            )
         self.no_features = backend.zeros(
             (1 + model.levels, 1, model.text.width), dtype
         )  # of a run without images

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +141,8 @@ class Pipeline:
         All are checked before the first one runs. They run as long as any of the answers is read; ``text()`` of each
         waits for its end. Raises as ``generate``.
         """
+        if isinstance(requests, (str, bytes, Request)) or not isinstance(requests, Iterable):
+            raise RequestError(f"requests is {requests!r:.80}, expected a list of ppexport.Request(...)")
         sequences = [self.prepare(request, ahead=None) for request in requests]
         for sequence in sequences:
             self.engine.add(sequence)
@@ -217,6 +219,13 @@ class Pipeline:
             raise RequestError("stats is not a fresh ppexport.Stats(), expected a new one for every request")
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
+        vocab = self.manifest.model.text.vocab
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {vocab - 1}")
+        if stop is not None and not (isinstance(stop, Collection) and all(type(n) is int for n in stop)):
+            raise RequestError(
+                f"stop is {stop!r:.80}, expected a list of token ids, or None for those of the bundle"
+            )
         pictures = self._pictures(images_of(images), prune, stats)
         return self._sequence(
             ids.astype(np.int32), pictures, sampling, max_new_tokens, stats, stop, ahead, keeps_logits

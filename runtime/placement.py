@@ -41,7 +41,10 @@ class Placement:
             if found is not None:
                 found.rewind(known)
                 return found, known
-        slot = self._beside(active, tokens)  # Case 2
+        try:
+            slot = self._beside(active, tokens)  # Case 2
+        except MemoryError:  # what runs there goes on; memory of its own may be smaller
+            slot = None
         if slot is None and self.reuse is not None:
             slot = self.reuse.again(self.pools)
         if slot is None:  # Case 3

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..models.errors import RequestError
 from ..models.family import Kept, View
 from ..models.pruners import Pruner
 from ..models.pruners.pixelprune import PixelPrune, prune_file
@@ -54,6 +55,15 @@ def kept_of(selections: Sequence[Selection], views: tuple[View, ...]) -> Kept:
     return Kept(np.concatenate(keeps).astype(np.int32), views)
 
 
+def check_graph(path: Path, name: str) -> None:
+    """Raise RequestError where a bundle lacks the graph of a pruner."""
+    if not path.is_file():
+        raise RequestError(
+            f"{path.parent}: has no graph for the pruner {name}, expected {path.name}; build the bundle again with a "
+            "ppexport that knows the pruner"
+        )
+
+
 class FeaturePruners:
     """The graphs of a bundle that drop tokens behind the vision tower. ``block``: pixels per side of a merged token."""
 
@@ -77,6 +87,7 @@ class FeaturePruners:
     def _one(self, features: Buffer, pruner: Pruner) -> tuple[Buffer, np.ndarray]:
         file = prune_file(pruner.graph)
         if file not in self._sessions:
+            check_graph(self.folder / file, pruner.graph)
             self._sessions[file] = self.backend.session(self.folder / file)
         session = self._sessions[file]
         levels, K, width = features.shape

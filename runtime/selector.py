@@ -17,7 +17,7 @@ from ..models.pruners import Pruner, listed
 from ..models.pruners.pixelprune import PREDICTORS, SELECTOR_BLOCKS, PixelPrune, graph_name, prune_file
 from .backends.session import Backend, Buffer, Session, run
 from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
-from .prune import Selection
+from .prune import Selection, check_graph
 
 LEVELS = {
     "max": 255,
@@ -64,6 +64,7 @@ class Selector:
         """A graph by its name (Pruner.graph), loaded when it is first asked for."""
         file = prune_file(graph, self.byte_max)
         if file not in self._sessions:
+            check_graph(self.folder / file, graph)
             self._sessions[file] = self.backend.session(self.folder / file)
         return self._sessions[file]
 

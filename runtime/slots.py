@@ -101,7 +101,7 @@ class Slots:
     def grow(self, count: int, capacity: int) -> None:
         """Have ``count`` slots of ``capacity`` tokens; what is held stays."""
         used = max((slot.length for slot in self.listed), default=0)
-        self.broken = True
+        self.broken = count == len(self.listed)  # until it is done: one state after the other moves
         self.runs.clear()  # they hold the memory before
         for form in self.forms:
             form.grow(count, capacity, used)

@@ -42,16 +42,24 @@ class InPlace:
         self.nbytes = 0
 
     def grow(self, slots: int, capacity: int, used: int) -> None:
-        """See Form; one state after the other, so that little is there twice."""
-        self.nbytes = 0
+        """See Form.
+
+        For more tokens one state after the other moves, so that little is there twice. For more slots all of them move
+        at the end, so that where memory runs out the sequences in there go on as they were.
+        """
+        moved: dict[str, Buffer] = {}
         for state in self.states:
             new = self.backend.zeros(state.sized(slots, capacity), _dtype(state, self.dtype))
             old = self.memory.get(state.name)
             if old is not None and used:
                 rows = new.rows(0, old.shape[0])
                 self.backend.copy_into(_entries(rows, state), 0, _entries(old, state), used)
-            self.memory[state.name] = new
-            self.nbytes += new.nbytes
+            if old is not None and old.shape[0] == slots:
+                self.memory[state.name] = new
+            else:
+                moved[state.name] = new
+        self.memory.update(moved)
+        self.nbytes = sum(buffer.nbytes for buffer in self.memory.values())
 
     def attach(self, binding: Binding, first: int, count: int) -> None:
         """See Form."""
@@ -134,16 +142,19 @@ class Copied:
         self.nbytes = 0
 
     def grow(self, slots: int, capacity: int, used: int) -> None:
-        """See Form."""
-        self.new.clear()
-        self.nbytes = 0
+        """See Form; they have the same size for any number of tokens."""
+        moved: dict[str, Buffer] = {}
         for state in self.states:
-            new = self.backend.zeros(state.sized(slots, capacity), _dtype(state, self.dtype))
             old = self.memory.get(state.name)
+            if old is not None and old.shape[0] == slots:
+                continue
+            new = self.backend.zeros(state.sized(slots, capacity), _dtype(state, self.dtype))
             if old is not None:
                 self.backend.copy_into(_flat(new.rows(0, old.shape[0])), 0, _flat(old))
-            self.memory[state.name] = new
-            self.nbytes += new.nbytes
+            moved[state.name] = new
+        self.new.clear()
+        self.memory.update(moved)
+        self.nbytes = sum(buffer.nbytes for buffer in self.memory.values())
 
     def attach(self, binding: Binding, first: int, count: int) -> None:
         """See Form."""

@@ -343,3 +343,79 @@ def test_memory_is_bounded_over_mixed_requests(tiny_bundle: Path) -> None:
     running.clear()
     assert pipe.engine.held_bytes <= limit
     assert not pipe.engine._active
+
+
+def test_an_interrupted_image_is_encoded_again(
+    golden_bundle: Path, alone: Any, totals: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in somebody's answer while another request's image is encoded: that one misses nothing."""
+    pipe = ppexport.load(golden_bundle, max_pixels=E2E_PIXELS)
+    first = pipe.generate_tokens([1, 2, 3], max_new_tokens=30, stop=())
+    next(first)
+    request = requests(totals)[1]
+    second = start(pipe, request)
+    encode = pipe.vision.encode
+    calls = itertools.count()
+
+    def interrupted(*given: Any) -> Any:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        return encode(*given)
+
+    monkeypatch.setattr(pipe.vision, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(first)
+    (found,) = run_out(pipe, [second])
+    assert len(found) == len(alone(*request))
+    assert second.error is None
+
+
+def test_memory_that_runs_out_for_one_leaves_the_others_alone(
+    golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for a further slot beside those that run: the newcomer gets memory of its own."""
+    pipe = ppexport.load(golden_bundle)
+    expected = [step.token for step in pipe.generate_tokens([1, 2, 3], max_new_tokens=20, stop=())]
+    pipe.engine.forget()
+    first = pipe.generate_tokens([1, 2, 3], max_new_tokens=20, stop=())
+    tokens = [next(first).token]
+    zeros = pipe.backend.zeros
+
+    def full(shape: tuple[int, ...], dtype: str) -> Any:
+        if len(shape) == 4 and shape[0] > 1:
+            raise MemoryError("full")
+        return zeros(shape, dtype)
+
+    monkeypatch.setattr(pipe.backend, "zeros", full)
+    second = pipe.generate_tokens([4, 5, 6], max_new_tokens=5, stop=())
+    assert len(list(second)) == 5
+    assert tokens + [step.token for step in first] == expected
+
+
+def test_a_closed_pipeline_says_so(pocket_bundle: Path) -> None:
+    """An answer that was cut off is never taken for one that ended."""
+    pipe = ppexport.load(pocket_bundle)
+    screen = Path(__file__).parent.parent / "docs" / "settings.png"
+    answers = pipe.generate_batch([ppexport.Request("What is the Region?", screen)] * 2)
+    next(answers[0])
+    pipe.close()
+    for answer in answers * 2:
+        with pytest.raises(ppexport.BackendError, match="the pipeline is closed"):
+            answer.text()
+    with pytest.raises(ppexport.BackendError, match="the pipeline is closed"):
+        pipe.generate("What is this?").text()
+
+
+@pytest.mark.parametrize("requests", [None, 5, "hi", ppexport.Request("hi")])
+def test_what_is_no_batch(pocket_bundle: Path, requests: Any) -> None:
+    with pytest.raises(ppexport.RequestError, match="expected a list of ppexport.Request"):
+        ppexport.load(pocket_bundle).generate_batch(requests)
+
+
+def test_token_ids_are_checked_before_they_are_cut_to_32_bits(pocket_bundle: Path) -> None:
+    pipe = ppexport.load(pocket_bundle)
+    with pytest.raises(ppexport.RequestError, match="input_ids holds 3 ... 4294967301, expected 0 ... "):
+        pipe.generate_tokens([2**32 + 5, 3])
+    for stop in (5, [[1]], "ab"):
+        with pytest.raises(ppexport.RequestError, match="stop is .* expected a list of token ids"):
+            pipe.generate_tokens([1, 2], stop=stop)  # type: ignore[arg-type]

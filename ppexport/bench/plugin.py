@@ -63,7 +63,7 @@ class Latency:
     ) -> Comparison | None:
         """Measure, compare with the baseline, and fail the test if something regressed.
 
-        ``workload``: a folder of images, or the name of a built-in one (bench/workload.py). ``plan``: fields of
+        ``workload``: a folder of images, or the name of a built-in one (workload.py). ``plan``: fields of
         measure.Plan, such as taus=(0.0, None), rounds=20, device="tensorrt". It is measured up to ``attempts`` times,
         until one measurement passes; a regression has to show in all of them. The test is skipped, with the reason,
         if nothing can be told (another machine, too much noise). ``accuracy``: right answers that were lost fail it,
