@@ -69,7 +69,9 @@ def main(images: int, held_out: int, blocks: str, output: Path | None) -> None:
         for block in map(int, blocks.split(",")):
             for calibration in (None, Calibration([work / "images"])):
                 bundle = work / f"{block}-{bool(calibration)}"
-                build(POCKET, bundle, Wanted("int4", vision="int4", block=block), calibration=calibration)
+                build(
+                    POCKET, bundle, Wanted("int4", vision="int4", group_size=block), calibration=calibration
+                )
                 results.append(
                     {"block": block, "calibrated": images if calibration else 0, **measure(bundle, screens)}
                 )

@@ -1,4 +1,4 @@
-"""Weights in blocks of int8 and int4: the arithmetic, the graphs, the engines."""
+"""Weights in groups of int8 and int4: the arithmetic, the graphs, the engines."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ LIMITS = {"int8": (0.03, 0.03), "int4": (0.03, 0.35), "w8a8": (0.03, 0.04)}
 )
 def test_bundles_stay_close_to_float32(stored: str, block: int, symmetric: bool, tmp_path: Path) -> None:
     wide = ppexport.load(build(MODEL, tmp_path / "wide", "fp32"), max_pixels=E2E_PIXELS)
-    path = build(MODEL, tmp_path / "narrow", Wanted(stored, block=block, symmetric=symmetric))
+    path = build(MODEL, tmp_path / "narrow", Wanted(stored, group_size=block, symmetric=symmetric))
     narrow = ppexport.load(path, max_pixels=E2E_PIXELS)
     image, ids = IMAGES / "web_gnuplot.png", np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
     features, logits = LIMITS[stored]
@@ -189,7 +189,7 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
     [
         (Wanted("int3"), "ort", False, "precision is 'int3', expected auto, fp32, fp16, bf16, int8, int4"),
         (Wanted(vision="int2"), "ort", False, "vision precision is 'int2'"),
-        (Wanted("int4", block=48), "ort", False, "block is 48, expected one of: 32, 64, 128"),
+        (Wanted("int4", group_size=48), "ort", False, "group size is 48, expected one of: 32, 64, 128"),
         (
             Wanted("int4", embedding="int4"),
             "ort",
@@ -204,7 +204,12 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
         ),
         (Wanted("bf16", embedding="int8"), "ort", True, "they are one table in this checkpoint"),
         (Wanted("int4", vision="fp16"), "standard", False, "found bf16 and fp16, expected bf16 only"),
-        (Wanted("bf16", block=64), "ort", False, "block and asymmetric are for int8 and int4, found bf16"),
+        (
+            Wanted("bf16", group_size=64),
+            "ort",
+            False,
+            "group size and asymmetric are for int8 and int4, found bf16",
+        ),
         (
             Wanted("w8a8", head="bf16", embedding="bf16", symmetric=False),
             "ort",
@@ -232,7 +237,7 @@ def test_what_goes_with_what() -> None:
     assert str(resolve(Wanted("bf16", head="fp32"), "bf16", "ort", True)) == "bf16, head fp32, embedding fp32"
     assert str(resolve(Wanted(vision="bf16"), "fp32", "standard", False, engines=True)) == "bf16"
     assert str(resolve(Wanted(), "fp32", "plain", False)) == "fp32"
-    assert str(resolve(Wanted("int8", symmetric=False, block=64), "bf16", "ort", False)) == (
+    assert str(resolve(Wanted("int8", symmetric=False, group_size=64), "bf16", "ort", False)) == (
         "int8, vision w8a8, groups of 64 with zero points"
     )
 
