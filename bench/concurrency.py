@@ -95,9 +95,9 @@ def measure(bundle: Path, rounds: int) -> dict[str, Any]:
 @click.option("--any-cpu", is_flag=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def main(checkpoint: Path, precisions: str, rounds: int, any_cpu: bool, output: Path) -> None:
-    saturates = devices._saturates()
+    saturates = devices.saturates()
     if any_cpu:
-        devices._saturates = lambda: False
+        devices.saturates = lambda: False
     results = {}
     for precision in precisions.split(","):
         with tempfile.TemporaryDirectory() as work:

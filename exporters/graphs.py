@@ -63,15 +63,14 @@ def language_graph(
     ``float32_kinds`` as for vision_graph.
     """
     c = model.text
-    dtype = TORCH[compute_precision(precision, dialect)]
+    computed = BY_PRECISION[compute_precision(precision, dialect)]
+    dtype = TORCH[str(computed.precision)]
     B, S, P, K, M = (Dim(name, min=1, max=1 << 20) for name in "BSPKM")
     axes = {"slots": B, "M": M}
     with FakeTensorMode():
         decoder = DECODERS[model.decoder].Decoder(model, dtype, set(float32_kinds))
         states = [
-            torch.empty(
-                *state.sized(slots=2, capacity=11), dtype=torch.float32 if state.dtype == "float32" else dtype
-            )
+            torch.empty(*state.sized(slots=2, capacity=11), dtype=getattr(torch, state.stored(computed.name)))
             for state in model.states
         ]
         args = (

@@ -80,6 +80,10 @@ class State:
         """Does it hold an entry for every token?"""
         return "M" in self.shape
 
+    def stored(self, computed: str) -> str:
+        """The dtype that it has where the graph calculates in ``computed``, both as in dtype.BY_NAME."""
+        return computed if self.dtype == "compute" else self.dtype
+
     def sized(self, slots: int, capacity: int) -> tuple[int, ...]:
         """The shape for so many sequences and tokens."""
         sizes = {"slots": slots, "M": capacity}

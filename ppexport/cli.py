@@ -124,10 +124,7 @@ def build(
 
     wanted = weights_of(options)
     calibration = calibration_of(options)
-    settings = prune_settings(options)
-    no_prune = options.pop("no_prune")
-    if no_prune and settings:
-        raise click.UsageError("--no-prune goes with no other option of pruning")
+    settings, no_prune = prune_settings(options)
     changes = wanted != Wanted() or dialect != "auto" or calibration or settings or no_prune
     if output is None and (not targets or changes):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
@@ -198,8 +195,7 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
     """Ask BUNDLE one question or more (PROMPT) about images. Answers go to stdout, the statistics to stderr."""
     from .run import run as run_bundle
 
-    settings = prune_settings(options)
-    no_prune = options.pop("no_prune")
+    settings, no_prune = prune_settings(options)
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
     run_bundle(bundle, prompts, images, lambda: prune_for(bundle, settings, no_prune), **options)
@@ -253,18 +249,16 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 @click.option(
     "--merge", type=click.IntRange(1), help="Patches per token side.  [default: the bundle's, else 2]"
 )
-def plan(images: tuple[str, ...], output: str, bundle: str | None, no_prune: bool, **sizes: Any) -> None:
+def plan(images: tuple[str, ...], output: str, bundle: str | None, **sizes: Any) -> None:
     """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
     from . import plan as planner
     from .models import profiles
     from .models.pruners.pixelprune import PixelPrune
 
-    settings = prune_settings(sizes)
+    settings, no_prune = prune_settings(sizes)
     given = {name: value for name, value in sizes.items() if value is not None}
     if bundle is not None:
         prune, given = planner.as_bundle(bundle, prune_for(bundle, settings, no_prune), given)
-    elif no_prune and settings:
-        raise click.UsageError("--no-prune goes with no other option of pruning")
     else:
         prune = None if no_prune else PixelPrune(**settings)
     target = profiles.writable(output)
@@ -319,7 +313,7 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
         )
     if prune_seed is not None and options["method"] not in ("random", "conncomp"):
         raise click.UsageError("--prune-seed is for --method random or conncomp")
-    prune = PixelPrune(**prune_settings(options), seed=prune_seed or 0)
+    prune = PixelPrune(**prune_settings(options)[0], seed=prune_seed or 0)
     view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
 
 
@@ -354,8 +348,7 @@ def verify(bundles: tuple[str, ...], checkpoint: str, images: tuple[str, ...], *
     """Hold what bundles compute against CHECKPOINT in float32, stage by stage; exit code 1 if one is too far off."""
     from .verify import main as run_verify
 
-    settings = prune_settings(options)
-    no_prune = options.pop("no_prune")
+    settings, no_prune = prune_settings(options)
     prunes = [prune_for(bundle, settings, no_prune) for bundle in bundles]
     sys.exit(run_verify(bundles, checkpoint, images, prunes=prunes, **options))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .models import engine_record, profiles
 from .models.config import ModelConfig, Preprocessing
+from .models.dtype import BY_NAME, BY_PRECISION
 from .models.engine_record import Engine, EngineRecord
 from .models.errors import BundleError, RequestError, SpaceError
 from .models.manifest import GRAPHS, sha256
@@ -159,7 +160,7 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
     pairs = max(v.heads * patches**2, c.heads * prompt**2) * width if dialect == "plain" else 0
     return {
         "weights": weights,
-        "states": _state_bytes(model, width, sizes.capacity, dialect),
+        "states": _state_bytes(model, BY_PRECISION[compute].name, sizes.capacity, dialect),
         "activations": layer + 2 * pairs,
         "image": rounded(min(3 * pixels, 3 * sizes.max_pixels)),
         "features": rounded((1 + model.levels) * kept * c.width * width),
@@ -167,10 +168,10 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
     }
 
 
-def _state_bytes(model: ModelConfig, width: int, capacity: int, dialect: str) -> int:
+def _state_bytes(model: ModelConfig, computed: str, capacity: int, dialect: str) -> int:
     """Of one sequence: caches stand in one buffer (plain) or each in its own, other states are there twice."""
     sizes = {
-        state: math.prod(state.sized(slots=1, capacity=capacity)) * (4 if state.dtype == "float32" else width)
+        state: math.prod(state.sized(slots=1, capacity=capacity)) * BY_NAME[state.stored(computed)].nbytes
         for state in model.states
     }
     caches = [size for state, size in sizes.items() if state.by_token]

@@ -66,19 +66,23 @@ def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
 PRUNE = ("tau", "mode", "method", "metric", "max_tokens")
 
 
-def prune_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the prune options out of ``options``: the settings of PixelPrune that the user gave."""
+def prune_settings(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Take the prune options out of ``options``: the settings of PixelPrune that the user gave, and --no-prune.
+
+    Raises UsageError for both together.
+    """
+    no_prune = options.pop("no_prune", False)
     given = {name: options.pop(name) for name in PRUNE if name in options}
     given = {name: value for name, value in given.items() if value is not None}
     if "mode" in given:
         given["anchored"] = given.pop("mode") == "anchored"
-    return given
+    if no_prune and given:
+        raise click.UsageError("--no-prune goes with no other option of pruning")
+    return given, no_prune
 
 
 def prune_for(bundle: str, settings: dict[str, Any], no_prune: bool) -> Any:
     """What to ask a bundle for: its own pruners, with the settings that were given; None with ``no_prune``."""
-    if no_prune and settings:
-        raise click.UsageError("--no-prune goes with no other option of pruning")
     if no_prune or not settings:
         return None if no_prune else "default"
     from .models.pruners import changed, pruners_of

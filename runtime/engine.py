@@ -37,8 +37,6 @@ class Engine:
     ):
         self.language = language
         self.vision = vision
-        self.reuse = reuse
-        self.together = together
         self.placement = Placement(language, reuse, context, together)
         self.lock = threading.RLock()
         self._waiting: deque[Sequence] = deque()
@@ -51,8 +49,7 @@ class Engine:
         """What is kept of past requests."""
         with self.lock:
             self._take_out()
-            kept = self.reuse.features.nbytes if self.reuse else 0
-            return kept + self.placement.held_bytes
+            return self.placement.held_bytes
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence run with the others. Raises BackendError where the engine is closed."""
@@ -100,9 +97,7 @@ class Engine:
         """Keep nothing of past requests."""
         with self.lock:
             self._take_out()
-            self.placement.drop_idle()
-            if self.reuse is not None:
-                self.reuse.features.clear()
+            self.placement.forget()
 
     def close(self) -> None:
         """End all sequences, whose readers get an error, and keep nothing."""
@@ -113,7 +108,6 @@ class Engine:
                 sequence.error = BackendError(CLOSED)
                 self.cancel(sequence)
             self._take_out()
-            self.reuse = None
             self.placement.reuse = None
             self.placement.drop_idle()
 
@@ -142,15 +136,15 @@ class Engine:
     def _admit(self) -> list[Sequence]:
         """Waiting sequences get slots; returns those that could not. Who waits for a reader keeps no other waiting."""
         failed = []
-        while self._waiting and sum(not sequence.stalled for sequence in self._active) < self.together:
+        while (
+            self._waiting and sum(not sequence.stalled for sequence in self._active) < self.placement.together
+        ):
             sequence = self._waiting.popleft()
             try:
                 slot, known = self.placement.place(sequence, self._active)
             except Exception as err:
-                sequence.error = err
-                sequence.finished = True
+                sequence.fail(err)
                 sequence.free()
-                log_request(sequence.stats)
                 failed.append(sequence)
                 continue
             slot.busy = True
@@ -174,9 +168,7 @@ class Engine:
 
     def _fail(self, sequences: Several[Sequence], error: BaseException) -> None:
         for sequence in sequences:
-            sequence.error = error
-            sequence.finished = True
-            log_request(sequence.stats)
+            sequence.fail(error)
             slot = sequence.slot
             assert slot is not None
             if not slot.slots.broken:
@@ -221,14 +213,15 @@ class Engine:
             return picture.features or self._features(picture)
 
     def _features(self, picture: Picture) -> Buffer:
-        kept = self.reuse.features.get(picture.digest) if self.reuse else None
+        reuse = self.placement.reuse
+        kept = reuse.features.get(picture.digest) if reuse else None
         if kept is not None:
             return kept
         computed = self.vision.join(
             [self.vision.encode(view.image, view.keep, view.others) for view in picture.views]
         )
-        if self.reuse:
-            self.reuse.features.keep(picture.digest, computed)
+        if reuse:
+            reuse.features.keep(picture.digest, computed)
         return computed
 
     def _run_prompt(self, sequence: Sequence, most: int | None) -> list[Sequence]:

@@ -13,14 +13,8 @@ from ..models.errors import BundleError
 from .backends.session import Backend, Buffer, Session
 from .slots import Run, Slots
 
-GIVEN = {
-    "input_ids",
-    "features",
-    "feature_rows",
-    "position_ids",
-    "start",
-    "logits_at",
-}  # inputs that are no states
+# inputs that are no states
+GIVEN = {"input_ids", "features", "feature_rows", "position_ids", "start", "logits_at"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,8 @@ class Language:
             raise BundleError(
                 f"{graph.name}: its states and those of bundle.json differ in {missing[0]!r}; build it again"
             )
-        self.no_features = backend.zeros(
-            (1 + model.levels, 1, model.text.width), dtype
-        )  # of a run without images
+        # of a run without images
+        self.no_features = backend.zeros((1 + model.levels, 1, model.text.width), dtype)
 
     def slots(self, capacity: int) -> Slots:
         """Memory for one sequence of so many tokens; it can grow."""

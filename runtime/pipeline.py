@@ -219,17 +219,12 @@ class Pipeline:
             raise RequestError("stats is not a fresh ppexport.Stats(), expected a new one for every request")
         if not isinstance(sampling, Sampling):
             raise RequestError(f"sampling is {sampling!r:.80}, expected ppexport.Sampling(...)")
-        vocab = self.manifest.model.text.vocab
-        if ids.min() < 0 or ids.max() >= vocab:
-            raise RequestError(f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {vocab - 1}")
         if stop is not None and not (isinstance(stop, Collection) and all(type(n) is int for n in stop)):
             raise RequestError(
                 f"stop is {stop!r:.80}, expected a list of token ids, or None for those of the bundle"
             )
         pictures = self._pictures(images_of(images), prune, stats)
-        return self._sequence(
-            ids.astype(np.int32), pictures, sampling, max_new_tokens, stats, stop, ahead, keeps_logits
-        )
+        return self._sequence(ids, pictures, sampling, max_new_tokens, stats, stop, ahead, keeps_logits)
 
     def pruners_of(self, prune: PruneLike) -> tuple[Pruner, ...]:
         """What a request's ``prune`` stands for. Raises RequestError."""
@@ -324,14 +319,14 @@ class Pipeline:
         ahead: int | None,
         keeps_logits: bool,
     ) -> Sequence:
-        """Lay the prompt out and check that it fits."""
+        """Lay the prompt out, ids [S] of any integer type, and check that it fits."""
         integer("max_new_tokens", max_new_tokens, at_least=1)
         model = self.manifest.model
         if ids.min() < 0 or ids.max() >= model.text.vocab:
             raise RequestError(
                 f"input_ids holds {ids.min()} ... {ids.max()}, expected 0 ... {model.text.vocab - 1}"
             )
-        prompt = self.family.layout(model, ids, [picture.kept for picture in pictures])
+        prompt = self.family.layout(model, ids.astype(np.int32), [picture.kept for picture in pictures])
         stats.prompt_tokens = len(prompt.ids)
         stats.prompt_tokens_full = prompt.full_length
         room = self.context - len(prompt.ids)

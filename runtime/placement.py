@@ -6,7 +6,7 @@ from collections.abc import Sequence as Several
 
 from ..models.errors import RequestError
 from .language import Language
-from .reuse import Reuse
+from .reuse import Reuse, idle
 from .sequence import Sequence
 from .slots import Slot, Slots
 
@@ -26,8 +26,9 @@ class Placement:
 
     @property
     def held_bytes(self) -> int:
-        """Of slots in which nobody runs."""
-        return sum(slots.nbytes for slots in self.pools if not slots.busy)
+        """What is kept of past requests: slots in which nobody runs, and features."""
+        features = self.reuse.features.nbytes if self.reuse is not None else 0
+        return features + sum(slots.nbytes for slots in idle(self.pools))
 
     def place(self, sequence: Sequence, active: Several[Sequence]) -> tuple[Slot, int]:
         """A slot, and how many tokens of the prompt it holds already. ``active``: the sequences that run.
@@ -60,12 +61,12 @@ class Placement:
         if not running or not self.language.batches:
             return None
         slots = max(running, key=running.count)
-        idle = sorted((slot for slot in slots.listed if not slot.busy), key=lambda slot: slot.last_used)
-        empty = [slot for slot in idle if not slot.length]
+        free = sorted((slot for slot in slots.listed if not slot.busy), key=lambda slot: slot.last_used)
+        empty = [slot for slot in free if not slot.length]
         if not empty and len(slots.listed) < self.together:
             slots.grow(min(2 * len(slots.listed), self.together), max(slots.capacity, tokens))
             empty = [slot for slot in slots.listed if not slot.busy and not slot.length]
-        return next(iter([*empty, *idle]), None)
+        return next(iter([*empty, *free]), None)
 
     def make_room(self, slots: Slots, tokens: int) -> None:
         """Room for ``tokens`` tokens in every slot, and some more, so that entries are seldom moved.
@@ -93,8 +94,14 @@ class Placement:
 
     def drop_idle(self) -> None:
         """Give back the memory in which nobody runs."""
-        for slots in [slots for slots in self.pools if not slots.busy]:
+        for slots in idle(self.pools):
             self.drop(slots)
+
+    def forget(self) -> None:
+        """Keep nothing of past requests."""
+        self.drop_idle()
+        if self.reuse is not None:
+            self.reuse.features.clear()
 
     def drop(self, slots: Slots) -> None:
         """Give back the memory of slots, if that has not been done."""

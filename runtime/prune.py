@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +55,34 @@ def kept_of(selections: Sequence[Selection], views: tuple[View, ...]) -> Kept:
     return Kept(np.concatenate(keeps).astype(np.int32), views)
 
 
-def check_graph(path: Path, name: str) -> None:
-    """Raise RequestError where a bundle lacks the graph of a pruner."""
-    if not path.is_file():
-        raise RequestError(
-            f"{path.parent}: has no graph for the pruner {name}, expected {path.name}; build the bundle again with a "
-            "ppexport that knows the pruner"
-        )
+class PruningGraphs:
+    """The graphs of a folder that prune, each loaded when it is first asked for. ``byte_max``: see prune_file."""
+
+    def __init__(self, backend: Backend, folder: Path, byte_max: bool = True):
+        self.backend = backend
+        self.folder = folder
+        self.byte_max = byte_max
+        self._sessions: dict[str, Session] = {}
+
+    def session(self, graph: str) -> Session:
+        """A graph by its name (Pruner.graph). Raises RequestError where the folder lacks it."""
+        file = prune_file(graph, self.byte_max)
+        if file not in self._sessions:
+            if not (self.folder / file).is_file():
+                raise RequestError(
+                    f"{self.folder}: has no graph for the pruner {graph}, expected {file}; build the bundle again with "
+                    "a ppexport that knows the pruner"
+                )
+            self._sessions[file] = self.backend.session(self.folder / file)
+        return self._sessions[file]
+
+    def settings(self, session: Session, given: Mapping[str, int]) -> dict[str, Buffer]:
+        """Of ``given`` what a graph takes, on the backend: int32 [1] each."""
+        return {
+            name: self.backend.upload(np.array([value], np.int32))
+            for name, value in given.items()
+            if name in session.inputs
+        }
 
 
 class FeaturePruners:
@@ -69,9 +90,8 @@ class FeaturePruners:
 
     def __init__(self, backend: Backend, folder: Path, block: int):
         self.backend = backend
-        self.folder = folder
         self.block = block
-        self._sessions: dict[str, Session] = {}
+        self.graphs = PruningGraphs(backend, folder)
 
     def prune(self, features: Buffer, pruners: Sequence[Pruner]) -> tuple[Buffer, np.ndarray]:
         """features [1 + L, K, D] -> those that all ``pruners``, one after the other, leave, and their rows, int32 [K'].
@@ -85,15 +105,9 @@ class FeaturePruners:
         return features, rows
 
     def _one(self, features: Buffer, pruner: Pruner) -> tuple[Buffer, np.ndarray]:
-        file = prune_file(pruner.graph)
-        if file not in self._sessions:
-            check_graph(self.folder / file, pruner.graph)
-            self._sessions[file] = self.backend.session(self.folder / file)
-        session = self._sessions[file]
+        session = self.graphs.session(pruner.graph)
         levels, K, width = features.shape
-        given = {
-            name: self._scalar(n) for name, n in pruner.inputs(self.block).items() if name in session.inputs
-        }
+        given = self.graphs.settings(session, pruner.inputs(self.block))
         order = self.backend.zeros((K,), "int32")
         count = self.backend.zeros((1,), "int32")
         pruned = self.backend.zeros(features.shape, features.dtype)
@@ -102,6 +116,3 @@ class FeaturePruners:
         left = self.backend.zeros((levels, n, width), features.dtype)
         self.backend.copy_into(left, 0, pruned, n)
         return left, self.backend.download(order.rows(0, n)).copy()
-
-    def _scalar(self, value: int) -> Buffer:
-        return self.backend.upload(np.array([value], np.int32))

@@ -89,21 +89,26 @@ class Reuse:
 
     def again(self, pools: Iterable[Slots]) -> Slot | None:
         """An idle slot of fixed size to use for something else, where there is no room for one more."""
-        idle = sorted((slots for slots in pools if not slots.busy), key=lambda slots: slots.last_used)
-        if not self.fixed or not idle:
+        unused = idle(pools)
+        if not self.fixed or not unused:
             return None
-        one_more = sum(slots.nbytes for slots in idle) + idle[0].nbytes
-        return idle[0].listed[0] if one_more > self.room or not self.appends else None
+        one_more = sum(slots.nbytes for slots in unused) + unused[0].nbytes
+        return unused[0].listed[0] if one_more > self.room or not self.appends else None
 
     def too_much(self, pools: Iterable[Slots]) -> Iterator[Slots]:
         """Idle slots that there is no room for, the least recently used first."""
-        idle = sorted((slots for slots in pools if not slots.busy), key=lambda slots: slots.last_used)
-        for slots in list(idle):
+        unused = idle(pools)
+        for slots in list(unused):
             if slots.broken or slots.nbytes > self.room:  # the latter would drive out all others
-                idle.remove(slots)
+                unused.remove(slots)
                 yield slots
-        while sum(slots.nbytes for slots in idle) > self.room:
-            yield idle.pop(0)
+        while sum(slots.nbytes for slots in unused) > self.room:
+            yield unused.pop(0)
+
+
+def idle(pools: Iterable[Slots]) -> list[Slots]:
+    """Those in which nobody runs, the least recently used first."""
+    return sorted((slots for slots in pools if not slots.busy), key=lambda slots: slots.last_used)
 
 
 def shared(held: np.ndarray, images: Digests, columns: np.ndarray, digests: Digests) -> int:

@@ -14,24 +14,20 @@ from PIL import Image
 from ..models.checks import integer
 from ..models.errors import RequestError
 from ..models.pruners import Pruner, listed
-from ..models.pruners.pixelprune import PREDICTORS, SELECTOR_BLOCKS, PixelPrune, graph_name, prune_file
+from ..models.pruners.pixelprune import PREDICTORS, SELECTOR_BLOCKS, PixelPrune, graph_name
 from .backends.session import Backend, Buffer, Session, run
 from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
-from .prune import Selection, check_graph
+from .prune import PruningGraphs, Selection
 
-LEVELS = {
-    "max": 255,
-    "mae": 2040,
-    "rmse": 2040,
-}  # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
+# values of tau that max_tokens chooses from: multiples of 1 / LEVELS
+LEVELS = {"max": 255, "mae": 2040, "rmse": 2040}
 NOTHING = dict.fromkeys(PREDICTORS, "no token repeats its neighbours")  # why all tokens are kept
 NOTHING |= dict.fromkeys(
     ("random", "conncomp"), "no token repeats its neighbours, and pred_2d says how many to keep"
 )
 NOTHING["unique"] = "no token occurs twice"
-HIGHEST = (
-    0.25  # tau that max_tokens goes up to: beyond it, text of low contrast would be taken for its background
-)
+# tau that max_tokens goes up to: beyond it, text of low contrast would be taken for its background
+HIGHEST = 0.25
 
 
 @dataclass(frozen=True)
@@ -54,19 +50,10 @@ class Selector:
 
     def __init__(self, backend: Backend, folder: Path, block: int, dialect: str = "ort"):
         self.backend = backend
-        self.folder = folder
         self.block = block
-        self.byte_max = backend.byte_max or dialect != "ort"
-        self._sessions: dict[str, Session] = {}
+        self.graphs = PruningGraphs(backend, folder, backend.byte_max or dialect != "ort")
+        self.session = self.graphs.session
         self.session(PixelPrune().graph)  # the usual one is loaded at once
-
-    def session(self, graph: str) -> Session:
-        """A graph by its name (Pruner.graph), loaded when it is first asked for."""
-        file = prune_file(graph, self.byte_max)
-        if file not in self._sessions:
-            check_graph(self.folder / file, graph)
-            self._sessions[file] = self.backend.session(self.folder / file)
-        return self._sessions[file]
 
     def select(
         self, image: Buffer, prune: Pruner | Sequence[Pruner] | None, worth: float = 0.0
@@ -76,10 +63,11 @@ class Selector:
         Of several pruners, what all of them keep is kept. Where less than the share ``worth`` of the tokens would be
         dropped, all are kept, and the selection says so. Raises RequestError for a ``prune`` that is none.
         """
-        pruners = [pruner for pruner in listed(prune) if pruner.after == "image"]
+        named = listed(prune)
+        pruners = [pruner for pruner in named if pruner.after == "image"]
         total = self._total(image)
         if not pruners:
-            reason = "" if listed(prune) else "pruning is off"
+            reason = "" if named else "pruning is off"
             return self._selection(image, Found(self._all(total), total, None, reason=reason))
         pixel = next((pruner for pruner in pruners if isinstance(pruner, PixelPrune)), None)
         others = tuple(pruner for pruner in pruners if not isinstance(pruner, PixelPrune))
@@ -139,7 +127,7 @@ class Selector:
                 "first": reference is None,
             }
             inputs = {"image": image, "reference": image if reference is None else reference}
-            inputs |= {name: self._upload(value) for name, value in values.items()}
+            inputs |= self.graphs.settings(session, values)
             run(session, inputs, {"order": order, "count": count, "shown": shown})
             found = Found(order, self._read(count), prune)
             reference = shown
@@ -203,7 +191,7 @@ class Selector:
     ) -> tuple[Buffer, int, dict[str, Buffer]]:
         """Order, count and all outputs of a graph; of ``given``, what it takes."""
         total = self._total(image)
-        inputs = {name: self._upload(value) for name, value in given.items() if name in session.inputs}
+        inputs = self.graphs.settings(session, given)
         outputs = {name: self._numbers(1 if name == "count" else total) for name in session.outputs}
         run(session, {"image": image, **inputs}, outputs)
         return outputs["order"], self._read(outputs["count"]), outputs
@@ -234,9 +222,6 @@ class Selector:
 
     def _numbers(self, count: int) -> Buffer:
         return self.backend.zeros((count,), "int32")
-
-    def _upload(self, value: int) -> Buffer:
-        return self.backend.upload(np.array([value], np.int32))
 
     def _read(self, counter: Buffer) -> int:
         return int(self.backend.download(counter)[0])
@@ -290,9 +275,8 @@ def select_frames(
     if isinstance(frames, (str, bytes, os.PathLike, Image.Image)) or not isinstance(frames, Iterable):
         raise RequestError(f"frames is a {type(frames).__name__}, expected a list of images")
     selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
-    smart_resize(
-        selector.block, selector.block, selector.block, min_pixels, max_pixels
-    )  # the limits, before any frame
+    # the limits, before any frame
+    smart_resize(selector.block, selector.block, selector.block, min_pixels, max_pixels)
 
     def prepared() -> Iterator[Buffer]:
         first: tuple[int, ...] | None = None

@@ -20,7 +20,7 @@ from .messages import PromptLike
 from .prune import Selection
 from .sampling import Sampling
 from .slots import Slot, Slots
-from .stats import Stats
+from .stats import Stats, log_request
 
 PruneLike = Pruner | Several[Pruner] | Literal["default"] | None
 
@@ -87,9 +87,8 @@ class Sequence:
     cancelled: bool = False
     slot: Slot | None = None
     rest: Prompt | None = None  # of the prompt, what the slot does not hold
-    images_to_encode: list[Picture] = field(
-        default_factory=list
-    )  # those in there, as far as they have no features yet
+    # the images in there, as far as they have no features yet
+    images_to_encode: list[Picture] = field(default_factory=list)
     parts: list[Buffer] = field(default_factory=list)  # features of each of the others
     encoded: bool = False  # are all features there?
     features: Buffer | None = None  # of all images in there, until the prompt has been run
@@ -108,6 +107,12 @@ class Sequence:
     def decodes(self) -> bool:
         """Has its prompt been run?"""
         return self.rest is not None and self.done == len(self.rest.ids)
+
+    def fail(self, error: BaseException) -> None:
+        """It ends, and this is what its reader hears."""
+        self.error = error
+        self.finished = True
+        log_request(self.stats)
 
     def free(self) -> None:
         """Let go of images and features: whoever reads the answer may keep it for long."""

@@ -49,7 +49,7 @@ class InPlace:
         """
         moved: dict[str, Buffer] = {}
         for state in self.states:
-            new = self.backend.zeros(state.sized(slots, capacity), _dtype(state, self.dtype))
+            new = self.backend.zeros(state.sized(slots, capacity), state.stored(self.dtype))
             old = self.memory.get(state.name)
             if old is not None and used:
                 rows = new.rows(0, old.shape[0])
@@ -148,7 +148,7 @@ class Copied:
             old = self.memory.get(state.name)
             if old is not None and old.shape[0] == slots:
                 continue
-            new = self.backend.zeros(state.sized(slots, capacity), _dtype(state, self.dtype))
+            new = self.backend.zeros(state.sized(slots, capacity), state.stored(self.dtype))
             if old is not None:
                 self.backend.copy_into(_flat(new.rows(0, old.shape[0])), 0, _flat(old))
             moved[state.name] = new
@@ -182,10 +182,6 @@ class Copied:
         for buffer in self.memory.values():
             row = buffer.rows(slot, slot + 1)
             self.backend.copy_into(_flat(row), 0, _flat(self.backend.zeros(row.shape, row.dtype)))
-
-
-def _dtype(state: State, computed: str) -> str:
-    return computed if state.dtype == "compute" else state.dtype
 
 
 def _entries(buffer: Buffer, state: State) -> Buffer:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 import ppexport
+from ppexport.runtime.backends.devices import saturates
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = (
     Path(__file__).parent.parent / "ppexport" / "bench" / "images"
 )  # real ones, which ship with the package
+WITHOUT_VNNI = saturates()  # w8a8 does not run on such a CPU
 E2E_PIXELS = 600000  # max_pixels of the e2e cases
 
 
@@ -33,17 +35,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:
         yield
     except (ppexport.BackendError, AssertionError) as err:
-        if "found a CPU without VNNI" in str(err) and without_vnni():
+        if "found a CPU without VNNI" in str(err) and WITHOUT_VNNI:
             pytest.skip("w8a8 runs on CPUs with VNNI only")
         raise
-
-
-def without_vnni() -> bool:
-    """Is this an x86 CPU that w8a8 does not run on?"""
-    flags = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), None
-    )
-    return flags is not None and "avx_vnni" not in flags and "avx512_vnni" not in flags
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import without_vnni
+from conftest import WITHOUT_VNNI
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def run(command: str, clone: Path) -> str:
     done = subprocess.run(
         command, shell=True, cwd=clone, capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
-    if "found a CPU without VNNI" in done.stderr and without_vnni():
+    if "found a CPU without VNNI" in done.stderr and WITHOUT_VNNI:
         pytest.skip("w8a8 runs on CPUs with VNNI only")
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -45,10 +45,10 @@ def settings_of(pruners: Iterable[Pruner]) -> tuple[PruneSetting, ...]:
     return tuple(PruneSetting(pruner.name, asdict(pruner)) for pruner in pruners)  # type: ignore[call-overload]
 
 
-def pruners_of(listed: Iterable[PruneSetting]) -> tuple[Pruner, ...]:
+def pruners_of(settings: Iterable[PruneSetting]) -> tuple[Pruner, ...]:
     """From bundle.json. Raises RequestError for a pruner or a setting that there is none of."""
     found: list[Pruner] = []
-    for setting in listed:
+    for setting in settings:
         if setting.pruner not in PRUNERS:
             raise RequestError(
                 f"found the pruner {setting.pruner!r}, expected one of: {', '.join(sorted(PRUNERS))}"
@@ -62,12 +62,12 @@ def pruners_of(listed: Iterable[PruneSetting]) -> tuple[Pruner, ...]:
 
 def changed(pruners: Iterable[Pruner], settings: Mapping[str, Any]) -> tuple[Pruner, ...]:
     """The same pruners with some settings of PixelPrune changed; it is added where it is not among them."""
-    listed = list(pruners)
-    at = next((i for i, pruner in enumerate(listed) if isinstance(pruner, PixelPrune)), None)
+    found = list(pruners)
+    at = next((i for i, pruner in enumerate(found) if isinstance(pruner, PixelPrune)), None)
     if at is None:
-        return (PixelPrune(**settings), *listed)
-    listed[at] = PixelPrune(**{**asdict(listed[at]), **settings})  # type: ignore[call-overload]
-    return tuple(listed)
+        return (PixelPrune(**settings), *found)
+    found[at] = PixelPrune(**{**asdict(found[at]), **settings})  # type: ignore[call-overload]
+    return tuple(found)
 
 
 def listed(prune: object, also: str = "") -> tuple[Pruner, ...]:

@@ -64,7 +64,7 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify
         raise BundleError(
             f"{found}, expected 'ort' for ONNX Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
         )
-    if manifest.precision.uses("w8a8") and _saturates():
+    if manifest.precision.uses("w8a8") and saturates():
         raise BackendError(
             f"{directory}: has w8a8 weights, which need products of 8 bits that add up exactly, found a CPU without "
             "VNNI; build it with --precision int8"
@@ -74,7 +74,7 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify
     return OrtCpu(threads)
 
 
-def _saturates() -> bool:
+def saturates() -> bool:
     """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
     try:
         lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
