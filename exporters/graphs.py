@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import onnx_ir as ir
@@ -41,18 +41,8 @@ def vision_graph(
 
     ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py).
     """
-    block = model.vision.block
     dtype = TORCH[compute_precision(precision, dialect)]
-    with FakeTensorMode():
-        tower = TOWERS[model.tower].Tower(model, dialect.cast_first, dtype, set(float32_kinds))
-        args = (torch.empty(3 * block, 4 * block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
-    shapes = (
-        {0: block * Dim("rows", max=4096), 1: block * Dim("cols", max=4096)},
-        {0: Dim("K", max=1 << 24)},
-    )
-    graph = _export(tower, args, shapes, ["image", "keep"], ["features"], dialect)
-    graph.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
-    return graph
+    return _lowered(trace_vision(model, dialect.cast_first, dtype, frozenset(float32_kinds)), dialect)
 
 
 def language_graph(
@@ -62,15 +52,37 @@ def language_graph(
 
     ``float32_kinds`` as for vision_graph.
     """
+    computed = BY_PRECISION[compute_precision(precision, dialect)].name
+    return _lowered(trace_language(model, computed, frozenset(float32_kinds)), dialect)
+
+
+def trace_vision(
+    model: ModelConfig, cast_first: bool, dtype: torch.dtype, float32_kinds: Set[str]
+) -> ir.Model:
+    """The tower in operators of ONNX and nodes of ops.py, which no dialect has translated yet."""
+    block = model.vision.block
+    with FakeTensorMode():
+        tower = TOWERS[model.tower].Tower(model, cast_first, dtype, float32_kinds)
+        args = (torch.empty(3 * block, 4 * block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
+    shapes = (
+        {0: block * Dim("rows", max=4096), 1: block * Dim("cols", max=4096)},
+        {0: Dim("K", max=1 << 24)},
+    )
+    graph = _trace(tower, args, shapes, ["image", "keep"], ["features"])
+    graph.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
+    return graph
+
+
+def trace_language(model: ModelConfig, computed: str, float32_kinds: Set[str]) -> ir.Model:
+    """The decoder, as ``trace_vision``; ``computed``: name of the dtype that it calculates in."""
     c = model.text
-    computed = BY_PRECISION[compute_precision(precision, dialect)]
-    dtype = TORCH[str(computed.precision)]
+    dtype = getattr(torch, computed)
     B, S, P, K, M = (Dim(name, min=1, max=1 << 20) for name in "BSPKM")
     axes = {"slots": B, "M": M}
     with FakeTensorMode():
-        decoder = DECODERS[model.decoder].Decoder(model, dtype, set(float32_kinds))
+        decoder = DECODERS[model.decoder].Decoder(model, dtype, float32_kinds)
         states = [
-            torch.empty(*state.sized(slots=2, capacity=11), dtype=getattr(torch, state.stored(computed.name)))
+            torch.empty(*state.sized(slots=2, capacity=11), dtype=getattr(torch, state.stored(computed)))
             for state in model.states
         ]
         args = (
@@ -88,18 +100,13 @@ def language_graph(
     shapes = ({0: B, 1: S}, {1: K}, {0: B, 1: S}, {1: B, 2: S}, {0: B}, {0: B, 1: P}, state_shapes)
     names = [state.name for state in model.states]
     inputs = ["input_ids", "features", "feature_rows", "position_ids", "start", "logits_at", *names]
-    return _export(decoder, args, shapes, inputs, ["logits", *(f"new_{name}" for name in names)], dialect)
+    return _trace(decoder, args, shapes, inputs, ["logits", *(f"new_{name}" for name in names)])
 
 
-def _export(
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    shapes: Any,
-    inputs: list[str],
-    outputs: list[str],
-    dialect: Dialect,
+def _trace(
+    module: torch.nn.Module, args: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str]
 ) -> ir.Model:
-    """torch.onnx.export on fake tensors (shapes without memory), then the dialect's nodes and the clean-up passes."""
+    """torch.onnx.export on fake tensors: shapes without memory."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)  # it warns that torchvision is not installed
@@ -121,7 +128,11 @@ def _export(
     finally:
         registration.setLevel(level)
     assert program is not None
-    model = program.model
+    return program.model
+
+
+def _lowered(model: ir.Model, dialect: Dialect) -> ir.Model:
+    """With the dialect's nodes, cleaned up."""
     lower(model, dialect)
     clean(model)
     model.graph.name = "ppexport"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,17 @@ def traces(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     from ppexport.exporters import graphs
 
     def once(trace: Callable[..., Any]) -> Callable[..., Any]:
-        def traced_once(config: Any, dialect: Any, precision: str = "fp32", wide: Sequence[str] = ()) -> Any:
-            key = repr((trace.__name__, config, dialect.name, precision, sorted(wide)))
+        def traced_once(config: Any, *given: Any) -> Any:
+            settled = [sorted(value) if isinstance(value, Set) else value for value in given]
+            key = repr((trace.__name__, config, settled))
             if key not in traced:
-                traced[key] = trace(config, dialect, precision, wide)
+                traced[key] = trace(config, *given)
             return traced[key].clone()
 
         return traced_once
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("vision_graph", "language_graph"):
+        for name in ("trace_vision", "trace_language"):
             patch.setattr(graphs, name, once(getattr(graphs, name)))
         yield traced
 
