@@ -25,7 +25,7 @@ from selector import photo_like
 
 import ppexport
 from ppexport.build_bundle import build
-from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
+from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
 
 POCKET = Path(__file__).parent.parent / "models" / "pocket"
 
@@ -68,7 +68,7 @@ def main(repeats: int, output: Path | None) -> None:
     }
     result |= {"machine": describe(), "rows": []}
     with tempfile.TemporaryDirectory() as name:
-        write_random(qwen3_vl_config("300m"), Path(name) / "300m")
+        write_random(random_config("qwen3_vl", "300m"), Path(name) / "300m")
         write_text_files(Path(name) / "300m")
         for checkpoint, count in ((Path(name) / "300m", repeats // 10), (POCKET, repeats)):
             bundle = build(checkpoint, Path(name) / f"{checkpoint.name}.bundle")

@@ -29,7 +29,7 @@ from .lowering.dialects import DIALECTS, Dialect
 from .preprocessing import preprocessing_of
 from .pruners import Sizes, pruning_graphs
 from .run_model import Sample
-from .text_files import copy_text, stop_tokens, text_notices
+from .text_files import copy_text, special_tokens, stop_tokens, text_notices
 from .weights.attach import attach, not_in_groups, weight_bytes
 from .weights.gptq import Moments, collect
 
@@ -206,6 +206,7 @@ def _manifest(
         prune=settings_of(plan.prune),
         context=config.text.context,
         stop_tokens=stop_tokens(plan.checkpoint),
+        special_tokens=special_tokens(plan.checkpoint) if interface == "text" else {},
         versions={
             "ppexport": __version__,
             **{

@@ -37,7 +37,7 @@ def compute_precision(precision: str, dialect: Dialect) -> str:
 def vision_graph(
     model: ModelConfig, dialect: Dialect, precision: str = "fp32", float32_kinds: Sequence[str] = ()
 ) -> ir.Model:
-    """The vision tower: inputs image, keep; output features (see the tower's forward).
+    """The vision tower: inputs image, keep and what else it takes; output features (see the tower's forward).
 
     ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py).
     """
@@ -63,12 +63,23 @@ def trace_vision(
     block = model.vision.block
     with FakeTensorMode():
         tower = TOWERS[model.tower].Tower(model, cast_first, dtype, float32_kinds)
-        args = (torch.empty(3 * block, 4 * block, 3, dtype=torch.uint8), torch.empty(5, dtype=torch.int32))
+        others = TOWERS[model.tower].other_inputs(model.vision)
+        sizes = {"K": 5, "G": 3}
+        args = (
+            torch.empty(3 * block, 4 * block, 3, dtype=torch.uint8),
+            torch.empty(sizes["K"], dtype=torch.int32),
+            *(
+                torch.empty(*(sizes[n] if isinstance(n, str) else n for n in shape), dtype=torch.int32)
+                for shape in others.values()
+            ),
+        )
+    axes = {"K": Dim("K", max=1 << 24), "G": Dim("G", max=1 << 24)}
     shapes = (
         {0: block * Dim("rows", max=4096), 1: block * Dim("cols", max=4096)},
-        {0: Dim("K", max=1 << 24)},
+        {0: axes["K"]},
+        *({i: axes[n] for i, n in enumerate(shape) if isinstance(n, str)} for shape in others.values()),
     )
-    graph = _trace(tower, args, shapes, ["image", "keep"], ["features"])
+    graph = _trace(tower, args, shapes, ["image", "keep", *others], ["features"])
     graph.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
     return graph
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .lowering import ops
+
 
 class Linear(nn.Module):
     """x [..., in] @ weight [in, out] (+ bias [out])."""
@@ -35,3 +37,19 @@ class LayerNorm(nn.Module):
         weight = self.weight.to(x.dtype)
         bias = self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last axis with weight [width], computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> like x."""
+        return ops.rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+NORMS: dict[str, type[LayerNorm | RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}  # by VisionConfig.norm

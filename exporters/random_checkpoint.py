@@ -1,12 +1,13 @@
 """Checkpoints with random weights at real dimensions, to measure and test without a download.
 
-python -m ppexport.exporters.random_checkpoint OUT --shape 2b
+python -m ppexport.exporters.random_checkpoint OUT --family qwen2_vl --shape 2b
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,70 +15,170 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from ..models import qwen3_vl
 from ..models.bytelevel import IDS, VOCAB, byte_tokenizer
 from ..models.dtype import BY_PRECISION
-from ..models.families import family_of
+from ..models.families import FAMILIES, family_of
 
 DTYPES: dict[str, torch.dtype] = {dtype.name: getattr(torch, dtype.name) for dtype in BY_PRECISION.values()}
-# (text layers, width, ffn, heads, kv heads, head width, vocabulary, tied, mRoPE sections,
-#  vision depth, width, ffn, heads, deepstack blocks)
-SHAPES: dict[str, tuple[Any, ...]] = {
-    "tiny": (2, 64, 128, 4, 2, 16, VOCAB + 1, False, [4, 2, 2], 3, 64, 128, 4, [0, 1]),
-    "pocket": (6, 192, 512, 4, 2, 48, VOCAB, True, [8, 8, 8], 4, 128, 512, 4, [0, 2]),
-    "300m": (16, 1024, 3072, 16, 8, 64, 32000, True, [12, 10, 10], 12, 768, 3072, 12, [3, 6, 9]),
-    "2b": (28, 2048, 6144, 16, 8, 128, 151936, True, [24, 20, 20], 24, 1024, 4096, 16, [5, 11, 17]),
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model; the published ones are named by their parameters."""
+
+    # of the decoder
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    sections: tuple[int, int, int]  # mRoPE
+    # of the vision tower
+    depth: int
+    vision_width: int
+    vision_ffn: int
+    vision_heads: int
+    marked: tuple[int, ...] = ()  # blocks with deepstack levels (Qwen3-VL), or that see the whole image (Qwen2.5-VL)
+
+
+SHAPES: dict[str, dict[str, Shape]] = {
+    "qwen2_vl": {
+        "tiny": Shape(2, 64, 128, 4, 2, 16, VOCAB + 1, False, (2, 3, 3), 3, 64, 256, 4),
+        "300m": Shape(16, 1024, 4096, 16, 4, 64, 32000, True, (8, 12, 12), 12, 768, 3072, 12),
+        "2b": Shape(28, 1536, 8960, 12, 2, 128, 151936, True, (16, 24, 24), 32, 1280, 5120, 16),
+    },
+    "qwen2_5_vl": {
+        "tiny": Shape(2, 64, 128, 4, 2, 16, VOCAB + 1, False, (2, 3, 3), 4, 64, 108, 4, (1, 3)),
+        "300m": Shape(16, 1024, 4096, 16, 4, 64, 32000, True, (8, 12, 12), 12, 768, 2304, 12, (2, 5, 8, 11)),
+        "3b": Shape(
+            36, 2048, 11008, 16, 2, 128, 151936, True, (16, 24, 24), 32, 1280, 3420, 16, (7, 15, 23, 31)
+        ),
+    },
+    "qwen3_vl": {
+        "tiny": Shape(2, 64, 128, 4, 2, 16, VOCAB + 1, False, (4, 2, 2), 3, 64, 128, 4, (0, 1)),
+        "pocket": Shape(6, 192, 512, 4, 2, 48, VOCAB, True, (8, 8, 8), 4, 128, 512, 4, (0, 2)),
+        "300m": Shape(16, 1024, 3072, 16, 8, 64, 32000, True, (12, 10, 10), 12, 768, 3072, 12, (3, 6, 9)),
+        "2b": Shape(28, 2048, 6144, 16, 8, 128, 151936, True, (24, 20, 20), 24, 1024, 4096, 16, (5, 11, 17)),
+        "4b": Shape(36, 2560, 9728, 32, 8, 128, 151936, True, (24, 20, 20), 24, 1024, 4096, 16, (5, 11, 17)),
+        "8b": Shape(
+            36, 4096, 12288, 32, 8, 128, 151936, False, (24, 20, 20), 27, 1152, 4304, 16, (8, 16, 24)
+        ),
+    },
 }
 
 
-def qwen3_vl_config(shape: str, dtype: str = "bfloat16") -> dict[str, Any]:
-    """A config.json of the Qwen3-VL family at one of SHAPES."""
-    layers, width, ffn, heads, kv, head, vocab, tied, mrope, depth, v_width, v_ffn, v_heads, deepstack = (
-        SHAPES[shape]
-    )
+def random_config(family: str, shape: str, dtype: str = "bfloat16") -> dict[str, Any]:
+    """A config.json of a family at one of its SHAPES, with the keys that published checkpoints have."""
+    config = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}[family]
+    return config(SHAPES[family][shape], dtype)
+
+
+def _top(family: str, architecture: str, c: Shape, dtype: str) -> dict[str, Any]:
     return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
+        "architectures": [architecture],
+        "model_type": family,
         "dtype": dtype,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": c.tied,
         "image_token_id": IDS["<|image_pad|>"],
         "video_token_id": IDS["<|video_pad|>"],
         "vision_start_token_id": IDS["<|vision_start|>"],
         "vision_end_token_id": IDS["<|vision_end|>"],
-        "text_config": {
-            "model_type": "qwen3_vl_text",
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "intermediate_size": ffn,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "head_dim": head,
-            "vocab_size": vocab,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 5000000,
-            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": mrope},
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": tied,  # here, too, as in the published checkpoints
-            "eos_token_id": IDS["<|im_end|>"],
-        },
-        "vision_config": {
-            "model_type": "qwen3_vl",
-            "depth": depth,
-            "hidden_size": v_width,
-            "intermediate_size": v_ffn,
-            "num_heads": v_heads,
-            "deepstack_visual_indexes": deepstack,
-            "out_hidden_size": width,
-            "num_position_embeddings": 2304,
-            "hidden_act": "gelu_pytorch_tanh",
-            "in_channels": 3,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
     }
+
+
+def _decoder(c: Shape) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": c.layers,
+        "hidden_size": c.width,
+        "intermediate_size": c.ffn,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "vocab_size": c.vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "eos_token_id": IDS["<|im_end|>"],
+    }
+
+
+def _tower(c: Shape, patch: int) -> dict[str, Any]:
+    return {
+        "depth": c.depth,
+        "num_heads": c.vision_heads,
+        "patch_size": patch,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+
+
+def _qwen2_text(c: Shape) -> dict[str, Any]:
+    """At the top of config.json."""
+    return {
+        **_decoder(c),
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(c.sections)},
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": c.layers,
+    }
+
+
+def _qwen2_vl(c: Shape, dtype: str) -> dict[str, Any]:
+    vision = {
+        "embed_dim": c.vision_width,
+        "hidden_size": c.width,
+        "mlp_ratio": c.vision_ffn // c.vision_width,
+        "in_chans": 3,
+    }
+    top = _top("qwen2_vl", "Qwen2VLForConditionalGeneration", c, dtype)
+    return {**top, **_qwen2_text(c), "vision_config": {**_tower(c, 14), **vision}}
+
+
+def _qwen2_5_vl(c: Shape, dtype: str) -> dict[str, Any]:
+    vision = {
+        "hidden_act": "silu",
+        "hidden_size": c.vision_width,
+        "intermediate_size": c.vision_ffn,
+        "out_hidden_size": c.width,
+        "window_size": 112,
+        "fullatt_block_indexes": list(c.marked),
+        "tokens_per_second": 2,
+        "in_chans": 3,
+    }
+    top = _top("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", c, dtype)
+    return {**top, **_qwen2_text(c), "vision_config": {**_tower(c, 14), **vision}}
+
+
+def _qwen3_vl(c: Shape, dtype: str) -> dict[str, Any]:
+    text = {
+        **_decoder(c),
+        "model_type": "qwen3_vl_text",
+        "head_dim": c.head_dim,
+        "attention_bias": False,
+        "rope_theta": 5000000,
+        "rope_scaling": {
+            "rope_type": "default",
+            "mrope_interleaved": True,
+            "mrope_section": list(c.sections),
+        },
+        "tie_word_embeddings": c.tied,  # here, too, as in the published checkpoints
+    }
+    vision = {
+        **_tower(c, 16),
+        "model_type": "qwen3_vl",
+        "hidden_size": c.vision_width,
+        "intermediate_size": c.vision_ffn,
+        "deepstack_visual_indexes": list(c.marked),
+        "out_hidden_size": c.width,
+        "num_position_embeddings": 2304,
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
+    }
+    top = _top("qwen3_vl", "Qwen3VLForConditionalGeneration", c, dtype)
+    return {**top, "text_config": text, "vision_config": vision}
 
 
 def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_bytes: int = 1 << 30) -> None:
@@ -107,7 +208,7 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
         for name in names:
             tensor = torch.empty(shapes[name], dtype=torch.bfloat16 if dtype != torch.float32 else dtype)
             tensor.normal_(0.0, 0.02, generator=generator)
-            if name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")):
+            if name.endswith(("norm.weight", ".ln_q.weight")) or (".norm" in name and name.endswith("weight")):
                 tensor += 1
             tensors[name] = tensor.to(dtype)
             where[name] = file
@@ -118,8 +219,10 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def write_text_files(directory: Path) -> None:
+def write_text_files(directory: Path, family: str = "qwen3_vl") -> None:
     """Write the byte-level tokenizer, the family's chat template, generation and preprocessor configuration."""
+    named = FAMILIES[family]
+    patch = 16 if family == "qwen3_vl" else 14
     byte_tokenizer().save(str(directory / "tokenizer.json"))
     files = {
         "tokenizer_config.json": {
@@ -130,28 +233,31 @@ def write_text_files(directory: Path) -> None:
         "generation_config.json": {"eos_token_id": [IDS["<|im_end|>"], IDS["<|endoftext|>"]]},
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": 16,
+            "patch_size": patch,
             "temporal_patch_size": 2,
             "merge_size": 2,
-            "size": {"shortest_edge": 65536, "longest_edge": 2359296},
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            "size": {"shortest_edge": named.preprocessing.min_pixels, "longest_edge": 2359296},
+            "image_mean": named.preprocessing.mean,
+            "image_std": named.preprocessing.std,
         },
     }
     for name, value in files.items():
         (directory / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(qwen3_vl.CHAT_TEMPLATE, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(named.chat_template, encoding="utf-8")
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--shape", type=click.Choice(sorted(SHAPES)), required=True)
+@click.option("--family", type=click.Choice(sorted(SHAPES)), default="qwen3_vl", show_default=True)
+@click.option("--shape", type=click.Choice(sorted({name for shapes in SHAPES.values() for name in shapes})), required=True)
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(directory: Path, shape: str, dtype: str, seed: int) -> None:
-    """Write a random Qwen3-VL checkpoint into DIRECTORY."""
-    write_random(qwen3_vl_config(shape, dtype), directory, seed)
-    write_text_files(directory)
+def main(directory: Path, family: str, shape: str, dtype: str, seed: int) -> None:
+    """Write a random checkpoint into DIRECTORY."""
+    if shape not in SHAPES[family]:
+        raise click.UsageError(f"{family} has no shape {shape!r}, expected one of: {', '.join(SHAPES[family])}")
+    write_random(random_config(family, shape, dtype), directory, seed)
+    write_text_files(directory, family)
 
 
 if __name__ == "__main__":

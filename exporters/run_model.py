@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.config import Preprocessing
+from ..models.family import View
 from ..models.progress import Progress, silent
 from .checkpoint import Checkpoint
 from .decoders import DECODERS
@@ -72,9 +73,18 @@ class EagerModel:
                 self._shown("vision", tower),
                 streamed(self.checkpoint, tower, "vision", "blocks", constants, steps),
             ):
-                features = tower(torch.from_numpy(np.array(image)), torch.from_numpy(np.array(keep)))
+                given = {"image": image, "keep": keep, **self._others(image, keep)}
+                features = tower(**{name: torch.from_numpy(np.array(x)) for name, x in given.items()})
             found.append(features.numpy())
         return np.concatenate(found, axis=1)
+
+    def _others(self, image: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
+        """What the tower takes besides; see Family.tower_inputs."""
+        model = self.checkpoint.config
+        height, width = image.shape[:2]
+        block = model.vision.block
+        view = View((0, 0, height, width), (height // block, width // block))
+        return self.checkpoint.family.tower_inputs(model, view, keep)
 
     @torch.no_grad()
     def logits(

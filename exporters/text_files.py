@@ -8,6 +8,9 @@ from pathlib import Path
 from ..models.errors import CheckpointError
 from .checkpoint import Checkpoint
 
+# special tokens that have a name in transformers
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 def copy_text(checkpoint: Checkpoint, directory: Path) -> str:
     """Copy tokenizer.json and write chat_template.jinja; returns the bundle's interface, "text" or "tokens"."""
@@ -38,6 +41,27 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
         if isinstance(template, str):
             return template
     return None
+
+
+def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+    """What chat templates may ask for: "bos_token", "eos_token" and the others that the tokenizer's configuration names.
+
+    As transformers reads them: special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder.
+    """
+    config = checkpoint.optional_json("tokenizer_config.json") or {}
+    legacy = {} if "added_tokens_decoder" in config else checkpoint.optional_json("special_tokens_map.json")
+    own = config.get("extra_special_tokens")
+    named = {**config, **(legacy or {}), **(own if isinstance(own, dict) else {})}
+    found = {}
+    for name, value in named.items():
+        if name in NAMED or (isinstance(own, dict) and name in own):
+            text = value.get("content") if isinstance(value, dict) else value
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise CheckpointError(f"tokenizer_config.json: {name} is {value!r:.80}, expected a token")
+            found[name] = text
+    return found
 
 
 def stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:

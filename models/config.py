@@ -3,7 +3,7 @@
 Dimension letters used in the whole project:
     B batch, S sequence, K kept merged tokens, N merged tokens of the full grid, P positions whose logits are wanted,
     H, W image height and width in pixels, D width of the language model, V vocabulary, M cache capacity,
-    L deepstack levels, T patches in the vision tower (K * merge**2), A axes of a position
+    L deepstack levels, T patches in the vision tower (K * merge**2), G windows of it that keep any, A axes of a position
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ class VisionConfig:
     patch: int  # pixels per patch side
     merge: int  # patches per merged-token side
     temporal_patch: int  # frames per patch; a still image is repeated
-    positions: int  # entries of the learned position table (a square grid)
     out_width: int  # D of the language model
-    deepstack: tuple[int, ...]  # blocks whose output is merged and handed to the first language layers
+    positions: int = 0  # entries of the learned position table (a square grid); 0: there is none
+    deepstack: tuple[int, ...] = ()  # blocks whose output is merged and handed to the first language layers
     channels: int = 3
+    patch_bias: bool = True
+    norm: str = "layer"  # kind of norm, "layer" or "rms"
     norm_eps: float = 1e-6
+    mlp: str = "gelu_tanh"  # "gelu_tanh" and "quick_gelu" with one matrix into the MLP, "gated_silu" with two
     rope_theta: float = 10000.0
+    window: int = 0  # side of the windows that patches attend within, in merged tokens; 0: they attend to all
+    full_blocks: tuple[int, ...] = ()  # blocks in which they attend to all in spite of the windows
 
     @property
     def head_dim(self) -> int:
@@ -92,7 +97,7 @@ class State:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Decoder with grouped-query attention, q/k norm and rotary positions."""
+    """Decoder with grouped-query attention and rotary positions."""
 
     layers: int
     width: int  # D
@@ -105,6 +110,8 @@ class TextConfig:
     rope: Rope
     context: int  # longest sequence the checkpoint was made for
     tied_head: bool  # the output head is the embedding table
+    qkv_bias: bool = False
+    qk_norm: bool = True  # queries and keys are normalised before they are turned
 
     def caches(self) -> tuple[State, ...]:
         """Keys and values of every layer: key_0, value_0, key_1, ..."""

@@ -172,6 +172,14 @@ class Reader:
         """A nested object as a Reader of its own."""
         return Reader(self.get(key, Mapping), f"{self.where}: {key}", self.notices, defaults, harmless)
 
+    def part(
+        self, keys: Iterable[str], defaults: Mapping[str, Any] | None = None, harmless: Iterable[str] = ()
+    ) -> Reader:
+        """These keys of this section as a Reader of their own, which now has to read them."""
+        raw = {key: self.raw[key] for key in keys if key in self.raw}
+        self.seen.update(raw)
+        return Reader(raw, self.where, self.notices, defaults, harmless)
+
     def decoder_rope(self) -> Reader:
         """Rotary settings of the decoder, as transformers takes them: rope_scaling goes before rope_parameters.
 

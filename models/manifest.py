@@ -14,7 +14,7 @@ from .precision import BITS, BYTES, PARTS, Precision
 from .pruners import PruneSetting, listed, pruners_of
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 4
+SCHEMA = 5
 GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
 MOST_SIDE = 1 << 20  # of a state
@@ -66,6 +66,7 @@ class Manifest:
     prune: tuple[PruneSetting, ...]  # of requests that do not say; empty: nothing is pruned
     context: int  # longest sequence in tokens, prompt and answer together
     stop_tokens: tuple[int, ...]  # generation ends at any of these
+    special_tokens: dict[str, str]  # what a chat template may ask for: "bos_token" and the like
     versions: dict[str, str]  # of the tools that made the bundle
     files: dict[str, FileRecord]  # every other file of the bundle
 

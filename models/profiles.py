@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checks import integer
-from .config import ModelConfig
+from .config import ModelConfig, VisionConfig
 from .errors import RequestError
 from .files import write_whole
 from .strict import StrictError, from_json, to_json
@@ -29,16 +29,18 @@ MEANING = {
     "H": "height in pixels",
     "W": "width in pixels",
     "K": "kept image tokens",
+    "G": "windows with kept tokens",
     "S": "tokens of the prompt",
     "B": "sequences",
     "P": "positions with logits",
     "M": "tokens in the cache",
 }
 IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"
-FLAG = {**dict.fromkeys("HWK", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
+FLAG = {**dict.fromkeys("HWKG", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
 MOST_SIDE = 1 << 17
 MOST_PIXELS = 100_000_000
-# Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1.
+# Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1, and G (windows
+# of a tower that has some) follows from the others.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
 
@@ -121,13 +123,18 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
     return profiles
 
 
-def engine_profiles(profiles: Profiles, graph: str, dialect: str, merged: bool) -> list[Profile]:
+def engine_profiles(
+    profiles: Profiles, model: ModelConfig, graph: str, dialect: str, merged: bool
+) -> list[Profile]:
     """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode.
 
     ``merged``: one that holds all of them.
     """
     if graph != "language":
-        found = [dict(p) for p in getattr(profiles, graph)]
+        windowed = graph == "vision" and model.vision.window
+        found = [
+            {**p, "G": _windows(p, model.vision)} if windowed else dict(p) for p in getattr(profiles, graph)
+        ]
         return [_merge(found)] if merged else found
     capacity = profiles.capacity
     common = {"B": (1, 1, 1), "P": (1, 1, 1)}
@@ -141,6 +148,16 @@ def engine_profiles(profiles: Profiles, graph: str, dialect: str, merged: bool) 
     decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
     found = [*({**p, **start} for p in profiles.prefill), decode]
     return [_merge(found)] if merged else found
+
+
+def _windows(profile: Profile, c: VisionConfig) -> Range:
+    """How many windows keep tokens: no more than there are tokens kept, nor than the picture has windows."""
+
+    def most(size: int) -> int:
+        across, down = (-(-profile[axis][size] // (c.block * c.window)) for axis in "HW")
+        return min(profile["K"][size], across * down)
+
+    return 1, most(1), most(2)
 
 
 def _merge(listed: list[Profile]) -> Profile:

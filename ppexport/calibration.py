@@ -41,11 +41,12 @@ class Calibration:
         Raises ImageError, RequestError, BackendError (pruning needs onnxruntime).
         """
         from .exporters.run_model import Sample
+        from .exporters.text_files import special_tokens
 
         model = plan.checkpoint.config
         pre = plan.preprocessing
         has_text = (directory / "tokenizer.json").is_file()
-        text = Text(directory, model.image_token) if has_text else None
+        text = Text(directory, model.image_token, special_tokens(plan.checkpoint)) if has_text else None
         patch = model.vision.patch
         merge = model.vision.merge
         sizes = (pre.min_pixels, pre.max_pixels)

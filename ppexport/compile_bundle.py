@@ -59,7 +59,7 @@ def compile_bundle(
     try:
         compiled = {}
         for graph in GRAPHS:
-            listed = profiles.engine_profiles(sizes, graph, dialect, options.merges(target))
+            listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, options.merges(target))
             model = (directory / manifest.graphs[graph].file).read_bytes()
             if graph == "language" and dialect == "standard":
                 model = set_axis(

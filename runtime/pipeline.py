@@ -99,7 +99,9 @@ class Pipeline:
         self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
         self.context = min(manifest.context, backend.capacity or manifest.context)
         self.engine = Engine(self.language, self.vision, self.reuse, self.context, together)
-        self.text = Text(directory, model.image_token) if manifest.interface == "text" else None
+        self.text: Text | None = None
+        if manifest.interface == "text":
+            self.text = Text(directory, model.image_token, manifest.special_tokens)
 
     def __enter__(self) -> Pipeline:
         return self

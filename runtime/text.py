@@ -28,14 +28,19 @@ PLANE = 0xFFFE
 
 
 class Text:
-    """tokenizer.json and chat_template.jinja of a bundle. ``image_token``: id of the image placeholder."""
+    """tokenizer.json and chat_template.jinja of a bundle.
 
-    def __init__(self, directory: Path, image_token: int):
+    ``image_token``: id of the image placeholder; ``named``: what the template may ask for, such as "bos_token".
+    """
+
+    def __init__(self, directory: Path, image_token: int, named: Mapping[str, str]):
         try:
             self.tokenizer = Tokenizer.from_file(utf8(directory / "tokenizer.json"))
         except Exception as err:  # tokenizers raises bare Exception
             raise BundleError(f"tokenizer.json cannot be read: {err}; build the bundle again") from err
         self.image_token = image_token
+        self.named = dict(named)
+        self._before, self._after = _around(self.tokenizer)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {token.content: number for number, token in added.items() if token.special}
         self._special_start = re.compile(f"(?={'|'.join(map(re.escape, self.special)) or '(?!)'})")
@@ -60,7 +65,7 @@ class Text:
         marks = self._marks(messages)
         try:
             said = self._marked(messages, marks) if marks else messages
-            rendered = self.template.render(messages=said, add_generation_prompt=True)
+            rendered = self.template.render(messages=said, add_generation_prompt=True, **self.named)
         except Exception as err:  # a template may raise anything that Python can
             raise RequestError(f"the chat template refused the prompt: {err}") from err
         try:
@@ -68,6 +73,8 @@ class Text:
         except UnicodeEncodeError as err:
             raise RequestError(f"the prompt is not valid text ({err}), expected UTF-8") from err
         numbers = self._encode_marked(rendered, marks) if marks else self._encode(rendered)
+        if not rendered.startswith(self.named.get("bos_token") or "\0"):  # as transformers' processors do
+            numbers = [*self._before, *numbers, *self._after]
         ids = np.array(numbers, np.int32)
         is_image = ids == self.image_token
         if is_image.sum() != len(grids):
@@ -175,6 +182,14 @@ class TextStream:
     def finish(self) -> str:
         """What is left: bytes that never became a character, as replacement characters."""
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._sent :]
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text of its own accord, such as a token for its beginning."""
+    inside = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    first = next(i for i in range(len(whole)) if whole[i : i + len(inside)] == inside)
+    return whole[:first], whole[first + len(inside) :]
 
 
 def _strings(value: Any) -> Iterator[str]:

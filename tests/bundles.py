@@ -31,9 +31,9 @@ def build_one(name: str, output: Path) -> Path:
 
 def tiny_checkpoint(directory: Path) -> Path:
     """A small random checkpoint with tokenizer, chat template and preprocessor configuration."""
-    from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
+    from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
 
-    write_random(qwen3_vl_config("tiny"), directory)
+    write_random(random_config("qwen3_vl", "tiny"), directory)
     write_text_files(directory)
     return directory
 

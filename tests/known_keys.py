@@ -11,10 +11,20 @@ import json
 import re
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, Qwen3VLConfig
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-FAMILIES = {"qwen3_vl": (Qwen3VLConfig, Qwen2VLImageProcessorPil)}
+FAMILIES = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLImageProcessorPil),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2VLImageProcessorPil),
+    "qwen3_vl": (Qwen3VLConfig, Qwen2VLImageProcessorPil),
+}
 
 
 def known_keys() -> dict[str, Any]:

@@ -326,10 +326,10 @@ def test_missing_and_short_files(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=5), "found schema version 5, expected 4; upgrade ppexport"),
+        (lambda m: m.update(schema=6), "found schema version 6, expected 5; upgrade ppexport"),
         (
             lambda m: m.update(schema=0),
-            "found schema version 0, expected 4; build it again: ppexport build CHECKPOINT -o",
+            "found schema version 0, expected 5; build it again: ppexport build CHECKPOINT -o",
         ),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m["model"]["states"].append(m["model"]["states"][0]), "expected each state once"),

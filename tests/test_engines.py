@@ -18,7 +18,7 @@ import ppexport
 from ppexport.build_bundle import build, compile_in_place
 from ppexport.cli import main
 from ppexport.compile_bundle import compile_bundle
-from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random, write_text_files
+from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
 from ppexport.models import engine_record, profiles
 from ppexport.models.manifest import Manifest
 from ppexport.onnx_dims import set_axis
@@ -37,7 +37,7 @@ KINDS = [(dialect, precision) for dialect in ("standard", "plain") for precision
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a layer more than deepstack levels, as every real model: TensorRT-RTX 1.7 cannot compile it without."""
     directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    config = qwen3_vl_config("tiny")
+    config = random_config("qwen3_vl", "tiny")
     config["text_config"]["num_hidden_layers"] = 3
     write_random(config, directory)
     write_text_files(directory)

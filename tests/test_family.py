@@ -17,7 +17,7 @@ import ppexport
 from ppexport.build_bundle import build
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.decoders import DECODERS
-from ppexport.exporters.random_checkpoint import qwen3_vl_config, write_random
+from ppexport.exporters.random_checkpoint import random_config, write_random
 from ppexport.exporters.run_model import EagerModel
 from ppexport.models.errors import CheckpointError
 from ppexport.models.families import FAMILIES
@@ -40,7 +40,7 @@ def family() -> Iterator[Family]:
 @pytest.fixture(scope="module")
 def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("made_up") / "checkpoint"
-    config: dict[str, Any] = qwen3_vl_config("tiny", "float32")
+    config: dict[str, Any] = random_config("qwen3_vl", "tiny", "float32")
     config["model_type"] = family.model_type
     write_random(config, directory)
     return directory
@@ -135,7 +135,7 @@ def test_verify_and_estimates_know_the_state(bundle: Path, checkpoint: Path) -> 
 
 
 def test_the_weights_are_checked(checkpoint: Path, tmp_path: Path, family: Family) -> None:
-    config = qwen3_vl_config("tiny", "float32")
+    config = random_config("qwen3_vl", "tiny", "float32")
     write_random(config, tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": family.model_type}))
     with pytest.raises(CheckpointError, match=r"model\.language_model\.mix"):

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from invariants import relative_error
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import ppexport
@@ -26,7 +34,7 @@ class Variant:
     text: dict[str, Any]
     vision: dict[str, Any]
     tied: bool
-    sizes: tuple[tuple[int, int], ...]  # (height, width) of the images, multiples of 32
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of the images, in merged tokens
 
 
 TEXT = {
@@ -36,46 +44,78 @@ TEXT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 512,
+    "eos_token_id": 2,
+}
+TEXT3 = TEXT | {
+    "head_dim": 16,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
 }
-VISION = {
+TEXT2 = TEXT | {
+    "hidden_size": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+}
+VISION3 = {
     "depth": 4,
     "hidden_size": 32,
+    "out_hidden_size": 48,
     "intermediate_size": 56,
     "num_heads": 4,
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 2],
 }
+VISION2 = {"depth": 3, "embed_dim": 40, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 3}
+VISION25 = {
+    "depth": 4,
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "intermediate_size": 54,
+    "num_heads": 4,
+    "fullatt_block_indexes": [1, 3],
+}
 VARIANTS = {
-    "tied_two_levels": Variant("qwen3_vl", TEXT, VISION, True, ((64, 96), (160, 32))),
-    "untied_three_levels": Variant(
-        "qwen3_vl",
-        {**TEXT, "num_key_value_heads": 4, "num_hidden_layers": 4},
-        {**VISION, "deepstack_visual_indexes": [0, 1, 3], "num_heads": 2},
+    "qwen2": Variant("qwen2_vl", TEXT2, VISION2, True, ((2, 3), (5, 1))),
+    "qwen2_one_kv_head": Variant(
+        "qwen2_vl",
+        TEXT2 | {"num_key_value_heads": 1, "num_hidden_layers": 2},
+        VISION2 | {"num_heads": 5, "mlp_ratio": 4},
         False,
-        ((96, 224),),
+        ((3, 7),),
     ),
-    "one_kv_head_one_level": Variant(
+    # less than a window, whole ones, parts of some at both borders
+    "qwen2_5": Variant("qwen2_5_vl", TEXT2, VISION25, False, ((2, 3), (8, 4), (9, 6))),
+    "qwen2_5_small_windows": Variant(
+        "qwen2_5_vl", TEXT2, VISION25 | {"window_size": 56, "fullatt_block_indexes": [2]}, True, ((5, 7),)
+    ),
+    "qwen3_tied_two_levels": Variant("qwen3_vl", TEXT3, VISION3, True, ((2, 3), (5, 1))),
+    "qwen3_untied_three_levels": Variant(
+        "qwen3_vl",
+        {**TEXT3, "num_key_value_heads": 4, "num_hidden_layers": 4},
+        {**VISION3, "deepstack_visual_indexes": [0, 1, 3], "num_heads": 2},
+        False,
+        ((3, 7),),
+    ),
+    "qwen3_one_kv_head_one_level": Variant(
         "qwen3_vl",
         {
-            **TEXT,
+            **TEXT3,
             "num_key_value_heads": 1,
             "head_dim": 24,
-            "rope_parameters": TEXT["rope_parameters"] | {"mrope_section": [6, 3, 3]},
+            "rope_parameters": TEXT3["rope_parameters"] | {"mrope_section": [6, 3, 3]},
         },
-        {**VISION, "deepstack_visual_indexes": [3], "num_position_embeddings": 81},
+        {**VISION3, "deepstack_visual_indexes": [3], "num_position_embeddings": 81},
         True,
-        ((32, 32), (288, 64)),
+        ((1, 1), (9, 2)),
     ),
-    "no_deepstack": Variant(
-        "qwen3_vl", TEXT, {**VISION, "depth": 2, "deepstack_visual_indexes": []}, False, ((128, 128),)
+    "qwen3_no_deepstack": Variant(
+        "qwen3_vl", TEXT3, {**VISION3, "depth": 2, "deepstack_visual_indexes": []}, False, ((4, 4),)
     ),
 }
-
-
-CLASSES = {"qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration)}  # of transformers
+CLASSES = {  # of transformers
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
 
 
 def test_every_family_is_held_against_transformers() -> None:
@@ -84,7 +124,7 @@ def test_every_family_is_held_against_transformers() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    model: Qwen3VLForConditionalGeneration
+    model: PreTrainedModel
     pipe: ppexport.Pipeline
     images: list[np.ndarray]
     pixel_values: torch.Tensor
@@ -99,7 +139,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config_class, model_class = CLASSES[variant.family]
     config = config_class(
         text_config=variant.text,
-        vision_config={**variant.vision, "out_hidden_size": variant.text["hidden_size"]},
+        vision_config=variant.vision,
         image_token_id=IMAGE,
         video_token_id=93,
         vision_start_token_id=START,
@@ -114,17 +154,21 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model.save_pretrained(directory / "checkpoint")
     bundle = build(directory / "checkpoint", directory / "bundle")
     rng = np.random.default_rng(3)
-    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in variant.sizes]
+    family = FAMILIES[variant.family]
+    patch = config.vision_config.patch_size
+    block = patch * config.vision_config.spatial_merge_size
+    images = [rng.integers(0, 256, (block * h, block * w, 3), np.uint8) for h, w in variant.sizes]
+    pre = family.preprocessing
     processor = Qwen2VLImageProcessorPil(
-        patch_size=16, merge_size=2, do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        patch_size=patch, merge_size=2, do_resize=False, image_mean=pre.mean, image_std=pre.std
     )
     batch = processor(images, return_tensors="pt")
     ids = [5, 6, 7]
     for h, w in variant.sizes:
-        ids += [START, *[IMAGE] * (h * w // 1024), END, 11]
+        ids += [START, *[IMAGE] * (h * w), END, 11]
     return Case(
         model,
-        ppexport.load(bundle, min_pixels=1024),
+        ppexport.load(bundle, min_pixels=block**2),
         images,
         batch["pixel_values"],
         batch["image_grid_thw"],
@@ -153,7 +197,7 @@ def test_vision_and_deepstack(case: Case) -> None:
     encoded = [case.pipe.encode(image, None) for image in case.images]
     embeds = np.concatenate([e.embeds for e in encoded])
     assert relative_error(embeds, expected.pooler_output.numpy()) < 1e-4
-    levels = expected.deepstack_features
+    levels = getattr(expected, "deepstack_features", [])
     assert encoded[0].deepstack.shape[0] == len(levels)
     for i, level in enumerate(levels):
         assert relative_error(np.concatenate([e.deepstack[i] for e in encoded]), level.numpy()) < 1e-4

@@ -21,7 +21,7 @@ PAD = IDS["<|image_pad|>"]
 
 @pytest.fixture
 def text(tiny_bundle: Path) -> Text:
-    return Text(tiny_bundle, PAD)
+    return Text(tiny_bundle, PAD, {})
 
 
 @pytest.mark.newest
@@ -78,7 +78,7 @@ def test_template_is_sandboxed(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ppexport.RequestError, match="the chat template refused the prompt: access to attribute"
     ):
-        Text(bundle, PAD).encode("hi", [])
+        Text(bundle, PAD, {}).encode("hi", [])
 
 
 def test_template_features_of_transformers(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -86,12 +86,12 @@ def test_template_features_of_transformers(tiny_bundle: Path, tmp_path: Path) ->
     (bundle / "chat_template.jinja").write_text(
         "{%- for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
     )
-    made = Text(bundle, PAD)
+    made = Text(bundle, PAD, {})
     rendered = made.tokenizer.decode(made.encode([{"role": "user", "content": "é<b"}] * 2, []).tolist())
     assert json.loads(rendered) == {"role": "user", "content": "é<b"}
     (bundle / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
     with pytest.raises(ppexport.RequestError, match="no system role"):
-        Text(bundle, PAD).encode("hi", [])
+        Text(bundle, PAD, {}).encode("hi", [])
 
 
 SPECIAL = sorted(IDS)
@@ -136,7 +136,7 @@ def test_special_tokens_in_calls_of_tools(tiny_bundle: Path, tmp_path: Path) -> 
     (bundle / "chat_template.jinja").write_text("{{ messages | tojson }}<|im_end|>")
     arguments = {"<|im_end|>": ["<|im_start|>", {"x": "<|im_end|>"}]}
     message = {"role": "assistant", "content": "", "tool_calls": [{"arguments": arguments}]}
-    made = Text(bundle, PAD)
+    made = Text(bundle, PAD, {})
     ids = made.encode([message], []).tolist()
     assert [n for n in ids if n >= 256] == [IDS["<|im_end|>"]]
     assert json.loads(made.tokenizer.decode(ids[:-1], skip_special_tokens=False)) == [message]

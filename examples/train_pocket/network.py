@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ppexport.exporters.decoders import attention
 from ppexport.exporters.lowering import ops
-from ppexport.exporters.random_checkpoint import qwen3_vl_config
+from ppexport.exporters.random_checkpoint import random_config
 from ppexport.exporters.towers import qwen_vit
 from ppexport.models import qwen3_vl
 from ppexport.models.config import ModelConfig
@@ -40,7 +40,7 @@ WORTH = {
 
 def pocket_config() -> dict[str, Any]:
     """config.json of the pocket model."""
-    config = qwen3_vl_config("pocket")
+    config = random_config("qwen3_vl", "pocket")
     config["text_config"]["max_position_embeddings"] = 2048
     config["vision_config"]["num_position_embeddings"] = 256
     return config

@@ -1,6 +1,7 @@
 """A decoder of attention layers: one graph for prefill and decode, with the features of images put in where they stand.
 
-Source of the architecture: transformers ``models/qwen3_vl`` (q/k norm, rotary positions on several axes, deepstack).
+Source of the architecture: transformers ``models/qwen2_vl`` (biases of q, k and v, rotary positions on several axes)
+and ``models/qwen3_vl`` (q/k norm, deepstack).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...models.config import ModelConfig, TextConfig
-from ..layers import Linear
+from ..layers import Linear, RMSNorm
 from ..lowering import ops
 from .rotary import attention_factor, axis_frequencies
 
@@ -26,14 +27,14 @@ class Layer(nn.Module):
         self.c = c
         self.dtype = dtype
         self.float32_mlp = "mlp" in float32_kinds
-        self.norm1 = nn.Parameter(torch.empty(c.width))
-        self.norm2 = nn.Parameter(torch.empty(c.width))
-        self.q = Linear(c.width, c.heads * c.head_dim, False)
+        self.norm1 = RMSNorm(c.width, c.norm_eps)
+        self.norm2 = RMSNorm(c.width, c.norm_eps)
+        self.q = Linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.o = Linear(c.heads * c.head_dim, c.width, False)
-        self.k = Linear(c.width, c.kv_heads * c.head_dim, False)
-        self.v = Linear(c.width, c.kv_heads * c.head_dim, False)
-        self.q_norm = nn.Parameter(torch.empty(c.head_dim))
-        self.k_norm = nn.Parameter(torch.empty(c.head_dim))
+        self.k = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.gate = Linear(c.width, c.ffn, False)
         self.up = Linear(c.width, c.ffn, False)
         self.down = Linear(c.ffn, c.width, False)
@@ -51,18 +52,18 @@ class Layer(nn.Module):
         """x [B, S, D] -> x [B, S, D] and the updated caches [B, kv_heads, M, Dh]."""
         c = self.c
         B, S, _ = x.shape
-        h = ops.rms_norm(x, self.norm1.to(x.dtype), c.norm_eps).to(self.dtype)
+        h = self.norm1(x).to(self.dtype)
         q, k, v = (
             ops.watch("attention", part(h)).reshape(B, S, -1, c.head_dim) for part in (self.q, self.k, self.v)
         )
-        q = self.turn(ops.rms_norm(q, self.q_norm, c.norm_eps), cos, sin)
-        k = self.turn(ops.rms_norm(k, self.k_norm, c.norm_eps), cos, sin)
+        q = self.turn(self.q_norm(q), cos, sin)
+        k = self.turn(self.k_norm(k), cos, sin)
         out, k_cache, v_cache = ops.cached_attention(
             q, k, v, k_cache, v_cache, own, entries, c.head_dim**-0.5
         )
         out = ops.watch("attention", self.o(out.reshape(B, S, c.heads * c.head_dim)))
         x = ops.watch("residual", x + out.to(x.dtype))
-        h = ops.rms_norm(x, self.norm2.to(x.dtype), c.norm_eps).to(self.dtype)
+        h = self.norm2(x).to(self.dtype)
         if self.float32_mlp:
             h = h.float()
         gate = ops.watch("mlp", self.gate(h))
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
         self.residual = torch.float32 if "residual" in float32_kinds else dtype
         self.token_table = nn.Parameter(torch.empty(c.vocab, c.width))
         self.layers = nn.ModuleList(Layer(c, dtype, float32_kinds) for _ in range(c.layers))
-        self.norm = nn.Parameter(torch.empty(c.width))
+        self.norm = RMSNorm(c.width, c.norm_eps)
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.width))
         self.register_buffer("axis_freq", torch.empty(model.axes, c.rope.width // 2))
         for parameter in self.parameters():  # the constants stay float32
@@ -168,7 +169,7 @@ class Decoder(nn.Module):
         first = torch.arange(B, device=x.device, dtype=torch.int32).unsqueeze(1) * S
         wanted = x.reshape(-1, D).index_select(0, (first + logits_at).reshape(-1))
         table = self.token_table if self.head is None else self.head
-        wanted = ops.rms_norm(wanted, self.norm.to(x.dtype), self.c.norm_eps).to(self.dtype)
+        wanted = self.norm(wanted).to(self.dtype)
         out = F.linear(wanted, table)
         return out.float().reshape(B, -1, self.c.vocab)
 

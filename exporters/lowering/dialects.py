@@ -21,6 +21,7 @@ from .onnx_writer import Ops
 from .ops import DOMAIN
 from .passes import cache_rows, float_cumsum, one_reshape, shapes_after_cast, skip_norm
 
+LOWEST = -30000.0  # a score that gets no share, in every float type
 Translation = Callable[[Ops, ir.Node], Sequence[ir.Value]]
 
 
@@ -98,11 +99,15 @@ def _gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 def _ort_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     heads, width = _sizes(node)
-    q, k, v = (_join(op, x, heads, width) for x in node.inputs)
-    out = op(
-        "MultiHeadAttention", q, k, v, domain="com.microsoft", num_heads=heads, scale=_attr(node, "scale")
-    )
+    inputs: list[Any] = [_join(op, x, heads, width) for x in node.inputs[:3]]
+    if len(node.inputs) > 3:  # no bias; which keys are real
+        inputs += [None, op("Cast", node.inputs[3], to=ir.DataType.INT32)]
+    out = op("MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=heads, scale=_attr(node, "scale"))
     return [_split(op, out, heads, width)]
+
+
+def _ort_quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    return [op("QuickGelu", node.inputs[0], domain="com.microsoft", alpha=1.702)]
 
 
 def _ort_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
@@ -157,8 +162,14 @@ def _ort_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _standard_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    q, k, v = (_swap(op, x) for x in node.inputs)
-    return [_swap(op, op("Attention", q, k, v, scale=_attr(node, "scale")))]
+    q, k, v = (_swap(op, x) for x in node.inputs[:3])
+    masks = [op("Unsqueeze", mask, op.ints([1, 2])) for mask in node.inputs[3:]]  # [B, 1, 1, S]
+    return [_swap(op, op("Attention", q, k, v, *masks, scale=_attr(node, "scale")))]
+
+
+def _quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    x = node.inputs[0]
+    return [op("Mul", x, op("Sigmoid", op("Mul", x, _in_type_of(op, 1.702, x))))]
 
 
 def _standard_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
@@ -200,8 +211,10 @@ def _scaled(op: Ops, node: ir.Node) -> ir.Value:
 
 
 def _plain_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    _, k, v = node.inputs
+    q, k, v, *masks = node.inputs
     scores = op("MatMul", _swap(op, _scaled(op, node)), op("Transpose", k, perm=[0, 2, 3, 1]))
+    for mask in masks:
+        scores = op("Where", op("Unsqueeze", mask, op.ints([1, 2])), scores, _in_type_of(op, LOWEST, q))
     return [_swap(op, op("MatMul", op("Softmax", scores, axis=-1), _swap(op, v)))]
 
 
@@ -215,7 +228,7 @@ def _plain_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     groups = heads // kv_heads
     grouped = op("Reshape", _scaled(op, node), op.ints([0, 0, kv_heads, groups, width]))
     grouped = op("Reshape", op("Transpose", grouped, perm=[0, 2, 1, 3, 4]), op.ints([0, kv_heads, -1, width]))
-    lowest = _in_type_of(op, -30000.0, q)
+    lowest = _in_type_of(op, LOWEST, q)
     first = op("ReduceMin", own, op.ints([1]), keepdims=1)  # [B, 1]
     in_cache = op("Less", entries, op("Unsqueeze", first, op.ints([1, 2])))  # [B, 1, 1, M]
     query = op("Unsqueeze", own, op.ints([2]))
@@ -260,6 +273,7 @@ DIALECTS = {
             "Rotary": _ort_rotary,
             "RMSNorm": _ort_rms_norm,
             "Gelu": _gelu,
+            "QuickGelu": _ort_quick_gelu,
         },
         passes=(one_reshape,),
     ),
@@ -273,6 +287,7 @@ DIALECTS = {
             "Rotary": _standard_rotary,
             "RMSNorm": _standard_rms_norm,
             "Gelu": _gelu,
+            "QuickGelu": _quick_gelu,
         },
     ),
     "plain": Dialect(
@@ -285,6 +300,7 @@ DIALECTS = {
             "Rotary": _standard_rotary,
             "RMSNorm": _plain_rms_norm,
             "Gelu": _gelu,
+            "QuickGelu": _quick_gelu,
         },
         passes=(float_cumsum, shapes_after_cast, cache_rows),
     ),

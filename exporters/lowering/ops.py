@@ -52,10 +52,10 @@ def _node(name: str, inputs: Sequence[Tensor], like: Sequence[Tensor], **attribu
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Full (not causal) attention. q, k, v [B, S, heads, Dh] -> [B, S, heads, Dh].
 
-    ``mask`` bool [B, S] says which keys are real; for padded batches in training, never exported.
+    ``mask`` bool [B, S] says which keys are real, at least one in each row.
     """
     if torch.compiler.is_exporting():
-        return _node("Attention", (q, k, v), (q,), scale=scale)[0]
+        return _node("Attention", (q, k, v) if mask is None else (q, k, v, mask), (q,), scale=scale)[0]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     keys = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale).transpose(1, 2)
@@ -114,3 +114,10 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     if torch.compiler.is_exporting():
         return _node("Gelu", (x,), (x,), approximate=approximate)[0]
     return F.gelu(x, approximate=approximate)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU approximated by a sigmoid, x * sigmoid(1.702 x). x [...] -> like x."""
+    if torch.compiler.is_exporting():
+        return _node("QuickGelu", (x,), (x,))[0]
+    return x * torch.sigmoid(1.702 * x)

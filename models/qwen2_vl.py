@@ -1,0 +1,96 @@
+"""Qwen2-VL (Hugging Face ``model_type`` "qwen2_vl"): its configuration keys, weight names and defaults.
+
+Source: transformers ``models/qwen2_vl``. Published checkpoints hold the decoder's configuration at the top of
+config.json, transformers 5 writes it as ``text_config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import Preprocessing, TextConfig, VisionConfig
+from .hfconfig import Reader, defaults_of
+from .qwen_vl import QwenVL, Table, VISION, block_attention, end_tokens, linear, merger, patch_embedding
+
+# Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen2-VL-*-Instruct.
+PREPROCESSING = Preprocessing(
+    min_pixels=3136,
+    max_pixels=12845056,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+
+# Used where the checkpoint has a tokenizer but no chat template.
+CHAT_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Qwen2VL(QwenVL):
+    """Biases of queries, keys and values, a block of rotary frequencies for each axis, no position table."""
+
+    model_type = "qwen2_vl"
+    preprocessing = PREPROCESSING
+    chat_template = CHAT_TEMPLATE
+    sections = (16, 24, 24)
+    interleaved = False
+
+    def text_section(self, top: Reader, harmless: Sequence[str]) -> Reader:
+        """The section, or what transformers takes for it where there is none: the decoder's keys at the top."""
+        if top.raw.get("text_config") is not None:
+            return super().text_section(top, harmless)
+        known = defaults_of(self.model_type, "text_config")
+        return top.part([*known, "rope_scaling", "rope_parameters", "rope_theta"], known, harmless)
+
+    def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
+        """See qwen_vl.QwenVL."""
+        r.get("tie_word_embeddings", bool, None)
+        width = r.get("hidden_size", int)
+        heads = r.get("num_attention_heads", int)
+        if width % heads:
+            r.fail(f"hidden_size {width}, expected a multiple of the {heads} attention heads")
+        r.expect("head_dim", width // heads, default=width // heads)
+        config = self.text_numbers(r, tied, width // heads, qkv_bias=True, qk_norm=False)
+        windowed = r.get("use_sliding_window", bool, False)
+        r.get("sliding_window", int, None)
+        first = r.get("max_window_layers", int, at_least=0)
+        if windowed and first < config.layers:
+            r.fail(
+                f"use_sliding_window is true for layers from {first} on, expected false: every layer sees all tokens"
+            )
+        ends = end_tokens(r)
+        r.finish()
+        return config, ends
+
+    def parse_vision(self, r: Reader) -> VisionConfig:
+        """See qwen_vl.QwenVL."""
+        r.expect("hidden_act", "quick_gelu")
+        width = r.get("embed_dim", int)
+        return self.vision_numbers(
+            r,
+            width=width,
+            ffn=width * r.get("mlp_ratio", int),
+            out_width=r.get("hidden_size", int),
+            patch_bias=False,
+            mlp="quick_gelu",
+        )
+
+    def vision_weights(self, c: VisionConfig) -> Table:
+        """See qwen_vl.QwenVL."""
+        table: Table = {}
+        patch_embedding(table, c)
+        for i in range(c.depth):
+            block_attention(table, c, i)
+            linear(table, f"blocks.{i}.fc1", f"{VISION}.blocks.{i}.mlp.fc1", c.width, c.ffn)
+            linear(table, f"blocks.{i}.fc2", f"{VISION}.blocks.{i}.mlp.fc2", c.ffn, c.width)
+        merger(table, c)
+        return table
+
+
+QWEN2_VL = Qwen2VL()
