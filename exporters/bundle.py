@@ -68,13 +68,14 @@ def plan(
     engines: bool = False,
     calibrated: int = 0,
     prune: Sequence[Pruner] = (PixelPrune(),),
+    revision: str | None = None,
 ) -> Plan:
     """Open and check a checkpoint and estimate what its bundle needs (``engines``: they will be compiled from it).
 
     ``calibrated``: images that matrices in int4 are fitted to; ``prune``: what the bundle says where requests do not.
-    Raises CheckpointError.
+    ``revision``: of a checkpoint on the hub. Raises CheckpointError.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, revision)
     if dialect not in DIALECTS:
         raise CheckpointError(f"dialect is {dialect!r}, expected one of: {', '.join(DIALECTS)}")
     precision = resolve(wanted, checkpoint.precision, dialect, checkpoint.config.text.tied_head, engines)
@@ -195,7 +196,7 @@ def _manifest(
     return manifest.Manifest(
         schema=manifest.SCHEMA,
         family=config.family,
-        source=manifest.Source(shown(plan.checkpoint.path.resolve().name), hashes),
+        source=manifest.Source(shown(plan.checkpoint.name), plan.checkpoint.revision, hashes),
         precision=plan.precision,
         compute=plan.compute,
         float32_kinds=kinds,

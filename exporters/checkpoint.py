@@ -20,6 +20,7 @@ from ..models.dtype import BY_SAFETENSORS
 from ..models.errors import CheckpointError
 from ..models.families import family_of
 from ..models.family import Family
+from .hub import find
 
 ADAPTER = (
     "found an adapter (LoRA) that is not merged, expected a whole model; merge it first, with peft: "
@@ -60,37 +61,25 @@ class Checkpoint:
     config: ModelConfig
     entries: Mapping[str, Entry]  # by the family's present names
     notices: tuple[str, ...]  # what was ignored of it
+    name: str  # of its directory, or on the hub
+    revision: str = ""  # its commit on the hub
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, checkpoint: str | Path, revision: str | None = None) -> Checkpoint:
         """Read config.json and the headers of the safetensors files, and check every weight against the family's table.
 
-        Raises CheckpointError with the name of what is missing, extra, truncated or of the wrong shape.
+        ``checkpoint``: a directory, or a name on the hub (exporters/hub.py), of which weights are fetched only if the
+        configuration is one that can be exported. Raises CheckpointError with the name of what is missing, extra,
+        truncated or of the wrong shape.
         """
-        path = Path(path)
-        if path.is_file():
-            raise CheckpointError(
-                f"{path}: is a file; expected a Hugging Face checkpoint directory with config.json"
-            )
-        if not path.is_dir():
-            raise CheckpointError(
-                f"{path}: no such directory; expected a Hugging Face checkpoint with config.json"
-            )
-        if not (path / "config.json").is_file():
-            if (path / "adapter_config.json").is_file():
-                raise CheckpointError(f"{path}: {ADAPTER}")
-            raise CheckpointError(
-                f"{path}: found no config.json; expected a Hugging Face checkpoint directory"
-            )
-        raw = read_json(path / "config.json")
-        family = family_of(raw)
-        notices: list[str] = []
-        config = family.parse(raw, notices)
+        source = find(checkpoint, revision, _configuration)
+        path = source.path
+        raw, family, config, notices = _configuration(path)
         entries = _named(_entries(path), family)
         if config.text.tied_head and family.head in entries:
             config = _judge_head(config, family, entries, str(raw.get("transformers_version")), notices)
         _check(entries, family, config)
-        return cls(path, family, config, entries, tuple(notices))
+        return cls(path, family, config, entries, tuple(notices), source.name, source.revision)
 
     @property
     def precision(self) -> str:
@@ -122,6 +111,27 @@ class Checkpoint:
                 merged = tensor.float().sum(2).permute(2, 3, 1, 0)  # [D, C, F, p, p] -> [p, p, C, D]
                 return merged.reshape(-1, tensor.shape[0]).contiguous()
             return tensor.clone()
+
+
+def _configuration(path: Path) -> tuple[dict[str, Any], Family, ModelConfig, list[str]]:
+    """config.json, what it is of, and what is ignored of it."""
+    if path.is_file():
+        raise CheckpointError(
+            f"{path}: is a file; expected a Hugging Face checkpoint directory with config.json"
+        )
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such directory; expected a Hugging Face checkpoint with config.json, or its name on the hub, "
+            "such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise CheckpointError(f"{path}: {ADAPTER}")
+        raise CheckpointError(f"{path}: found no config.json; expected a Hugging Face checkpoint directory")
+    raw = read_json(path / "config.json")
+    family = family_of(raw)
+    notices: list[str] = []
+    return raw, family, family.parse(raw, notices), notices
 
 
 def _entries(path: Path) -> dict[str, Entry]:

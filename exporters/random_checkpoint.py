@@ -41,7 +41,9 @@ class Shape:
     vision_width: int
     vision_ffn: int
     vision_heads: int
-    marked: tuple[int, ...] = ()  # blocks with deepstack levels (Qwen3-VL), or that see the whole image (Qwen2.5-VL)
+    marked: tuple[
+        int, ...
+    ] = ()  # blocks with deepstack levels (Qwen3-VL), or that see the whole image (Qwen2.5-VL)
 
 
 SHAPES: dict[str, dict[str, Shape]] = {
@@ -208,7 +210,9 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
         for name in names:
             tensor = torch.empty(shapes[name], dtype=torch.bfloat16 if dtype != torch.float32 else dtype)
             tensor.normal_(0.0, 0.02, generator=generator)
-            if name.endswith(("norm.weight", ".ln_q.weight")) or (".norm" in name and name.endswith("weight")):
+            if name.endswith(("norm.weight", ".ln_q.weight")) or (
+                ".norm" in name and name.endswith("weight")
+            ):
                 tensor += 1
             tensors[name] = tensor.to(dtype)
             where[name] = file
@@ -249,13 +253,19 @@ def write_text_files(directory: Path, family: str = "qwen3_vl") -> None:
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--family", type=click.Choice(sorted(SHAPES)), default="qwen3_vl", show_default=True)
-@click.option("--shape", type=click.Choice(sorted({name for shapes in SHAPES.values() for name in shapes})), required=True)
+@click.option(
+    "--shape",
+    type=click.Choice(sorted({name for shapes in SHAPES.values() for name in shapes})),
+    required=True,
+)
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(directory: Path, family: str, shape: str, dtype: str, seed: int) -> None:
     """Write a random checkpoint into DIRECTORY."""
     if shape not in SHAPES[family]:
-        raise click.UsageError(f"{family} has no shape {shape!r}, expected one of: {', '.join(SHAPES[family])}")
+        raise click.UsageError(
+            f"{family} has no shape {shape!r}, expected one of: {', '.join(SHAPES[family])}"
+        )
     write_random(random_config(family, shape, dtype), directory, seed)
     write_text_files(directory, family)
 

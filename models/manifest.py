@@ -35,7 +35,8 @@ class Graph:
 class Source:
     """The checkpoint a bundle was made from."""
 
-    name: str  # name of its directory
+    name: str  # of its directory, or on the Hugging Face hub
+    revision: str  # its commit there, or ""
     sha256: dict[str, str]  # config.json and weight files -> hash
 
 

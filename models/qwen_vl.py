@@ -139,9 +139,7 @@ class QwenVL:
             **own,
         )
 
-    def text_numbers(
-        self, r: Reader, tied: bool, head_dim: int, qkv_bias: bool, qk_norm: bool
-    ) -> TextConfig:
+    def text_numbers(self, r: Reader, tied: bool, head_dim: int, qkv_bias: bool, qk_norm: bool) -> TextConfig:
         """The numbers that all decoders have, the rotary ones among them."""
         r.expect("hidden_act", "silu")
         context = r.get("max_position_embeddings", int)
@@ -282,9 +280,7 @@ def _parse_yarn(rope: Reader, context: int) -> Yarn | None:
 
 def _check_vision(r: Reader, c: VisionConfig) -> None:
     if c.width % c.heads or c.head_dim % 4:
-        r.fail(
-            f"hidden_size {c.width} over {c.heads} heads, expected a head width that is a multiple of 4"
-        )
+        r.fail(f"hidden_size {c.width} over {c.heads} heads, expected a head width that is a multiple of 4")
     if round(c.positions**0.5) ** 2 != c.positions:
         r.fail(f"num_position_embeddings {c.positions}, expected a square number")
     for key, blocks in (("deepstack_visual_indexes", c.deepstack), ("fullatt_block_indexes", c.full_blocks)):

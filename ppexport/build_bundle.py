@@ -39,9 +39,11 @@ def build(
     on_plan: Callable[[Plan, Profiles | None], None] = lambda plan, sizes: None,
     progress: Progress = silent,
     prune: Pruner | Sequence[Pruner] | None = PixelPrune(),  # noqa: B008 (frozen)
+    revision: str | None = None,
 ) -> Path:
-    """Make a bundle directory from a Hugging Face checkpoint directory; returns its path.
+    """Make a bundle directory from a Hugging Face checkpoint; returns its path.
 
+    ``checkpoint``: its directory, or its name on the hub ("Qwen/Qwen2.5-VL-3B-Instruct"), there at ``revision``.
     ``precision``: of the stored weights, "auto" (the checkpoint's; bf16 for a float32 checkpoint and a target), "fp32",
     "fp16", "bf16", "int8", "int4" or "w8a8"; a Wanted says it part by part (models/precision.py). ``targets``: what to
     compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes`` and ``options`` are theirs). ``dialect``
@@ -72,7 +74,7 @@ def build(
     pruners = listed(prune)
     if targets:
         check_pruners(pruners)
-    plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images), pruners)
+    plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images), pruners, revision)
     if targets:
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
         config = plan.checkpoint.config

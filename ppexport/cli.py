@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Any
 
@@ -23,6 +24,7 @@ from .options import (
     prune_for,
     prune_options,
     prune_settings,
+    revision_option,
     size_options,
     weight_options,
     weights_of,
@@ -105,6 +107,7 @@ main.params += logs.options()
     help="Compile engines; may be given several times. tensorrt needs a GPU, tensorrt-rtx none.",
 )
 @engine_options
+@revision_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no notices.")
 @click.pass_context
 def build(
@@ -113,10 +116,14 @@ def build(
     output: str | None,
     dialect: str,
     targets: tuple[str, ...],
+    revision: str | None,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Make a bundle from a Hugging Face CHECKPOINT directory, or compile engines for a BUNDLE in place."""
+    """Make a bundle from a Hugging Face CHECKPOINT, or compile engines for a BUNDLE in place.
+
+    CHECKPOINT is a directory, or a name on the hub, such as Qwen/Qwen2.5-VL-3B-Instruct.
+    """
     from . import progress
     from .build_bundle import build as build_bundle
     from .build_bundle import compile_in_place
@@ -125,10 +132,12 @@ def build(
     wanted = weights_of(options)
     calibration = calibration_of(options)
     settings, no_prune = prune_settings(options)
-    changes = wanted != Wanted() or dialect != "auto" or calibration or settings or no_prune
+    changes = wanted != Wanted() or dialect != "auto" or calibration or settings or no_prune or revision
     if output is None and (not targets or changes):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
     sizes, engine = engines_of(**options)
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not targets and (sizes is not None or engine != type(engine)()):
         raise click.UsageError("sizes and options of engines go with --target")
     with progress.Bar(quiet, ctx.obj) as bar:
@@ -148,6 +157,7 @@ def build(
                 bar.plan,
                 bar.update,
                 prune,
+                revision,
             )
     if not quiet:
         click.echo(f"built {output or source}")
@@ -320,7 +330,11 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
 @main.command()
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--against", "checkpoint", required=True, type=click.Path(), help="The checkpoint they were built from."
+    "--against",
+    "checkpoint",
+    required=True,
+    type=click.Path(),
+    help="The checkpoint they were built from, a directory or a name on the hub.",
 )
 @click.option(
     "-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times."
@@ -334,6 +348,7 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
 @click.option(
     "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="To generate and compare."
 )
+@revision_option
 @click.option(
     "--cosine", type=float, default=0.99, show_default=True, help="Least, of the features of any token."
 )

@@ -91,6 +91,9 @@ def prune_for(bundle: str, settings: dict[str, Any], no_prune: bool) -> Any:
     return changed(pruners_of(open_bundle(bundle)[1].prune), settings)
 
 
+revision_option = click.option(
+    "--revision", help="Branch, tag or commit, of a checkpoint that is named as on the Hugging Face hub."
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]),

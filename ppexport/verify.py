@@ -101,11 +101,13 @@ def verify(
     device: str = "auto",
     tokens: int = TOKENS,
     progress: Progress = silent,
+    revision: str | None = None,
 ) -> Report:
     """Run one bundle greedily, then the checkpoint over what it was given and what it said.
 
     So both see the same tokens at every position, and a difference early in an answer does not hide the later ones.
-    Raises BackendError if torch is not installed, BundleError, CheckpointError, ImageError, RequestError.
+    ``checkpoint``: a directory, or a name on the hub, there at ``revision``. Raises BackendError if torch is not
+    installed, BundleError, CheckpointError, ImageError, RequestError.
     """
     try:
         from .exporters.checkpoint import Checkpoint
@@ -116,7 +118,7 @@ def verify(
         ) from err
     with load(bundle, device, reuse=0) as pipe:
         reference = EagerModel(
-            Checkpoint.open(checkpoint), pipe.manifest.preprocessing, "reference", progress
+            Checkpoint.open(checkpoint, revision), pipe.manifest.preprocessing, "reference", progress
         )
         model = pipe.manifest.model
         if reference.checkpoint.config != model:
@@ -165,10 +167,13 @@ def verify(
     )
 
 
-def other_files(bundle: str | Path, checkpoint: str | Path) -> list[str]:
+def other_files(bundle: str | Path, checkpoint: str | Path, revision: str | None = None) -> list[str]:
     """Which files of the checkpoint are not those that a bundle was made from."""
+    from .exporters.hub import find
+
     _, manifest = open_bundle(bundle)
-    files = {name: Path(checkpoint) / name for name in manifest.source.sha256}
+    directory = find(checkpoint, revision).path
+    files = {name: directory / name for name in manifest.source.sha256}
     return [
         name
         for name, expected in manifest.source.sha256.items()
@@ -231,17 +236,18 @@ def main(
     cosine: float,
     kl: float,
     agreement: float,
+    revision: str | None,
 ) -> int:
     """Print a table or JSON; 0 if every bundle is within the limits, else 1. ``prunes``: of each bundle."""
     for bundle in bundles:
         open_bundle(bundle)  # before minutes of work
     with Bar(as_json) as bar:
         reports = [
-            verify(bundle, checkpoint, images, question, prune, device, tokens, bar.update)
+            verify(bundle, checkpoint, images, question, prune, device, tokens, bar.update, revision)
             for bundle, prune in zip(bundles, prunes, strict=True)
         ]
     for bundle in bundles:
-        if changed := other_files(bundle, checkpoint):
+        if changed := other_files(bundle, checkpoint, revision):
             click.echo(
                 f"{bundle}: was not built from these files of {checkpoint}: {', '.join(changed)}", err=True
             )

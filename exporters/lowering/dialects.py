@@ -102,7 +102,9 @@ def _ort_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     inputs: list[Any] = [_join(op, x, heads, width) for x in node.inputs[:3]]
     if len(node.inputs) > 3:  # no bias; which keys are real
         inputs += [None, op("Cast", node.inputs[3], to=ir.DataType.INT32)]
-    out = op("MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=heads, scale=_attr(node, "scale"))
+    out = op(
+        "MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=heads, scale=_attr(node, "scale")
+    )
     return [_split(op, out, heads, width)]
 
 
