@@ -1,9 +1,10 @@
 """Time, peak memory and size of ``ppexport build`` on a checkpoint of real dimensions.
 
-    python bench/build.py --shape 2b -o bench/results/build.json
-    python bench/build.py --shape 2b --target tensorrt-rtx --runs 1 -o bench/results/build_rtx.json
+    python bench/build.py -o bench/results/build.json
+    python bench/build.py --target tensorrt-rtx --runs 1 -o bench/results/build_rtx.json
+    python bench/build.py --model qwen3_vl:2b --model qwen2_5_vl:3b --runs 1 -o bench/results/build_families.json
 
-Makes a random checkpoint of that shape (or takes --checkpoint), builds it once per run in a fresh process, and
+Makes a random checkpoint of each model (or takes --checkpoint), builds it once per run in a fresh process, and
 reports wall time, that process's peak resident set (mapped file pages included) and bytes on disk.
 """
 
@@ -18,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 
@@ -50,8 +52,27 @@ def build_once(checkpoint: Path, work: Path, precision: str, target: str | None)
     return row
 
 
+def measured(checkpoint: Path, work: Path, precision: str, target: str | None, runs: int) -> dict[str, Any]:
+    """All builds of one checkpoint, and what they say together."""
+    rows = [build_once(checkpoint, work, precision, target) for _ in range(runs)]
+    return {
+        "checkpoint_gb": round(sum(f.stat().st_size for f in checkpoint.iterdir()) / 1e9, 3),
+        "runs": rows,
+        "median_seconds": median(r["seconds"] for r in rows),
+        "peak_rss_gb": round(max(r["peak_rss_bytes"] for r in rows) / 1e9, 3),
+        "bundle_gb": round(rows[0]["bundle_bytes"] / 1e9, 3),
+    }
+
+
 @click.command()
-@click.option("--shape", default="2b", show_default=True, type=click.Choice(["tiny", "300m", "2b"]))
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=["qwen3_vl:2b"],
+    show_default=True,
+    help="FAMILY:SHAPE; several.",
+)
 @click.option(
     "--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead."
 )
@@ -60,25 +81,26 @@ def build_once(checkpoint: Path, work: Path, precision: str, target: str | None)
 @click.option("--runs", default=3, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(
-    shape: str, checkpoint: Path | None, precision: str, target: str | None, runs: int, output: Path | None
+    models: tuple[str, ...],
+    checkpoint: Path | None,
+    precision: str,
+    target: str | None,
+    runs: int,
+    output: Path | None,
 ) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        if checkpoint is None:
-            checkpoint = random_checkpoint(shape, work)
-        else:
-            shape = checkpoint.name
-        rows = [build_once(checkpoint, work, precision, target) for _ in range(runs)]
+    found = {}
+    for model in [checkpoint.name] if checkpoint else models:
+        with tempfile.TemporaryDirectory() as name:
+            work = Path(name)
+            family, _, shape = model.partition(":")
+            source = checkpoint or random_checkpoint(shape, work, family)
+            found[model] = measured(source, work, precision, target, runs)
     result = {
         "what": "ppexport build",
-        "shape": shape,
         "precision": precision,
         "target": target,
         "machine": describe(),
-        "runs": rows,
-        "median_seconds": median(r["seconds"] for r in rows),
-        "peak_rss_gb": round(max(r["peak_rss_bytes"] for r in rows) / 1e9, 3),
-        "bundle_gb": round(rows[0]["bundle_bytes"] / 1e9, 3),
+        "models": found,
     }
     print(json.dumps(result, indent=1))
     if output:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 
-def random_checkpoint(shape: str, directory: Path) -> Path:
+def random_checkpoint(shape: str, directory: Path, family: str = "qwen3_vl") -> Path:
     """A checkpoint of one of random_checkpoint.SHAPES, in a new directory."""
     made = directory / "checkpoint"
-    command = [sys.executable, "-m", "ppexport.exporters.random_checkpoint", str(made), "--shape", shape]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "ppexport.exporters.random_checkpoint", str(made)]
+    subprocess.run([*command, "--family", family, "--shape", shape], check=True)
     return made
 
 

@@ -47,9 +47,9 @@ def find(
 ) -> Source:
     """A directory as it is, or a checkpoint of the hub, fetched.
 
-    ``look`` sees the directory with the small files before the weights are fetched, and may raise. ``revision``: branch,
-    tag or commit on the hub, None: main. A directory goes before a name on the hub. Raises CheckpointError for what
-    cannot be found or fetched, and for a revision of a directory; BackendError without huggingface_hub.
+    ``look`` sees the directory with the small files before the weights are fetched, and may raise. ``revision``: a
+    branch, tag or commit on the hub, None: main. A directory goes before a name on the hub. Raises CheckpointError for
+    what cannot be found or fetched, and for a revision of a directory; BackendError without huggingface_hub.
     """
     path = Path(checkpoint)
     name = str(checkpoint)
@@ -81,8 +81,8 @@ def _weights(directory: Path) -> list[str]:
 def _fetch(name: str, revision: str | None, files: list[str] | tuple[str, ...]) -> Path:
     """Download what is not there yet; returns the directory of that commit."""
     try:
-        from huggingface_hub import snapshot_download
         from huggingface_hub import errors as hub
+        from huggingface_hub import snapshot_download
     except ImportError as err:
         raise BackendError(
             f"{err.name} is not installed; checkpoints by name need: pip install 'ppexport[export]'"

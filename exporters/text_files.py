@@ -44,7 +44,7 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
-    """What chat templates may ask for: "bos_token", "eos_token" and the others that the tokenizer's configuration names.
+    """What chat templates may ask for: "bos_token", "eos_token" and others that the tokenizer's configuration names.
 
     As transformers reads them: special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder.
     """

@@ -3,7 +3,8 @@
 Dimension letters used in the whole project:
     B batch, S sequence, K kept merged tokens, N merged tokens of the full grid, P positions whose logits are wanted,
     H, W image height and width in pixels, D width of the language model, V vocabulary, M cache capacity,
-    L deepstack levels, T patches in the vision tower (K * merge**2), G windows of it that keep any, A axes of a position
+    L deepstack levels, T patches in the vision tower (K * merge**2), G windows of it that keep any, A axes of a
+    position
 """
 
 from __future__ import annotations

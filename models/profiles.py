@@ -39,8 +39,8 @@ IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given ima
 FLAG = {**dict.fromkeys("HWKG", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
 MOST_SIDE = 1 << 17
 MOST_PIXELS = 100_000_000
-# Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1, and G (windows
-# of a tower that has some) follows from the others.
+# Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1, and G
+# (windows of a tower that has some) follows from the others.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
 

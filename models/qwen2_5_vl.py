@@ -17,7 +17,7 @@ from .qwen_vl import VISION, Table, block_attention, linear, merger, patch_embed
 class Qwen25VL(Qwen2VL):
     """Root mean square norms and a gated MLP in the tower, whose patches attend within windows in most blocks."""
 
-    model_type = "qwen2_5_vl"
+    model_type = known_as = "qwen2_5_vl"
 
     def parse_vision(self, r: Reader) -> VisionConfig:
         """See qwen_vl.QwenVL."""

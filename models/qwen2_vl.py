@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .config import Preprocessing, TextConfig, VisionConfig
 from .hfconfig import Reader, defaults_of
-from .qwen_vl import QwenVL, Table, VISION, block_attention, end_tokens, linear, merger, patch_embedding
+from .qwen_vl import VISION, QwenVL, Table, block_attention, end_tokens, linear, merger, patch_embedding
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen2-VL-*-Instruct.
 PREPROCESSING = Preprocessing(
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 class Qwen2VL(QwenVL):
     """Biases of queries, keys and values, a block of rotary frequencies for each axis, no position table."""
 
-    model_type = "qwen2_vl"
+    model_type = known_as = "qwen2_vl"
     preprocessing = PREPROCESSING
     chat_template = CHAT_TEMPLATE
     sections = (16, 24, 24)
@@ -45,7 +45,7 @@ class Qwen2VL(QwenVL):
         """The section, or what transformers takes for it where there is none: the decoder's keys at the top."""
         if top.raw.get("text_config") is not None:
             return super().text_section(top, harmless)
-        known = defaults_of(self.model_type, "text_config")
+        known = defaults_of(self.known_as, "text_config")
         return top.part([*known, "rope_scaling", "rope_parameters", "rope_theta"], known, harmless)
 
     def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:

@@ -5,10 +5,9 @@ Source: transformers ``models/qwen3_vl``.
 
 from __future__ import annotations
 
-from .config import Preprocessing, TextConfig, VisionConfig
+from .config import Preprocessing, TextConfig, VisionConfig, Weight
 from .hfconfig import Reader
 from .qwen_vl import VISION, QwenVL, Table, block_attention, end_tokens, linear, norm, patch_embedding
-from .config import Weight
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen3-VL-*-Instruct.
 PREPROCESSING = Preprocessing(
@@ -29,7 +28,7 @@ CHAT_TEMPLATE = (
 class Qwen3VL(QwenVL):
     """A learned position table, deepstack levels, norms of queries and keys, rotary axes by turns."""
 
-    model_type = "qwen3_vl"
+    model_type = known_as = "qwen3_vl"
     preprocessing = PREPROCESSING
     chat_template = CHAT_TEMPLATE
     sections = (24, 20, 20)

@@ -32,6 +32,7 @@ class QwenVL:
     """The common part of a family; see family.Family. A family adds the class attributes and the tower."""
 
     model_type: str
+    known_as: str  # the family in models/known_keys.json whose keys it has
     preprocessing: Preprocessing
     chat_template: str
     sections: Sequence[int]  # mRoPE, where the configuration does not say
@@ -48,10 +49,10 @@ class QwenVL:
         )
         harmless = [*HARMLESS, *ignored]
         told = [] if notices is None else notices
-        top = Reader(raw, "config.json", told, defaults_of(self.model_type, "config.json"), harmless)
+        top = Reader(raw, "config.json", told, defaults_of(self.known_as, "config.json"), harmless)
         text_section = self.text_section(top, harmless)
         text, text_eos = self.parse_text(text_section, is_tied(top, text_section.raw))
-        section = top.section("vision_config", defaults_of(self.model_type, "vision_config"), harmless)
+        section = top.section("vision_config", defaults_of(self.known_as, "vision_config"), harmless)
         vision = self.parse_vision(section)
         _check_vision(section, vision)
         section.finish()
@@ -80,7 +81,7 @@ class QwenVL:
 
     def text_section(self, top: Reader, harmless: Sequence[str]) -> Reader:
         """The decoder's configuration, which lies in a section of its own."""
-        return top.section("text_config", defaults_of(self.model_type, "text_config"), harmless)
+        return top.section("text_config", defaults_of(self.known_as, "text_config"), harmless)
 
     def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
         """The decoder's numbers, and the end-of-sequence tokens that its section names."""

@@ -16,7 +16,7 @@ from transformers import vision_utils
 
 @torch.no_grad()
 def features(model: Any, pixel_values: Tensor, grid: Tensor, keep: np.ndarray) -> list[Tensor]:
-    """One image: pixel_values of all its patches, grid [1, 3], keep [K] merged tokens -> embeddings, deepstack levels."""
+    """One image: pixel_values of all patches, grid [1, 3], keep [K] merged tokens -> embeddings, deepstack levels."""
     tower = model.model.visual
     merge = tower.spatial_merge_size
     patches = torch.tensor([token * merge**2 + i for token in keep.tolist() for i in range(merge**2)])

@@ -66,7 +66,7 @@ def test_config_is_not_json(checkpoint: Path) -> None:
 
 def test_unknown_family(checkpoint: Path) -> None:
     edit_config(checkpoint, lambda c: c.update(model_type="llava"))
-    check_refused(checkpoint, "model_type is 'llava', expected one of: qwen3_vl")
+    check_refused(checkpoint, "model_type is 'llava', expected one of: qwen2_5_vl, qwen2_vl, qwen3_vl")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_unknown_family(checkpoint: Path) -> None:
         ),
         (
             lambda c: c["vision_config"].update(out_hidden_size=7),
-            "out_hidden_size is 7, expected text hidden_size 64",
+            "the vision tower gives features of width 7, expected the decoder's 64",
         ),
         (
             lambda c: c["vision_config"].update(deepstack_visual_indexes=[0, 9]),
@@ -94,7 +94,7 @@ def test_unknown_family(checkpoint: Path) -> None:
         (lambda c: c.update(quantization_config={"bits": 4}), "the checkpoint is quantized already"),
         (
             lambda c: c["text_config"]["rope_scaling"].update(mrope_section=[4, 4, 4]),
-            "expected a sum of head_dim / 2",
+            "expected a sum of half the head's width",
         ),
         (lambda c: c["text_config"].update(rms_norm_eps=float("nan")), "expected a finite number over 0"),
         (
@@ -338,7 +338,10 @@ def test_missing_and_short_files(bundle: Path) -> None:
             "expected shape slots, ..., with M at most once",
         ),
         (lambda m: m["model"]["states"].pop(), "its states and those of bundle.json differ in 'value_"),
-        (lambda m: m.update(family="nope"), "family: found 'nope', expected one of: qwen3_vl"),
+        (
+            lambda m: m.update(family="nope"),
+            "family: found 'nope', expected one of: qwen2_vl, qwen2_5_vl, qwen3_vl",
+        ),
         (lambda m: m["model"]["vision"].update(merge=0), "merge is 0, expected at least 1"),
         (lambda m: m["model"]["text"]["rope"].update(sections=[3]), "expected a sum of width / 2"),
         (lambda m: m["prune"].append(m["prune"][0]), "prune: prune names the pruners pixelprune, pixelprune"),

@@ -15,7 +15,7 @@ import torch
 from conftest import write_json
 from known_keys import known_keys as keys_of_transformers
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 import ppexport
@@ -23,9 +23,12 @@ from ppexport.build_bundle import build
 from ppexport.exporters import bundle as exporter
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.decoders.attention import Decoder, constants
+from ppexport.exporters.random_checkpoint import random_config
 from ppexport.models import qwen3_vl
 from ppexport.models.config import ModelConfig, Preprocessing
+from ppexport.models.families import FAMILIES
 from ppexport.models.hfconfig import ASKED_FOR, HARMLESS, defaults_of, known_keys
+from ppexport.models.qwen2_5_vl import windows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "models" / "pocket"
@@ -113,22 +116,116 @@ def other(value: Any) -> Any:
     return ["odd"] if isinstance(value, (list, tuple)) else {"odd": 1} if isinstance(value, dict) else "odd"
 
 
+def sections(family: str) -> dict[str, Any]:
+    """A small configuration with a text section, as transformers 5 writes it."""
+    raw = random_config(family, "tiny")
+    if "text_config" not in raw:
+        known = defaults_of(family, "text_config")
+        moved = [key for key in raw if (key in known or key.startswith("rope")) and key != "dtype"]
+        raw["text_config"] = {key: raw.pop(key) for key in moved}
+    return raw
+
+
 @pytest.mark.parametrize("section", ["config.json", "text_config", "vision_config"])
-def test_every_key_that_transformers_knows_counts(section: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_that_transformers_knows_counts(family: str, section: str) -> None:
     """Another value changes the model, is refused, or is known to be harmless; nothing is passed over."""
-    base = qwen3_vl.QWEN3_VL.parse(POCKET_RAW)
+    small = sections(family)
+    if "max_window_layers" in small["text_config"]:
+        small["text_config"]["max_window_layers"] = 1  # so that windows, if there were any, would count
+    base = FAMILIES[family].parse(small)
     harmless = {*HARMLESS, *known_keys()["generation"]}
     harmless |= {"video_token_id", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings"}
-    for key, default in defaults_of("qwen3_vl", section).items():
-        raw = json.loads(json.dumps(POCKET_RAW))
+    # of videos; of layers that attend within a window, where there are some
+    harmless |= {"tokens_per_second", "sliding_window", "max_window_layers"}
+    for key, default in defaults_of(family, section).items():
+        raw = json.loads(json.dumps(small))
         section_of(raw, section)[key] = other(section_of(raw, section).get(key, default))
         notices: list[str] = []
         try:
-            changed = qwen3_vl.QWEN3_VL.parse(raw, notices) != base
+            changed = FAMILIES[family].parse(raw, notices) != base
         except ppexport.CheckpointError:
             changed = True
         assert changed or key in harmless, key
         assert not [notice for notice in notices if f"'{key}'" in notice], key
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_decoder_at_the_top_is_the_decoder_in_a_section(family: str) -> None:
+    """Published files hold it at the top, transformers 5 writes a section."""
+    flat = random_config(family, "tiny")
+    assert "text_config" not in flat
+    assert FAMILIES[family].parse(flat) == FAMILIES[family].parse(sections(family))
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(flat)))
+    assert FAMILIES[family].parse(json.loads(theirs.to_json_string())) == FAMILIES[family].parse(flat)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"use_sliding_window": True, "max_window_layers": 1},
+            "use_sliding_window is true for layers from 1 on",
+        ),
+        ({"num_attention_heads": 6}, "hidden_size 64, expected a multiple of the 6 attention heads"),
+        ({"hidden_size": 96, "num_attention_heads": 6}, "the vision tower gives features of width 64, expected the decoder's 96"),
+        (
+            {"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}},
+            "expected a sum of half the head's",
+        ),
+    ],
+)
+def test_decoders_that_are_not_computed(family: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ppexport.CheckpointError, match=message):
+        FAMILIES[family].parse({**random_config(family, "tiny"), **change})
+
+
+def test_a_head_width_in_the_section_counts() -> None:
+    """transformers turns as many values of a head as that says, and does not read it at the top."""
+    raw = sections("qwen2_vl")
+    raw["text_config"]["head_dim"] = 32
+    with pytest.raises(ppexport.CheckpointError, match="'head_dim' is 32, expected 16"):
+        FAMILIES["qwen2_vl"].parse(raw)
+    notices: list[str] = []
+    FAMILIES["qwen2_vl"].parse({**random_config("qwen2_vl", "tiny"), "head_dim": 32}, notices)
+    assert "config.json: 'head_dim' is ignored, as transformers ignores it" in notices
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_size": 20}, "window_size is 20, expected at least the 28 pixels of one merged token"),
+        (
+            {"fullatt_block_indexes": [1, 9]},
+            r"fullatt_block_indexes \[1, 9\], expected rising block numbers under 4",
+        ),
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', expected 'silu'"),
+    ],
+)
+def test_towers_that_are_not_computed(change: dict[str, Any], message: str) -> None:
+    raw = random_config("qwen2_5_vl", "tiny")
+    raw["vision_config"].update(change)
+    with pytest.raises(ppexport.CheckpointError, match=message):
+        FAMILIES["qwen2_5_vl"].parse(raw)
+
+
+def test_windows_hold_every_kept_token_once() -> None:
+    """On random selections; none is empty, and each token lies in the window of its place."""
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        rows, columns, side = rng.integers(1, 14, 3)
+        keep = np.flatnonzero(rng.random(rows * columns) < rng.random()).astype(np.int32)
+        keep = keep if len(keep) else np.array([0], np.int32)
+        windows, places = windows_of(int(columns), int(side), keep)
+        assert windows.dtype == places.dtype == np.int32
+        assert (windows.reshape(-1)[places] == np.arange(len(keep))).all()
+        assert (windows >= 0).any(1).all()
+        assert (windows >= 0).sum() == len(keep)
+        for window in windows:
+            row, column = np.divmod(keep[window[window >= 0]], columns)
+            assert len({*zip((row // side).tolist(), (column // side).tolist(), strict=True)}) == 1
+        assert len(windows) == len({(k // columns // side, k % columns // side) for k in keep.tolist()})
 
 
 @pytest.mark.parametrize("key", ASKED_FOR)
@@ -288,7 +385,7 @@ def test_large_weights_are_not_taken_for_infinite(pocket: Path) -> None:
     edit_weights(pocket, lambda tensors: tensors[name].fill_(3e38))
     checkpoint = Checkpoint.open(pocket)
     table = qwen3_vl.QWEN3_VL.weights(checkpoint.config)["language"]
-    assert bool(torch.isfinite(checkpoint.read(table["norm"])).all())
+    assert bool(torch.isfinite(checkpoint.read(table["norm.weight"])).all())
 
 
 def test_buffers_of_old_versions_are_ignored(pocket: Path) -> None:

@@ -220,11 +220,9 @@ def test_looking_loss_is_the_attention_that_the_decoder_pays() -> None:
         expected = []
         for index, head in LOOKS.items():
             layer, (x, cos, sin, *_) = model.decoder.layers[index], model.inputs[index]
-            h, c = ops.rms_norm(x, layer.norm1, layer.c.norm_eps), layer.c
+            h, c = layer.norm1(x), layer.c
             q, k = (
-                ops.rotary(
-                    ops.rms_norm(part(h).reshape(1, -1, heads, c.head_dim), norm, c.norm_eps), cos, sin
-                )[0]
+                ops.rotary(norm(part(h).reshape(1, -1, heads, c.head_dim)), cos, sin)[0]
                 for part, heads, norm in (
                     (layer.q, c.heads, layer.q_norm),
                     (layer.k, c.kv_heads, layer.k_norm),

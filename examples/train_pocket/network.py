@@ -95,13 +95,9 @@ class Pocket(nn.Module):
             c, S = layer.c, x.shape[1]
             kv = head * c.kv_heads // c.heads
             q_rows, k_rows = (slice(h * c.head_dim, (h + 1) * c.head_dim) for h in (head, kv))
-            h = ops.rms_norm(x, layer.norm1, c.norm_eps)
-            q = ops.rms_norm(
-                F.linear(h, layer.q.weight[:, q_rows].t()).unsqueeze(2), layer.q_norm, c.norm_eps
-            )
-            k = ops.rms_norm(
-                F.linear(h, layer.k.weight[:, k_rows].t()).unsqueeze(2), layer.k_norm, c.norm_eps
-            )
+            h = layer.norm1(x)
+            q = layer.q_norm(F.linear(h, layer.q.weight[:, q_rows].t()).unsqueeze(2))
+            k = layer.k_norm(F.linear(h, layer.k.weight[:, k_rows].t()).unsqueeze(2))
             q, k = (ops.rotary(v, cos, sin).squeeze(2) for v in (q, k))
             for b, item in enumerate(items):
                 for at, seen in item.looks:

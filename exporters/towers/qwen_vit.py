@@ -170,8 +170,8 @@ class Tower(nn.Module):
         """image uint8 [H, W, 3], H and W multiples of the block; keep int32 [K], rising indices into the N blocks.
 
         Towers with windows take those that keep any token: windows int32 [G, side * side], which of the K lie in each
-        (-1: none), and in_windows int32 [K], where each of the K lies among their places. Returns features [1 + L, K, D]:
-        the embeddings, then the deepstack levels.
+        (-1: none), and in_windows int32 [K], where each of the K lies among their places. Returns features
+        [1 + L, K, D]: the embeddings, then the deepstack levels.
         """
         c = self.c
         rows = image.shape[0] // c.block
@@ -213,7 +213,7 @@ class Tower(nn.Module):
         height: int | Tensor,
         width: int | Tensor,
         mask: Tensor | None,
-        windows: Windows | None,
+        windows: Windows | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The blocks: patches as in ``encode`` -> hidden [B * T, width of the tower] and the deepstack levels."""
         hidden = self.patch_embed((pixels * self.scale + self.shift).to(self.dtype)).to(self.residual)
@@ -280,7 +280,7 @@ class Tower(nn.Module):
 
 
 def other_inputs(c: VisionConfig) -> dict[str, tuple[int | str, ...]]:
-    """What the graph takes besides ``image`` and ``keep``, int32 all: name -> shape, in the letters of models/config.py."""
+    """What the graph takes besides ``image`` and ``keep``, int32: name -> shape, in the letters of models/config.py."""
     return {"windows": ("G", c.window**2), "in_windows": ("K",)} if c.window else {}
 
 
