@@ -169,7 +169,10 @@ def test_the_decoder_at_the_top_is_the_decoder_in_a_section(family: str) -> None
             "use_sliding_window is true for layers from 1 on",
         ),
         ({"num_attention_heads": 6}, "hidden_size 64, expected a multiple of the 6 attention heads"),
-        ({"hidden_size": 96, "num_attention_heads": 6}, "the vision tower gives features of width 64, expected the decoder's 96"),
+        (
+            {"hidden_size": 96, "num_attention_heads": 6},
+            "the vision tower gives features of width 64, expected the decoder's 96",
+        ),
         (
             {"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}},
             "expected a sum of half the head's",
