@@ -93,7 +93,8 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--shape", default="300m", show_default=True, type=click.Choice(["tiny", "300m", "2b"]))
+@click.option("--family", default="qwen3_vl", show_default=True)
+@click.option("--shape", default="300m", show_default=True, help="Of that family, random weights.")
 @click.option(
     "--checkpoint", type=click.Path(exists=True, path_type=Path), help="An existing checkpoint instead."
 )
@@ -109,6 +110,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 def main(
+    family: str,
     shape: str,
     checkpoint: Path | None,
     precisions: str,
@@ -126,11 +128,11 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if checkpoint is None:
-            checkpoint = random_checkpoint(shape, work)
+            checkpoint = random_checkpoint(shape, work, family)
         bundles = [build(checkpoint, work, precision) for precision in precisions.split(",")]
         sizes = {b.name: sum(f.stat().st_size for f in b.iterdir()) for b in bundles}
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        total = ppexport.select(image).total
+        total = ppexport.select(image, patch=config["vision_config"]["patch_size"]).total
         around = [
             config["vision_start_token_id"],
             *[config["image_token_id"]] * total,
@@ -147,6 +149,7 @@ def main(
             worker.close()
     result = {
         "what": "image to first token and decode on the CPU, milliseconds",
+        "family": config["model_type"],
         "shape": shape,
         "image": image.name,
         "threads": threads,
