@@ -29,6 +29,7 @@ ADAPTER = (
 ADAPTED = (".lora_", ".base_layer.", ".modules_to_save.")  # in names of what PEFT has not merged
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 ROWS_AT_ONCE = 4096
+VALUES_AT_ONCE = 1 << 24
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -252,9 +253,18 @@ def _same_values(a: Entry, b: Entry) -> bool:
         )
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Is every value a number? Some values at a time: to look at all at once takes twice the tensor's memory."""
+    return all(
+        # a sum says so sooner, or may itself overflow
+        bool(torch.isfinite(part.sum(dtype=torch.float32))) or bool(torch.isfinite(part).all())
+        for part in tensor.reshape(-1).split(VALUES_AT_ONCE)
+    )
+
+
 def _check_finite(entry: Entry, tensor: torch.Tensor) -> None:
-    """Raise CheckpointError if a value is not finite; the sum of all says so at once, or may itself overflow."""
-    if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+    """Raise CheckpointError if a value is not finite."""
+    if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"{entry.file.name}: '{entry.name}' holds {bad} of {tensor.numel()} values that are not finite (NaN or "

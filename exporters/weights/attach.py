@@ -13,7 +13,7 @@ from torch import Tensor
 from ...models.config import Preprocessing, Weight
 from ...models.errors import CheckpointError
 from ...models.precision import BITS, BYTES, PARTS, Precision
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, all_finite
 from ..decoders import DECODERS
 from ..graphs import PRECISIONS, compute_precision
 from ..lowering.dialects import Dialect
@@ -171,7 +171,7 @@ def _reader(checkpoint: Checkpoint, weight: Weight, dtype: ir.DataType) -> Calla
 
     def read() -> ir.TensorProtocol:
         tensor: Tensor = checkpoint.read(weight).to(torch_dtype)
-        if torch_dtype != torch.float32 and not bool(torch.isfinite(tensor).all()):
+        if torch_dtype != torch.float32 and not all_finite(tensor):
             name, wider = ("float16", "bf16") if torch_dtype == torch.float16 else ("bfloat16", "fp32")
             raise CheckpointError(
                 f"weight '{weight.source}' does not fit {name}; build with --precision {wider}"
