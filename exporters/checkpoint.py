@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint directory, read one tensor at a time.
 
 Layout: config.json, then model.safetensors or model.safetensors.index.json with its shards; optional
-generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja, preprocessor_config.json.
+generation_config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja or .json,
+preprocessor_config.json or processor_config.json.
 """
 
 from __future__ import annotations

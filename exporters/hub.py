@@ -15,6 +15,7 @@ from pathlib import Path
 from ..models.errors import BackendError, CheckpointError
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SMALL = (
     "config.json",
@@ -62,15 +63,20 @@ def find(
     directory = _fetch(name, revision, SMALL)
     look(directory)
     commit = directory.name
-    _fetch(name, commit, _weights(directory))
+    _fetch(name, commit, [SINGLE])
+    if not (directory / SINGLE).is_file() and (shards := _shards(name, directory)):
+        _fetch(name, commit, shards)
     return Source(directory, name, commit)
 
 
-def _weights(directory: Path) -> list[str]:
-    """The weight files: those of the index, if there is one."""
+def _shards(name: str, directory: Path) -> list[str]:
+    """The weight files that the index names. Raises CheckpointError where there is none."""
     index = directory / INDEX
     if not index.is_file():
-        return ["model.safetensors"]
+        raise CheckpointError(
+            f"{name}: has no {SINGLE} and no {INDEX} at the hub; PyTorch .bin files are not read: convert them to "
+            "safetensors, or take a revision that has some"
+        )
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({file for file in listed if isinstance(file, str)})
@@ -83,11 +89,13 @@ def _fetch(name: str, revision: str | None, files: list[str] | tuple[str, ...]) 
     try:
         from huggingface_hub import errors as hub
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import logging
     except ImportError as err:
         raise BackendError(
             f"{err.name} is not installed; checkpoints by name need: pip install 'ppexport[export]'"
         ) from err
     no_directory = f"{name}: there is no such directory, and as a name on the Hugging Face hub"
+    logging.set_verbosity_error()  # that no file is called so is said below, in a line of our own
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except hub.GatedRepoError as err:
@@ -106,9 +114,9 @@ def _fetch(name: str, revision: str | None, files: list[str] | tuple[str, ...]) 
         ) from err
     except hub.LocalEntryNotFoundError as err:
         raise CheckpointError(
-            f"{no_directory} it is not in the cache and cannot be fetched: {_reason(err)}"
+            f"{no_directory} it is not (or not whole) in the cache, and cannot be fetched: {_reason(err)}"
         ) from err
-    except (hub.HfHubHTTPError, OSError, ValueError) as err:
+    except Exception as err:  # what the libraries below it raise has no class in common
         raise CheckpointError(f"{name}: cannot be fetched from the hub: {_reason(err)}") from err
 
 

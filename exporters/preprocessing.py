@@ -60,6 +60,9 @@ def preprocessing_of(checkpoint: Checkpoint, notices: list[str]) -> Preprocessin
     size = r.section("size")
     low = size.get("shortest_edge", int, default.min_pixels)
     high = size.get("longest_edge", int, default.max_pixels)
+    for key in ("min_pixels", "max_pixels"):  # 4.45 to 4.48 wrote them in both places
+        if r.get(key, int, None) is not None:
+            size.get(key, int, None)
     size.finish()
     low = r.get("min_pixels", int, low)
     high = r.get("max_pixels", int, high)

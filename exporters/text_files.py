@@ -46,7 +46,8 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     """What chat templates may ask for: "bos_token", "eos_token" and others that the tokenizer's configuration names.
 
-    As transformers reads them: special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder.
+    As transformers reads them: special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder,
+    and every further key that ends in "_token" and has a text names one, too.
     """
     config = checkpoint.optional_json("tokenizer_config.json") or {}
     legacy = {} if "added_tokens_decoder" in config else checkpoint.optional_json("special_tokens_map.json")
@@ -54,12 +55,11 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     named = {**config, **(legacy or {}), **(own if isinstance(own, dict) else {})}
     found = {}
     for name, value in named.items():
-        if name in NAMED or (isinstance(own, dict) and name in own):
-            text = value.get("content") if isinstance(value, dict) else value
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise CheckpointError(f"tokenizer_config.json: {name} is {value!r:.80}, expected a token")
+        text = value.get("content") if isinstance(value, dict) else value
+        asked = name in NAMED or (isinstance(own, dict) and name in own)
+        if asked and text is not None and not isinstance(text, str):
+            raise CheckpointError(f"tokenizer_config.json: {name} is {value!r:.80}, expected a token")
+        if isinstance(text, str) and (asked or name.endswith("_token")):
             found[name] = text
     return found
 

@@ -92,10 +92,9 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
         raise BundleError(f"{path}: the engines were compiled from other graphs than the bundle's; {todo}")
     for graph, engine in record.engines.items():
         known = set(
-            (*profiles.AXES["prefill"], "B", "P", "M")
-            if graph == "language"
-            else (*profiles.AXES[graph], "G")
+            profiles.AXES["prefill"] + ("B", "P", "M") if graph == "language" else profiles.AXES[graph]
         )
+        known |= {"G"} if graph == "vision" and manifest.model.vision.window else set()
         axes = {axis for names in engine.axes.values() for axis in names} - {""}
         if Path(engine.file).name != engine.file or not engine.profiles or not axes <= known:
             raise BundleError(

@@ -1,6 +1,6 @@
 """What differs between model families, and what the stages hand each other because of it. No torch.
 
-A family of known architecture is one file that implements ``Family``; models/__init__.py registers it.
+A family of known architecture is one file that implements ``Family``; models/families.py lists them.
 """
 
 from __future__ import annotations

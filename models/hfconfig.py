@@ -180,6 +180,12 @@ class Reader:
         self.seen.update(raw)
         return Reader(raw, self.where, self.notices, defaults, harmless)
 
+    def said_elsewhere(self, keys: Iterable[str], where: str) -> None:
+        """Keys that count in section ``where`` only; those that stand here, too, are ignored, and a notice says so."""
+        for key in sorted(set(keys) & set(self.raw) - self.seen):
+            self.seen.add(key)
+            self.notices.append(f"{self.where}: '{key}' is ignored, since there is a {where}")
+
     def decoder_rope(self) -> Reader:
         """Rotary settings of the decoder, as transformers takes them: rope_scaling goes before rope_parameters.
 

@@ -133,7 +133,8 @@ def engine_profiles(
     if graph != "language":
         windowed = graph == "vision" and model.vision.window
         found = [
-            {**p, "G": _windows(p, model.vision)} if windowed else dict(p) for p in getattr(profiles, graph)
+            {**p, "G": _windows(profiles, p, model.vision)} if windowed else dict(p)
+            for p in getattr(profiles, graph)
         ]
         return [_merge(found)] if merged else found
     capacity = profiles.capacity
@@ -150,12 +151,24 @@ def engine_profiles(
     return [_merge(found)] if merged else found
 
 
-def _windows(profile: Profile, c: VisionConfig) -> Range:
-    """How many windows keep tokens: no more than there are tokens kept, nor than the picture has windows."""
+def most_windows(profiles: Profiles, c: VisionConfig) -> int:
+    """The largest number of windows with kept tokens; 0 for towers without windows."""
+    return max(_windows(profiles, profile, c)[2] for profile in profiles.vision) if c.window else 0
+
+
+def _windows(profiles: Profiles, profile: Profile, c: VisionConfig) -> Range:
+    """How many windows keep tokens: no more than there are tokens kept, nor than a picture of that size has windows.
+
+    A grid of r x c tokens has at most (r / side + 1) * (c / side + 1) windows, most of them where it is long and thin.
+    """
+    tokens = profiles.max_pixels // c.block**2
 
     def most(size: int) -> int:
-        across, down = (-(-profile[axis][size] // (c.block * c.window)) for axis in "HW")
-        return min(profile["K"][size], across * down)
+        rows, columns = (profile[axis][size] // c.block for axis in "HW")
+        longest = max(rows, columns)
+        in_all = -(-rows // c.window) * -(-columns // c.window)
+        thin = int(tokens / c.window**2 + (longest + tokens / longest) / c.window) + 1
+        return min(profile["K"][size], in_all, thin)
 
     return 1, most(1), most(2)
 

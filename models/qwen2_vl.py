@@ -6,7 +6,8 @@ config.json, transformers 5 writes it as ``text_config``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .config import Preprocessing, TextConfig, VisionConfig
 from .hfconfig import Reader, defaults_of
@@ -43,10 +44,21 @@ class Qwen2VL(QwenVL):
 
     def text_section(self, top: Reader, harmless: Sequence[str]) -> Reader:
         """The section, or what transformers takes for it where there is none: the decoder's keys at the top."""
-        if top.raw.get("text_config") is not None:
-            return super().text_section(top, harmless)
         known = defaults_of(self.known_as, "text_config")
-        return top.part([*known, "rope_scaling", "rope_parameters", "rope_theta"], known, harmless)
+        own = [
+            key
+            for key in (*known, "rope_scaling")
+            if key not in ("tie_word_embeddings", "quantization_config")
+        ]
+        if top.raw.get("text_config") is None:
+            return top.part(own, known, harmless)
+        section = super().text_section(top, harmless)
+        top.said_elsewhere(own, "text_config")  # 4.52 to 4.56 wrote both
+        return section
+
+    def is_tied(self, top: Reader, text: Mapping[str, Any]) -> bool:
+        """See qwen_vl.QwenVL; transformers ties these families, too, where only the text part says so."""
+        return super().is_tied(top, text) or text.get("tie_word_embeddings") is True
 
     def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
         """See qwen_vl.QwenVL."""
@@ -58,6 +70,7 @@ class Qwen2VL(QwenVL):
         r.expect("head_dim", width // heads, default=width // heads)
         config = self.text_numbers(r, tied, width // heads, qkv_bias=True, qk_norm=False)
         windowed = r.get("use_sliding_window", bool, False)
+        windowed = windowed and ("sliding_window" not in r.raw or r.raw["sliding_window"] is not None)
         r.get("sliding_window", int, None)
         first = r.get("max_window_layers", int, at_least=0)
         if windowed and first < config.layers:

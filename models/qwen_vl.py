@@ -51,7 +51,7 @@ class QwenVL:
         told = [] if notices is None else notices
         top = Reader(raw, "config.json", told, defaults_of(self.known_as, "config.json"), harmless)
         text_section = self.text_section(top, harmless)
-        text, text_eos = self.parse_text(text_section, is_tied(top, text_section.raw))
+        text, text_eos = self.parse_text(text_section, self.is_tied(top, text_section.raw))
         section = top.section("vision_config", defaults_of(self.known_as, "vision_config"), harmless)
         vision = self.parse_vision(section)
         _check_vision(section, vision)
@@ -82,6 +82,18 @@ class QwenVL:
     def text_section(self, top: Reader, harmless: Sequence[str]) -> Reader:
         """The decoder's configuration, which lies in a section of its own."""
         return top.section("text_config", defaults_of(self.known_as, "text_config"), harmless)
+
+    def is_tied(self, top: Reader, text: Mapping[str, Any]) -> bool:
+        """Is the output head the embedding table?
+
+        transformers 5 asks the whole model's configuration, 4 that of its text part (and wrote both alike). What is
+        said for the text part only therefore counts in files that 4 has written.
+        """
+        tied = top.get("tie_word_embeddings", bool, None)
+        if tied is not None:
+            return bool(tied)
+        written_by = top.get("transformers_version", str, None) or ""
+        return written_by.startswith("4.") and text.get("tie_word_embeddings") is True
 
     def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
         """The decoder's numbers, and the end-of-sequence tokens that its section names."""
@@ -187,22 +199,10 @@ class QwenVL:
         return config
 
 
-def is_tied(top: Reader, text: Mapping[str, Any]) -> bool:
-    """Is the output head the embedding table?
-
-    transformers 5 asks the whole model's configuration, 4 that of its text part (and wrote both alike). What is said
-    for the text part only therefore counts in files that 4 has written.
-    """
-    tied = top.get("tie_word_embeddings", bool, None)
-    if tied is not None:
-        return bool(tied)
-    written_by = top.get("transformers_version", str, None) or ""
-    return written_by.startswith("4.") and text.get("tie_word_embeddings") is True
-
-
 def end_tokens(r: Reader) -> tuple[int, ...]:
-    """The end-of-sequence tokens that a section names."""
-    found = r.get("eos_token_id", (int, list), None, at_least=0)
+    """The end-of-sequence tokens that a section names, or that transformers' class has where it names none."""
+    default = None if "eos_token_id" in r.raw else (r.defaults or {}).get("eos_token_id")
+    found = r.get("eos_token_id", (int, list), default, at_least=0)
     if found is None:
         return ()
     return r.integers("eos_token_id") if isinstance(found, list) else (found,)

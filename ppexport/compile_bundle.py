@@ -156,7 +156,11 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
     pixels = max(profile["H"][2] * profile["W"][2] for profile in sizes.prune)
     patches = max(profile["K"][2] for profile in sizes.vision) * v.merge**2
     prompt = max(profile["S"][2] for profile in sizes.prefill)
-    layer = max(patches * (4 * v.width + 2 * v.ffn), prompt * (4 * c.width + 3 * c.ffn)) * width
+    mlp = 3 if v.mlp == "gated_silu" else 2
+    # q, k, v and what comes of them, in windows that are filled up
+    filled = 4 * v.width * profiles.most_windows(sizes, v) * (v.window * v.merge) ** 2
+    tower = patches * (4 * v.width + mlp * v.ffn) + filled
+    layer = max(tower, prompt * (4 * c.width + 3 * c.ffn)) * width
     pairs = max(v.heads * patches**2, c.heads * prompt**2) * width if dialect == "plain" else 0
     return {
         "weights": weights,

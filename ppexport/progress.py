@@ -32,13 +32,12 @@ class Bar:
         self.tasks: dict[str, object] = {}
 
     def __enter__(self) -> Bar:
-        self.progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.__exit__(kind, value, trace)
+        self.progress.stop()
 
     def plan(self, plan: Plan, sizes: Profiles | None) -> None:
         """Say what will be done, and what the engines for ``sizes`` will need."""
@@ -79,6 +78,8 @@ class Bar:
         """
         self.interrupts.check()
         name = stage.partition(": ")[0]
+        if not self.tasks:
+            self.progress.start()  # not sooner: downloads have bars of their own
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(name, total=total)
             if not self.quiet and not self.console.is_terminal:

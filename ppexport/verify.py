@@ -15,7 +15,7 @@ import numpy as np
 
 from .calibration import QUESTION, prompt_ids
 from .models.errors import BackendError, RequestError
-from .models.manifest import sha256
+from .models.manifest import Manifest, sha256
 from .models.progress import Progress, silent
 from .progress import Bar
 from .runtime.answer import Step
@@ -106,8 +106,8 @@ def verify(
     """Run one bundle greedily, then the checkpoint over what it was given and what it said.
 
     So both see the same tokens at every position, and a difference early in an answer does not hide the later ones.
-    ``checkpoint``: a directory, or a name on the hub, there at ``revision``. Raises BackendError if torch is not
-    installed, BundleError, CheckpointError, ImageError, RequestError.
+    ``checkpoint``: a directory, or a name on the hub, there at ``revision`` (None: the one it was built from). Raises
+    BackendError if torch is not installed, BundleError, CheckpointError, ImageError, RequestError.
     """
     try:
         from .exporters.checkpoint import Checkpoint
@@ -118,7 +118,10 @@ def verify(
         ) from err
     with load(bundle, device, reuse=0) as pipe:
         reference = EagerModel(
-            Checkpoint.open(checkpoint, revision), pipe.manifest.preprocessing, "reference", progress
+            Checkpoint.open(checkpoint, _revision(pipe.manifest, checkpoint, revision)),
+            pipe.manifest.preprocessing,
+            "reference",
+            progress,
         )
         model = pipe.manifest.model
         if reference.checkpoint.config != model:
@@ -167,12 +170,18 @@ def verify(
     )
 
 
+def _revision(manifest: Manifest, checkpoint: str | Path, revision: str | None) -> str | None:
+    """Where nobody says: the commit that the bundle was built from, if that is the checkpoint."""
+    own = manifest.source.revision if manifest.source.name == str(checkpoint) else ""
+    return revision or own or None
+
+
 def other_files(bundle: str | Path, checkpoint: str | Path, revision: str | None = None) -> list[str]:
     """Which files of the checkpoint are not those that a bundle was made from."""
     from .exporters.hub import find
 
     _, manifest = open_bundle(bundle)
-    directory = find(checkpoint, revision).path
+    directory = find(checkpoint, _revision(manifest, checkpoint, revision)).path
     files = {name: directory / name for name in manifest.source.sha256}
     return [
         name

@@ -11,6 +11,8 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import numpy as np
 from tokenizers import Tokenizer
@@ -188,7 +190,8 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text of its own accord, such as a token for its beginning."""
     inside = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
-    first = next(i for i in range(len(whole)) if whole[i : i + len(inside)] == inside)
+    places = [i for i in range(len(whole)) if whole[i : i + len(inside)] == inside]
+    first = places[0] if places else len(whole)
     return whole[:first], whole[first + len(inside) :]
 
 
@@ -209,7 +212,7 @@ def _strings(value: Any) -> Iterator[str]:
 def _environment() -> jinja2.Environment:
     """The sandbox transformers renders chat templates in: no access to Python beyond the values given."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
@@ -217,9 +220,28 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
+class Generation(jinja2.ext.Extension):
+    """``{% generation %}``: marks what a model is trained to say, in templates of training tools. Renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The statements between the tags, as they are."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Plain JSON; jinja2's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _refuse(message: str) -> None:

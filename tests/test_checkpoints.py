@@ -184,6 +184,57 @@ def test_decoders_that_are_not_computed(family: str, change: dict[str, Any], mes
         FAMILIES[family].parse({**random_config(family, "tiny"), **change})
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_file_that_says_everything_twice(family: str) -> None:
+    """As transformers 4.52 to 4.56 wrote them: the section counts, also in transformers."""
+    flat = random_config(family, "tiny")
+    both = {**flat, "text_config": sections(family)["text_config"], "rope_theta": 7.0, "hidden_size": 640}
+    notices: list[str] = []
+    assert FAMILIES[family].parse(both, notices) == FAMILIES[family].parse(flat)
+    assert "config.json: 'rope_scaling' is ignored, since there is a text_config" in notices
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(both))).text_config
+    assert theirs.hidden_size == 64
+    assert theirs.rope_parameters["rope_theta"] == flat["rope_theta"]
+
+
+@pytest.mark.parametrize("top", [None, False, True])
+@pytest.mark.parametrize("text", [None, False, True])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_heads_are_tied_as_transformers_ties_them(family: str, text: bool | None, top: bool | None) -> None:
+    raw = sections(family)
+    del raw["tie_word_embeddings"]
+    raw |= {} if top is None else {"tie_word_embeddings": top}
+    raw["text_config"] |= {} if text is None else {"tie_word_embeddings": text}
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    assert FAMILIES[family].parse(raw).text.tied_head == theirs.tie_word_embeddings
+
+
+def test_a_window_that_is_null_is_none() -> None:
+    raw = random_config("qwen2_vl", "tiny") | {"use_sliding_window": True, "max_window_layers": 0}
+    assert FAMILIES["qwen2_vl"].parse({**raw, "sliding_window": None}).text.layers == 2
+    with pytest.raises(ppexport.CheckpointError, match="use_sliding_window is true"):
+        FAMILIES["qwen2_vl"].parse(raw)
+
+
+def test_an_end_that_nobody_names_is_that_of_transformers() -> None:
+    raw = random_config("qwen2_vl", "tiny")
+    del raw["eos_token_id"]
+    assert FAMILIES["qwen2_vl"].parse(raw).eos_tokens == (151645,)
+    assert FAMILIES["qwen3_vl"].parse(POCKET_RAW).eos_tokens == (258,)
+
+
+def test_limits_that_are_written_twice(pocket: Path) -> None:
+    """As 4.45 to 4.48 wrote them: transformers takes those at the top."""
+    size = {"min_pixels": 3136, "max_pixels": 4000000}
+    edit(
+        pocket,
+        lambda c: c.update(min_pixels=6272, max_pixels=3000000, size=size),
+        "preprocessor_config.json",
+    )
+    found = preprocessing(pocket)
+    assert (found.min_pixels, found.max_pixels) == (6272, 3000000)
+
+
 def test_a_head_width_in_the_section_counts() -> None:
     """transformers turns as many values of a head as that says, and does not read it at the top."""
     raw = sections("qwen2_vl")

@@ -126,12 +126,12 @@ def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub, tmp_
         (
             (NAME,),
             {"HF_HUB_OFFLINE": "1"},
-            "it is not in the cache and cannot be fetched: HF_HUB_OFFLINE is set",
+            "it is not (or not whole) in the cache, and cannot be fetched: HF_HUB_OFFLINE is set",
         ),
         (
             (NAME,),
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "it is not in the cache and cannot be fetched: Conn",
+            "it is not (or not whole) in the cache, and cannot be fetched: Conn",
         ),
         ((".", "--revision", "v1"), {}, ".: a revision (v1) goes with a name on the hub"),
         (("no/such/directory",), {}, "no/such/directory: no such directory; expected"),
@@ -146,6 +146,42 @@ def test_one_clear_line(
     assert message in lines[-1]
     assert len(lines) == 1, done.stderr
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_connection_that_breaks(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    hub.cut.add(max(repository.glob("model-*.safetensors")).name)
+    args = ("build", NAME, "-o", tmp_path / "bundle", "-q")
+    done = ppexport(hub.url, tmp_path / "hf", *args)
+    assert done.returncode == 1
+    assert f"{NAME}: cannot be fetched from the hub: " in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bundle").exists()
+    hub.cut.clear()
+    done = ppexport(hub.url, tmp_path / "hf", *args)
+    assert done.returncode == 0, done.stderr
+
+
+def test_weights_that_are_no_safetensors(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    only = shutil.copytree(repository, tmp_path / "only")
+    for file in only.glob("model*.safetensors*"):
+        file.unlink()
+    hub.repositories["a/bin"] = {COMMIT: only}
+    done = ppexport(hub.url, tmp_path / "hf", "build", "a/bin", "-o", tmp_path / "bundle", "-q")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "a/bin: has no model.safetensors and no model.safetensors.index.json at the hub" in line
+
+
+def test_verify_takes_the_commit_that_was_built(hub: Hub, repository: Path, tmp_path: Path) -> None:
+    """Though the repository has moved on since."""
+    hub.repositories["a/moving"] = {COMMIT: repository}
+    done = ppexport(hub.url, tmp_path / "hf", "build", "a/moving", "-o", tmp_path / "bundle", "-q")
+    assert done.returncode == 0, done.stderr
+    hub.asked.clear()
+    args = ("verify", tmp_path / "bundle", "--against", "a/moving", "-n", 4)
+    done = ppexport(hub.url, tmp_path / "hf", *args)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in hub.asked if path.endswith("/revision/main")]
 
 
 def test_a_gated_one(hub: Hub, tmp_path: Path) -> None:

@@ -119,6 +119,10 @@ def test_ids_equal_transformers(kind: str, messages: list[dict[str, Any]], direc
         ),
         ({"bos_token": "<s>", "added_tokens_decoder": {}}, {"bos_token": "<|im_end|>"}),
         ({"extra_special_tokens": {"image_token": "<|image_pad|>"}, "model_max_length": 5}, None),
+        (
+            {"image_token": "<|image_pad|>", "add_bos_token": False, "vision_bos_token": "<|vision_start|>"},
+            None,
+        ),
         ({}, None),
     ],
 )

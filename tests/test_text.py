@@ -94,6 +94,17 @@ def test_template_features_of_transformers(tiny_bundle: Path, tmp_path: Path) ->
         Text(bundle, PAD, {}).encode("hi", [])
 
 
+def test_what_training_tools_write_in_templates(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (bundle / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{{ messages[0] | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}"
+    )
+    made = Text(bundle, PAD, {})
+    rendered = made.tokenizer.decode(made.encode("é", []).tolist())
+    assert rendered == 'é{"content":"\\u00e9","role":"user"}'
+
+
 SPECIAL = sorted(IDS)
 
 
