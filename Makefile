@@ -64,7 +64,8 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/build.py --precision int4 --runs 1 -o build/bench/build_int4.json
 	$(BIN)/python bench/build.py --target tensorrt-rtx --runs 1 -o build/bench/build_rtx.json
 	$(BIN)/python bench/build.py --model qwen3_vl:2b --model qwen2_vl:2b --model qwen2_5_vl:3b --model qwen3_vl:4b \
-		--model qwen3_vl:8b --runs 1 -o build/bench/build_families.json
+		--runs 1 -o build/bench/build_families.json
+	$(BIN)/python bench/build.py --model qwen3_vl:8b --runs 1 -o build/bench/build_8b.json
 	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python -m ppexport.exporters.random_checkpoint build/bench/random_300m --shape 300m
