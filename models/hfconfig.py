@@ -182,9 +182,11 @@ class Reader:
 
     def said_elsewhere(self, keys: Iterable[str], where: str) -> None:
         """Keys that count in section ``where`` only; those that stand here, too, are ignored, and a notice says so."""
-        for key in sorted(set(keys) & set(self.raw) - self.seen):
-            self.seen.add(key)
-            self.notices.append(f"{self.where}: '{key}' is ignored, since there is a {where}")
+        found = sorted(set(keys) & set(self.raw) - self.seen)
+        self.seen.update(found)
+        if found:
+            listed = ", ".join(f"'{key}'" for key in found)
+            self.notices.append(f"{self.where}: ignored, since there is a {where}: {listed}")
 
     def decoder_rope(self) -> Reader:
         """Rotary settings of the decoder, as transformers takes them: rope_scaling goes before rope_parameters.
