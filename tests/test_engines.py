@@ -241,7 +241,13 @@ def test_a_signal_while_compiling(bundle: Path, sent: signal.Signals) -> None:
     """Wherever it arrives, in the compiler or in our own lines: one word, its exit code, the bundle as it was."""
     before = sorted(bundle.rglob("*"))
     command = [sys.executable, "-m", "ppexport.cli", "build", str(bundle), "--target", RTX]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # started in the background by a shell, this process would hand on that SIGINT is ignored
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     while "compile" not in process.stderr.readline():
         assert process.poll() is None
