@@ -11,7 +11,17 @@ from typing import Any
 
 from .config import Preprocessing, TextConfig, VisionConfig
 from .hfconfig import Reader, defaults_of
-from .qwen_vl import VISION, QwenVL, Table, block_attention, end_tokens, linear, merger, patch_embedding
+from .qwen_vl import (
+    TURNS,
+    VISION,
+    QwenVL,
+    Table,
+    block_attention,
+    end_tokens,
+    linear,
+    merger,
+    patch_embedding,
+)
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen2-VL-*-Instruct.
 PREPROCESSING = Preprocessing(
@@ -24,12 +34,7 @@ PREPROCESSING = Preprocessing(
 # Used where the checkpoint has a tokenizer but no chat template.
 CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    + TURNS
 )
 
 

@@ -7,21 +7,11 @@ from __future__ import annotations
 
 from .config import Preprocessing, TextConfig, VisionConfig, Weight
 from .hfconfig import Reader
-from .qwen_vl import VISION, QwenVL, Table, block_attention, end_tokens, linear, norm, patch_embedding
+from .qwen_vl import TURNS, VISION, QwenVL, Table, block_attention, end_tokens, linear, norm, patch_embedding
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen3-VL-*-Instruct.
 PREPROCESSING = Preprocessing(
     min_pixels=65536, max_pixels=16777216, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)
-
-# Used where the checkpoint has a tokenizer but no chat template.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -30,7 +20,7 @@ class Qwen3VL(QwenVL):
 
     model_type = known_as = "qwen3_vl"
     preprocessing = PREPROCESSING
-    chat_template = CHAT_TEMPLATE
+    chat_template = TURNS
     sections = (24, 20, 20)
     interleaved = True
 

@@ -25,6 +25,16 @@ HEAD = "lm_head.weight"
 VISION = "model.visual"  # where the weights of the tower lie
 LONGEST = 1 << 30  # tokens of a sequence; positions are int32
 
+# The turns of a conversation; used where a checkpoint has a tokenizer but no chat template.
+TURNS = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 Table = dict[str, Weight]
 
 
