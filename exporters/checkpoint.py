@@ -21,7 +21,7 @@ from ..models.dtype import BY_SAFETENSORS
 from ..models.errors import CheckpointError
 from ..models.families import family_of
 from ..models.family import Family
-from .hub import find
+from .hub import INDEX, SINGLE, find
 
 ADAPTER = (
     "found an adapter (LoRA) that is not merged, expected a whole model; merge it first, with peft: "
@@ -138,8 +138,8 @@ def _configuration(path: Path) -> tuple[dict[str, Any], Family, ModelConfig, lis
 
 def _entries(path: Path) -> dict[str, Entry]:
     """Tensor name -> where it lies, from the headers of all weight files; like transformers, a single file first."""
-    single = path / "model.safetensors"
-    index = path / "model.safetensors.index.json"
+    single = path / SINGLE
+    index = path / INDEX
     if single.is_file():
         return _header(single)
     if not index.is_file():
@@ -148,9 +148,7 @@ def _entries(path: Path) -> dict[str, Entry]:
             if list(path.glob("*.bin"))
             else ""
         )
-        raise CheckpointError(
-            f"{path}: found no model.safetensors and no model.safetensors.index.json.{hint}"
-        )
+        raise CheckpointError(f"{path}: found no {SINGLE} and no {INDEX}.{hint}")
     names = read_json(index).get("weight_map")
     if (
         not isinstance(names, dict)

@@ -17,7 +17,6 @@ from .qwen_vl import (
     QwenVL,
     Table,
     block_attention,
-    end_tokens,
     linear,
     merger,
     patch_embedding,
@@ -65,9 +64,8 @@ class Qwen2VL(QwenVL):
         """See qwen_vl.QwenVL; transformers ties these families, too, where only the text part says so."""
         return super().is_tied(top, text) or text.get("tie_word_embeddings") is True
 
-    def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
+    def parse_text(self, r: Reader, tied: bool) -> TextConfig:
         """See qwen_vl.QwenVL."""
-        r.get("tie_word_embeddings", bool, None)
         width = r.get("hidden_size", int)
         heads = r.get("num_attention_heads", int)
         if width % heads:
@@ -82,9 +80,7 @@ class Qwen2VL(QwenVL):
             r.fail(
                 f"use_sliding_window is true for layers from {first} on, expected false: every layer sees all tokens"
             )
-        ends = end_tokens(r)
-        r.finish()
-        return config, ends
+        return config
 
     def parse_vision(self, r: Reader) -> VisionConfig:
         """See qwen_vl.QwenVL."""

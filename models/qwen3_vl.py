@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .config import Preprocessing, TextConfig, VisionConfig, Weight
 from .hfconfig import Reader
-from .qwen_vl import TURNS, VISION, QwenVL, Table, block_attention, end_tokens, linear, norm, patch_embedding
+from .qwen_vl import TURNS, VISION, QwenVL, Table, block_attention, linear, norm, patch_embedding
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen3-VL-*-Instruct.
 PREPROCESSING = Preprocessing(
@@ -24,14 +24,10 @@ class Qwen3VL(QwenVL):
     sections = (24, 20, 20)
     interleaved = True
 
-    def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
+    def parse_text(self, r: Reader, tied: bool) -> TextConfig:
         """See qwen_vl.QwenVL."""
         r.expect("attention_bias", False)
-        r.get("tie_word_embeddings", bool, None)
-        config = self.text_numbers(r, tied, r.get("head_dim", int), qkv_bias=False, qk_norm=True)
-        ends = end_tokens(r)
-        r.finish()
-        return config, ends
+        return self.text_numbers(r, tied, r.get("head_dim", int), qkv_bias=False, qk_norm=True)
 
     def parse_vision(self, r: Reader) -> VisionConfig:
         """See qwen_vl.QwenVL."""

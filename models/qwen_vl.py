@@ -61,7 +61,10 @@ class QwenVL:
         told = [] if notices is None else notices
         top = Reader(raw, "config.json", told, defaults_of(self.known_as, "config.json"), harmless)
         text_section = self.text_section(top, harmless)
-        text, text_eos = self.parse_text(text_section, self.is_tied(top, text_section.raw))
+        text_section.get("tie_word_embeddings", bool, None)
+        text = self.parse_text(text_section, self.is_tied(top, text_section.raw))
+        text_eos = _end_tokens(text_section)
+        text_section.finish()
         section = top.section("vision_config", defaults_of(self.known_as, "vision_config"), harmless)
         vision = self.parse_vision(section)
         _check_vision(section, vision)
@@ -82,7 +85,7 @@ class QwenVL:
             text=text,
             states=text.caches(),
             image_token=top.get("image_token_id", int, at_least=0),
-            eos_tokens=end_tokens(top) or text_eos,
+            eos_tokens=_end_tokens(top) or text_eos,
         )
         if model.image_token >= text.vocab:
             top.fail(f"image_token_id is {model.image_token}, expected under the vocabulary's {text.vocab}")
@@ -105,8 +108,8 @@ class QwenVL:
         written_by = top.get("transformers_version", str, None) or ""
         return written_by.startswith("4.") and text.get("tie_word_embeddings") is True
 
-    def parse_text(self, r: Reader, tied: bool) -> tuple[TextConfig, tuple[int, ...]]:
-        """The decoder's numbers, and the end-of-sequence tokens that its section names."""
+    def parse_text(self, r: Reader, tied: bool) -> TextConfig:
+        """The decoder's numbers."""
         raise NotImplementedError
 
     def parse_vision(self, r: Reader) -> VisionConfig:
@@ -209,7 +212,7 @@ class QwenVL:
         return config
 
 
-def end_tokens(r: Reader) -> tuple[int, ...]:
+def _end_tokens(r: Reader) -> tuple[int, ...]:
     """The end-of-sequence tokens that a section names, or that transformers' class has where it names none."""
     default = None if "eos_token_id" in r.raw else (r.defaults or {}).get("eos_token_id")
     found = r.get("eos_token_id", (int, list), default, at_least=0)
