@@ -20,7 +20,7 @@ from ppexport.bench import commands, schema
 from ppexport.bench.measure import Plan, measure
 from ppexport.bench.power import Meter, rails
 from ppexport.bench.schema import METRICS, STAGES, Result
-from ppexport.bench.statistics import interval, ratio
+from ppexport.bench.statistics import FEWEST, interval, ratio
 from ppexport.bench.workload import BUILT_IN, QUESTION, open_workload
 from ppexport.cli import main
 
@@ -118,8 +118,9 @@ def test_a_duration_and_a_bundle_without_a_tokenizer(tiny_bundle: Path, golden_b
             taus=(0.0,), duration=0.5, warmup=0, cold=0, max_new_tokens=2, max_pixels=200_000, pictures=False
         )
         found = measure(str(path), name, questions, plan)
-        assert found.rounds >= 1
-        assert found.settings[0].requests[-1].start <= 0.5e3 + found.settings[0].requests[-1].e2el
+        last = found.settings[0].requests[-1]
+        assert found.rounds >= FEWEST  # as many as can be compared, however slow the machine
+        assert last.start <= 0.5e3 + last.e2el or found.rounds == FEWEST
 
 
 def test_a_result_is_read_as_it_was_written(result: Result, tmp_path: Path) -> None:

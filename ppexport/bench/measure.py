@@ -35,7 +35,7 @@ from ..runtime.stats import Stats
 from . import machine, schema
 from .power import Meter
 from .schema import METRICS, STATISTICS, Interval, Item, Options, Request, Result, Setting, Summary
-from .statistics import interval
+from .statistics import FEWEST, interval
 from .workload import Question, picture
 
 COLD = """import sys
@@ -54,7 +54,7 @@ class Plan:
     taus: Several[float | None] = (0.0, None)  # None: unpruned
     concurrency: Several[int] = (1,)  # requests at once
     rounds: int = 20  # each asks every question once under every setting (and once per concurrent request)
-    duration: float | None = None  # seconds, in place of a number of rounds
+    duration: float | None = None  # seconds, in place of a number of rounds; FEWEST rounds take as long as they do
     warmup: int = 2  # rounds that do not count
     cold: int = 3  # new processes
     max_new_tokens: int = 32
@@ -182,18 +182,17 @@ class Runner:
         self.begin = time.perf_counter()
 
     def finished(self, done: int) -> bool:
-        """Is it enough after so many rounds? There is at least one."""
+        """Is it enough after so many rounds? Fewer than FEWEST could not be compared."""
         if self.plan.duration is None:
             return done >= self.plan.rounds
-        return done > 0 and time.perf_counter() - self.begin >= self.plan.duration
+        return done >= FEWEST and time.perf_counter() - self.begin >= self.plan.duration
 
     def progress(self, done: int) -> tuple[int, int]:
         """Done of total: rounds, or seconds."""
         if self.plan.duration is None:
             return done, self.plan.rounds
-        return min(int(time.perf_counter() - self.begin), int(self.plan.duration)), max(
-            1, int(self.plan.duration)
-        )
+        seconds = min(time.perf_counter() - self.begin, self.plan.duration * done / FEWEST)
+        return min(int(seconds), int(self.plan.duration)), max(1, int(self.plan.duration))
 
     def round(self, number: int, blocks: dict[tuple[float | None, int], Block]) -> None:
         """All settings once, in an order of their own in every round."""
