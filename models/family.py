@@ -41,7 +41,8 @@ class Views:
 class Kept:
     """What all pruners left of one image."""
 
-    keep: np.ndarray  # int32 [K], rising indices into its N tokens, view after view
+    # int32 [K], indices into its N tokens, view after view; they rise unless a pruner after the tower orders otherwise
+    keep: np.ndarray
     views: tuple[View, ...]
 
     @property

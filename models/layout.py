@@ -13,7 +13,7 @@ Place = Callable[[Kept], tuple[np.ndarray, int]]
 
 
 def lay_out(ids: np.ndarray, image_token: int, kept: Sequence[Kept], axes: int, place: Place) -> Prompt:
-    """Give every token of the full grids its position, then drop the placeholders of dropped tokens.
+    """Give every token of the full grids its position, then take what is kept, images in the order of their ``keep``.
 
     ids int32 [S'], every image as a run of its N placeholders. Text counts on by one on all axes. ``place`` says where
     the tokens of an image stand, int32 [axes, N] counted from its beginning, and how far the text after it moves on.
@@ -23,8 +23,8 @@ def lay_out(ids: np.ndarray, image_token: int, kept: Sequence[Kept], axes: int, 
     starts = _image_starts(ids == image_token, [image.total for image in kept])
     S = len(ids)
     positions = np.empty((axes, S), np.int32)
-    keep = np.ones(S, bool)
     image_of = np.full(S, -1, np.int32)
+    taken = []
     done = 0
     position = 0
     for number, (start, image) in enumerate(zip(starts, kept, strict=True)):
@@ -35,14 +35,16 @@ def lay_out(ids: np.ndarray, image_token: int, kept: Sequence[Kept], axes: int, 
         positions[:, start:end] = position + within
         position += advance
         image_of[start:end] = number
-        keep[start:end] = False
-        keep[start + image.keep] = True
+        taken += [np.arange(done, start), start + image.keep]
         done = end
     positions[:, done:] = position + np.arange(S - done)
     next_position = position + S - done
-    image_of = image_of[keep]
+    kept_tokens = np.concatenate([*taken, np.arange(done, S)])
+    image_of = image_of[kept_tokens]
     rows = np.where(image_of >= 0, np.cumsum(image_of >= 0) - 1, -1).astype(np.int32)
-    return Prompt(ids[keep].astype(np.int32), positions[:, keep], image_of, rows, next_position, S)
+    return Prompt(
+        ids[kept_tokens].astype(np.int32), positions[:, kept_tokens], image_of, rows, next_position, S
+    )
 
 
 def on_grid(image: Kept) -> tuple[np.ndarray, int]:

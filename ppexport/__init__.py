@@ -33,9 +33,10 @@ if TYPE_CHECKING:
         SpaceError,
     )
     from .models.pruners.pixelprune import PixelPrune
+    from .models.pruners.prunesid import PruneSID
     from .runtime.answer import Answer, Step
     from .runtime.pipeline import Encoded, Pipeline, load
-    from .runtime.prune import Selection
+    from .runtime.prune import Dropped, Selection, TokenSelection, select_tokens
     from .runtime.sampling import Sampling
     from .runtime.selector import select, select_frames
     from .runtime.sequence import Request
@@ -46,7 +47,8 @@ _WHERE = {
     "runtime.answer": ("Answer", "Step"),
     "runtime.pipeline": ("Encoded", "Pipeline", "load"),
     "models.pruners.pixelprune": ("PixelPrune",),
-    "runtime.prune": ("Selection",),
+    "models.pruners.prunesid": ("PruneSID",),
+    "runtime.prune": ("Dropped", "Selection", "TokenSelection", "select_tokens"),
     "runtime.selector": ("select", "select_frames"),
     "runtime.stats": ("Stats",),
     "runtime.sampling": ("Sampling",),
@@ -68,11 +70,13 @@ __all__ = [
     "BackendError",
     "BundleError",
     "CheckpointError",
+    "Dropped",
     "Encoded",
     "ImageError",
     "Pipeline",
     "PixelPrune",
     "PpexportError",
+    "PruneSID",
     "Request",
     "RequestError",
     "Sampling",
@@ -80,11 +84,13 @@ __all__ = [
     "SpaceError",
     "Stats",
     "Step",
+    "TokenSelection",
     "__version__",
     "build",
     "load",
     "select",
     "select_frames",
+    "select_tokens",
 ]
 
 

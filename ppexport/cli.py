@@ -21,6 +21,7 @@ from .options import (
     device_option,
     engine_options,
     engines_of,
+    feature_options,
     prune_for,
     prune_options,
     prune_settings,
@@ -90,6 +91,7 @@ main.params += logs.options()
 )
 @weight_options
 @prune_options
+@feature_options
 @click.option("--no-prune", is_flag=True, help="Requests that do not say how to prune keep every token.")
 @click.option(
     "--dialect",
@@ -127,12 +129,16 @@ def build(
     from . import progress
     from .build_bundle import build as build_bundle
     from .build_bundle import compile_in_place
+    from .models.pruners import Pruner
     from .models.pruners.pixelprune import PixelPrune
+    from .models.pruners.prunesid import PruneSID
 
     wanted = weights_of(options)
     calibration = calibration_of(options)
     settings, no_prune = prune_settings(options)
-    changes = wanted != Wanted() or dialect != "auto" or calibration or settings or no_prune or revision
+    prunesid = options.pop("prunesid")
+    given = calibration or settings or no_prune or prunesid or revision
+    changes = wanted != Wanted() or dialect != "auto" or given
     if output is None and (not targets or changes):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
     sizes, engine = engines_of(**options)
@@ -144,7 +150,9 @@ def build(
         if output is None:
             compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:
-            prune = None if no_prune else PixelPrune(**settings)
+            prune: list[Pruner] | None = None if no_prune else [PixelPrune(**settings)]
+            if prune and prunesid:
+                prune.append(PruneSID(prunesid))
             build_bundle(
                 source,
                 output,
@@ -170,6 +178,7 @@ def build(
     "-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times."
 )
 @prune_options
+@feature_options
 @size_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
 @device_option
@@ -206,9 +215,10 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
     from .run import run as run_bundle
 
     settings, no_prune = prune_settings(options)
+    prunesid = options.pop("prunesid")
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
-    run_bundle(bundle, prompts, images, lambda: prune_for(bundle, settings, no_prune), **options)
+    run_bundle(bundle, prompts, images, lambda: prune_for(bundle, settings, no_prune, prunesid), **options)
 
 
 @main.command("eval")
@@ -343,6 +353,7 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
     "--question", default="Describe this image in detail.", show_default=True, help="Asked about the images."
 )
 @prune_options
+@feature_options
 @click.option("--no-prune", is_flag=True, help="Keep every token.")
 @device_option
 @click.option(
@@ -364,7 +375,8 @@ def verify(bundles: tuple[str, ...], checkpoint: str, images: tuple[str, ...], *
     from .verify import main as run_verify
 
     settings, no_prune = prune_settings(options)
-    prunes = [prune_for(bundle, settings, no_prune) for bundle in bundles]
+    prunesid = options.pop("prunesid")
+    prunes = [prune_for(bundle, settings, no_prune, prunesid) for bundle in bundles]
     sys.exit(run_verify(bundles, checkpoint, images, prunes=prunes, **options))
 
 

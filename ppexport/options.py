@@ -47,6 +47,17 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def feature_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that says how to prune behind the vision tower."""
+    return click.option(
+        "--prunesid",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Of an image: keep at most N tokens of what the vision tower makes of it, a few of every semantic group "
+        "(PruneSID). Default: what the bundle says, else all.",
+    )(command)
+
+
 def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say at which size images are looked at."""
     for option in reversed(
@@ -69,26 +80,28 @@ PRUNE = ("tau", "mode", "method", "metric", "max_tokens")
 def prune_settings(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """Take the prune options out of ``options``: the settings of PixelPrune that the user gave, and --no-prune.
 
-    Raises UsageError for both together.
+    Raises UsageError for both together, and for --no-prune with PruneSID.
     """
     no_prune = options.pop("no_prune", False)
     given = {name: options.pop(name) for name in PRUNE if name in options}
     given = {name: value for name, value in given.items() if value is not None}
     if "mode" in given:
         given["anchored"] = given.pop("mode") == "anchored"
-    if no_prune and given:
+    if no_prune and (given or options.get("prunesid")):
         raise click.UsageError("--no-prune goes with no other option of pruning")
     return given, no_prune
 
 
-def prune_for(bundle: str, settings: dict[str, Any], no_prune: bool) -> Any:
+def prune_for(bundle: str, settings: dict[str, Any], no_prune: bool, prunesid: int | None = None) -> Any:
     """What to ask a bundle for: its own pruners, with the settings that were given; None with ``no_prune``."""
-    if no_prune or not settings:
+    if no_prune or not (settings or prunesid):
         return None if no_prune else "default"
-    from .models.pruners import changed, pruners_of
+    from .models.pruners import changed, pruners_of, with_budget
     from .runtime.bundle import open_bundle
 
-    return changed(pruners_of(open_bundle(bundle)[1].prune), settings)
+    own = pruners_of(open_bundle(bundle)[1].prune)
+    found = changed(own, settings) if settings else own
+    return with_budget(found, prunesid) if prunesid else found
 
 
 revision_option = click.option(

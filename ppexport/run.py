@@ -94,7 +94,14 @@ def _as_utf8(argument: str) -> str:
 def as_dict(stats: Stats) -> dict[str, Any]:
     """The statistics as plain JSON types, the images without their indices."""
     images = [
-        {"width": s.width, "height": s.height, "tokens": s.total, "kept": s.kept, "reason": s.reason}
+        {
+            "width": s.width,
+            "height": s.height,
+            "tokens": s.total,
+            "kept": s.kept,
+            "reason": s.reason,
+            "dropped": [asdict(each) for each in s.dropped],
+        }
         for s in stats.images
     ]
     numbers = {key: value for key, value in asdict(stats).items() if key not in ("images", "spans")}
@@ -106,7 +113,9 @@ def summary(stats: Stats) -> list[str]:
     """The statistics in a few lines for a person."""
     lines = []
     for s in stats.images:
-        why = f" ({s.reason})" if s.reason else ""
+        several = [f"{each.pruner} dropped {each.tokens}" for each in s.dropped if len(s.dropped) > 1]
+        notes = [*several, *dict.fromkeys(filter(None, [s.reason, *(each.reason for each in s.dropped)]))]
+        why = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"image   {s.width} x {s.height}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}")
     pruned = stats.prompt_tokens_full - stats.prompt_tokens
     but = f"{pruned} pruned" + (f", {stats.reused_tokens} reused" if stats.reused_tokens else "")

@@ -126,14 +126,11 @@ def verify(
         model = pipe.manifest.model
         if reference.checkpoint.config != model:
             raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")
-        later = [pruner.name for pruner in pipe.pruners_of(prune) if pruner.after == "vision"]
-        if later:
-            raise RequestError(
-                f"verify prunes images only, found {', '.join(later)}; name others, or --no-prune"
-            )
         progress(f"{Path(bundle).name}", 0, 1)
         resized = [pipe.pixels(image)[0] for image in images]
-        encoded = [pipe.encode(image, prune) for image in images]
+        # features of what the vision tower sees; pruners after it take some of them
+        before = [pruner for pruner in pipe.pruners_of(prune) if pruner.after == "image"]
+        encoded = [pipe.encode(image, before) for image in images]
         ids = prompt_ids(pipe.text, model, question, [each.selection.total for each in encoded])
         stats, steps, seconds = _run(pipe, ids, images, prune, tokens)
         progress(f"{Path(bundle).name}", 1, 1)
@@ -141,18 +138,20 @@ def verify(
         family = pipe.family
         decoded = len(steps) - 1
         del pipe  # gives back its memory before the reference takes some
-    keeps = [selection.keep for selection in stats.images]
+    keeps = [each.keep for each in encoded]
     D = model.text.width
     L = model.levels
     features = reference.features(resized, keeps) if images else np.zeros((1 + L, 1, D), np.float32)
     mine = np.concatenate([each.features for each in encoded], axis=1) if images else features
+    taken = _taken(keeps, [selection.keep for selection in stats.images])
     said = np.array([step.token for step in steps], np.int32)
     prompt = family.layout(model, ids, [selection.as_kept() for selection in stats.images])
     after = prompt.next_position + np.arange(len(said) - 1, dtype=np.int32)
     whole = np.concatenate([prompt.ids, said[:-1]])
     positions = np.concatenate([prompt.positions, np.broadcast_to(after, (model.axes, len(after)))], axis=1)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1, np.int32)])
-    expected = reference.logits(whole, rows, np.ascontiguousarray(positions), features, len(said))
+    left = features[:, taken] if images else features
+    expected = reference.logits(whole, rows, np.ascontiguousarray(positions), left, len(said))
     logits = np.stack([step.logits for step in steps])
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
     return Report(
@@ -168,6 +167,15 @@ def verify(
         first_token_ms=round(stats.ttft, 1),
         tokens_per_second=round(decoded / seconds, 1),
     )
+
+
+def _taken(seen: Sequence[np.ndarray], kept: Sequence[np.ndarray]) -> np.ndarray:
+    """Of the features of all tokens that the tower has ``seen``, image after image, the rows of those ``kept``."""
+    starts = np.cumsum([0, *map(len, seen)])
+    rows = [
+        start + np.searchsorted(all_, some) for start, all_, some in zip(starts, seen, kept, strict=False)
+    ]
+    return np.concatenate(rows) if rows else np.zeros(0, np.int64)
 
 
 def _revision(manifest: Manifest, checkpoint: str | Path, revision: str | None) -> str | None:

@@ -91,6 +91,9 @@ class Pipeline:
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
         self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
+        for pruner in self.prune:
+            if pruner.after == "vision":
+                self.feature_pruners.graphs.session(pruner.graph)  # now, not with the first request
         self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
         dialect = manifest.graphs["language"].dialect
         # first: loading the largest graph takes the most memory
@@ -292,14 +295,20 @@ class Pipeline:
                 features = self.engine.features(picture)
                 self.backend.wait()
             with stats.stage("prune"):
-                features, rows = self.feature_pruners.prune(features, pruners)
+                features, rows, dropped = self.feature_pruners.prune(features, pruners)
         kept = Kept(picture.kept.keep[rows], picture.kept.views)
         selections = []
         start = 0
         for selection in picture.selections:
             mine = kept.keep[(kept.keep >= start) & (kept.keep < start + selection.total)] - start
-            others = (*selection.others, *pruners)
-            selections.append(replace(selection, keep=mine.astype(np.int32), others=others))
+            selections.append(
+                replace(
+                    selection,
+                    keep=mine.astype(np.int32),
+                    others=(*selection.others, *pruners),
+                    dropped=(*selection.dropped, *dropped),
+                )
+            )
             start += selection.total
         key = hashlib.sha256(picture.digest + repr((pruners, kept.keep.tolist())).encode()).digest()
         return replace(

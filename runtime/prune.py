@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ..models.checks import integer
 from ..models.errors import RequestError
 from ..models.family import Kept, View
 from ..models.pruners import Pruner
 from ..models.pruners.pixelprune import PixelPrune, prune_file
+from ..models.pruners.prunesid import PruneSID, start_block
 from .backends.session import Backend, Buffer, Session, run
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What one pruner did to an image."""
+
+    pruner: str  # its name; of several that looked at the pixels together, all
+    tokens: int  # that it dropped
+    reason: str = ""  # why none, or why not as asked
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
     """Which tokens of one image are kept."""
 
-    keep: np.ndarray  # int32 [K], rising indices into the N tokens of the full grid
+    # int32 [K], indices into the N tokens of the full grid; they rise, unless PruneSID was asked for another order
+    keep: np.ndarray
     rows: int  # of the full grid, in merged tokens
     cols: int
     width: int  # of the resized image, in pixels
@@ -27,6 +40,7 @@ class Selection:
     reason: str  # why nothing was pruned, or why not as asked; empty otherwise
     prune: PixelPrune | None  # as it was used: with the tau that max_tokens led to; None where it is off
     others: tuple[Pruner, ...] = ()  # further pruners that were used
+    dropped: tuple[Dropped, ...] = ()  # by each pruner, in the order that they ran
 
     @property
     def total(self) -> int:
@@ -70,16 +84,16 @@ class PruningGraphs:
         if file not in self._sessions:
             if not (self.folder / file).is_file():
                 raise RequestError(
-                    f"{self.folder}: has no graph for the pruner {graph}, expected {file}; build the bundle again with "
-                    "a ppexport that knows the pruner"
+                    f"{self.folder}: has no graph for the pruner {graph}, expected {file}; its model has not what that "
+                    "looks at, or an older ppexport built it"
                 )
             self._sessions[file] = self.backend.session(self.folder / file)
         return self._sessions[file]
 
-    def settings(self, session: Session, given: Mapping[str, int]) -> dict[str, Buffer]:
-        """Of ``given`` what a graph takes, on the backend: int32 [1] each."""
+    def settings(self, session: Session, given: Mapping[str, int | range]) -> dict[str, Buffer]:
+        """Of ``given`` what a graph takes, on the backend: int32 [n] each."""
         return {
-            name: self.backend.upload(np.array([value], np.int32))
+            name: self.backend.upload(np.atleast_1d(np.array(value, np.int32)))
             for name, value in given.items()
             if name in session.inputs
         }
@@ -93,26 +107,106 @@ class FeaturePruners:
         self.block = block
         self.graphs = PruningGraphs(backend, folder)
 
-    def prune(self, features: Buffer, pruners: Sequence[Pruner]) -> tuple[Buffer, np.ndarray]:
+    def prune(
+        self, features: Buffer, pruners: Sequence[Pruner]
+    ) -> tuple[Buffer, np.ndarray, tuple[Dropped, ...]]:
         """features [1 + L, K, D] -> those that all ``pruners``, one after the other, leave, and their rows, int32 [K'].
 
-        The rows rise.
+        The rows rise, unless a pruner was asked for another order. Raises RequestError for more tokens than one takes.
         """
         rows = np.arange(features.shape[1], dtype=np.int32)
+        dropped = []
         for pruner in pruners:
-            features, left = self._one(features, pruner)
-            rows = rows[left]
-        return features, rows
+            reason = pruner.idle(len(rows))
+            before = len(rows)
+            if not reason:
+                features, left = self._one(features, pruner)
+                rows = rows[left]
+            dropped.append(Dropped(pruner.name, before - len(rows), reason))
+        return features, rows, tuple(dropped)
 
     def _one(self, features: Buffer, pruner: Pruner) -> tuple[Buffer, np.ndarray]:
         session = self.graphs.session(pruner.graph)
         levels, K, width = features.shape
         given = self.graphs.settings(session, pruner.inputs(self.block))
-        order = self.backend.zeros((K,), "int32")
-        count = self.backend.zeros((1,), "int32")
-        pruned = self.backend.zeros(features.shape, features.dtype)
-        run(session, {"features": features, **given}, {"order": order, "count": count, "pruned": pruned})
-        n = int(self.backend.download(count)[0])
+        outputs = {name: self.backend.zeros((K,), "int32") for name in session.outputs}
+        outputs["count"] = self.backend.zeros((1,), "int32")
+        outputs["pruned"] = self.backend.zeros(features.shape, features.dtype)
+        run(session, {"features": features, **given}, outputs)
+        n = int(self.backend.download(outputs["count"])[0])
         left = self.backend.zeros((levels, n, width), features.dtype)
-        self.backend.copy_into(left, 0, pruned, n)
-        return left, self.backend.download(order.rows(0, n)).copy()
+        self.backend.copy_into(left, 0, outputs["pruned"], n)
+        return left, self.backend.download(outputs["order"].rows(0, n)).copy()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSelection:
+    """Which features are kept, of any model."""
+
+    keep: np.ndarray  # int32 [K], indices into the T tokens, in the order that was asked for
+    group: np.ndarray  # int32 [T], the semantic group of each token; 0 is that of the strongest component
+
+    @property
+    def total(self) -> int:
+        """T."""
+        return len(self.group)
+
+    @property
+    def kept(self) -> int:
+        """K."""
+        return len(self.keep)
+
+
+def select_tokens(
+    features: np.ndarray, prune: PruneSID, score: np.ndarray | None = None, threads: int = 0
+) -> TokenSelection:
+    """What PruneSID would keep of features float [T, C], without a model.
+
+    ``score`` float [T]: for the variant "llava", how important each token is (the attention that the class token pays
+    it); "auto" is "llava" where it is given, else "qwen". ``threads``: 0 for one per core; what is kept does not depend
+    on them. Raises RequestError.
+    """
+    if not isinstance(prune, PruneSID):
+        raise RequestError(f"prune is {prune!r:.80}, expected ppexport.PruneSID(...)")
+    x = _floats("features", features, 2)
+    T, C = x.shape
+    prune.idle(T)
+    variant = ("qwen" if score is None else "llava") if prune.variant == "auto" else prune.variant
+    prune = replace(prune, variant=variant)
+    if (variant == "llava") != (score is not None):
+        raise RequestError(
+            f"variant {variant!r} {'takes no' if score is not None else 'needs a'} score for each token"
+        )
+    inputs = {"features": x[None], "start": start_block(C)}
+    if score is not None:
+        inputs["score"] = _floats("score", score, 1)
+        if inputs["score"].shape != (T,):
+            raise RequestError(f"score has shape {inputs['score'].shape}, expected [{T}], one for each token")
+    graphs = _packaged(integer("threads", threads))
+    session = graphs.session(f"prunesid.{variant}")
+    backend = graphs.backend
+    given = graphs.settings(session, prune.inputs(0))
+    outputs = {name: backend.zeros((1 if name == "count" else T,), "int32") for name in session.outputs}
+    run(session, {**given, **{name: backend.upload(value) for name, value in inputs.items()}}, outputs)
+    order, count, group = (backend.download(outputs[name]).copy() for name in ("order", "count", "group"))
+    return TokenSelection(order[: count[0]], group)
+
+
+@functools.cache
+def _packaged(threads: int) -> PruningGraphs:
+    """The graphs on features that ship with the package, on the CPU."""
+    from .backends.ort import OrtCpu
+
+    return PruningGraphs(OrtCpu(threads), Path(__file__).parent / "selectors" / "features")
+
+
+def _floats(name: str, value: np.ndarray, axes: int) -> np.ndarray:
+    """As float32; raises RequestError for another number of axes, nothing at all, and values that are not finite."""
+    found = np.asarray(value)
+    if found.ndim != axes or not found.size or found.dtype.kind not in "fiu":
+        shape = "[T, C]" if axes == 2 else "[T]"
+        raise RequestError(f"{name} has dtype {found.dtype} and shape {found.shape}, expected floats {shape}")
+    found = np.ascontiguousarray(found, np.float32)
+    if not np.isfinite(found).all():
+        raise RequestError(f"{name} holds values that are not finite in float32, expected finite ones")
+    return found

@@ -17,7 +17,7 @@ from ..models.pruners import Pruner, listed
 from ..models.pruners.pixelprune import PREDICTORS, SELECTOR_BLOCKS, PixelPrune, graph_name
 from .backends.session import Backend, Buffer, Session, run
 from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
-from .prune import PruningGraphs, Selection
+from .prune import Dropped, PruningGraphs, Selection
 
 # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
 LEVELS = {"max": 255, "mae": 2040, "rmse": 2040}
@@ -187,7 +187,7 @@ class Selector:
         return Found(order, count, prune, outputs.get("distance"))
 
     def _run(
-        self, image: Buffer, session: Session, given: Mapping[str, int]
+        self, image: Buffer, session: Session, given: Mapping[str, int | range]
     ) -> tuple[Buffer, int, dict[str, Buffer]]:
         """Order, count and all outputs of a graph; of ``given``, what it takes."""
         total = self._total(image)
@@ -199,13 +199,16 @@ class Selector:
     def _selection(
         self, image: Buffer, found: Found, others: tuple[Pruner, ...] = ()
     ) -> tuple[Buffer, Selection]:
+        used = [pruner.name for pruner in (found.prune, *others) if pruner is not None]
+        total = self._total(image)
+        dropped = (Dropped(", ".join(used), total - found.count, found.reason),) if used else ()
         keep = found.order.rows(0, found.count)
         host = self.backend.download(keep).copy()
         host.flags.writeable = False
         height, width, _ = image.shape
         rows = height // self.block
         cols = width // self.block
-        return keep, Selection(host, rows, cols, width, height, found.reason, found.prune, others)
+        return keep, Selection(host, rows, cols, width, height, found.reason, found.prune, others, dropped)
 
     def _total(self, image: Buffer) -> int:
         height, width, _ = image.shape
@@ -252,6 +255,11 @@ def select(
     ``image``: a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3]; it is resized as for a model with
     these patch and merge sizes and pixel limits (defaults: Qwen3-VL). Raises ImageError, RequestError.
     """
+    later = [pruner.name for pruner in listed(prune) if pruner.after != "image"]
+    if later:
+        raise RequestError(
+            f"select looks at pixels, found {', '.join(later)}, which looks at features; use select_tokens for it"
+        )
     selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
     pixels = prepare(image, selector.block, min_pixels, max_pixels)
     return selector.select(selector.backend.upload(pixels), prune)[1]

@@ -28,6 +28,9 @@ class EverySecond:
     def inputs(self, block: int) -> dict[str, int]:
         return {"first": self.first}
 
+    def idle(self, tokens: int) -> str:
+        return ""
+
 
 @dataclass(frozen=True)
 class EverySecondFeature(EverySecond):

@@ -150,7 +150,7 @@ TENSORRT_10_3 = {  # types -> operators, from onnx-tensorrt's docs/operators.md 
         *INTEGERS,
     ): "Abs Add Div Equal Greater GreaterOrEqual Less LessOrEqual Loop Max Min Mul Range ReduceMax "
     "ReduceMean ReduceMin ReduceProd ReduceSum ScatterElements Sub TopK",
-    FLOATS: "Clip Cos CumSum Floor Gelu Gemm LayerNormalization MatMul Pow Sigmoid Sin Softmax Sqrt",
+    FLOATS: "Ceil Clip Cos CumSum Floor Gelu Gemm LayerNormalization MatMul Pow Round Sigmoid Sin Softmax Sqrt",
     ("BOOL",): "And Not Or",
 }
 

@@ -110,16 +110,23 @@ def test_a_bundle_carries_its_pruners(registered: None, tmp_path: Path) -> None:
             ppexport.load(path)
 
 
-def test_what_engines_and_verify_do_not_run(registered: None, tmp_path: Path) -> None:
+def test_what_engines_do_not_run(registered: None, tmp_path: Path) -> None:
     pruners = [PixelPrune(), EverySecondFeature()]
     with pytest.raises(
         RequestError, match="prunes with pixelprune, every_second_feature, expected pixelprune alone"
     ):
         build(POCKET, tmp_path / "engines", targets=["tensorrt-rtx"], prune=pruners)
     assert not (tmp_path / "engines").exists()
-    path = build(POCKET, tmp_path / "bundle", prune=pruners)
-    with pytest.raises(RequestError, match="verify prunes images only, found every_second_feature"):
-        verify(path, POCKET, [str(SCREEN)])
+
+
+def test_verify_prunes_as_the_bundle_does(registered: None, tmp_path: Path) -> None:
+    """Features of what the tower saw; logits after what the last pruner left."""
+    path = build(POCKET, tmp_path / "bundle", "fp32", prune=[PixelPrune(), EverySecondFeature()])
+    report = verify(path, POCKET, [str(SCREEN)], tokens=6)
+    assert report.agreement == 1.0
+    assert report.embeds is not None
+    assert report.embeds.error < 1e-4
+    assert report.logits.error < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,8 @@ def test_what_engines_and_verify_do_not_run(registered: None, tmp_path: Path) ->
     [
         (
             0.5,
-            r"prune is 0\.5, expected ppexport\.PixelPrune\(\.\.\.\), a list of pruners, None \(off\) or 'default'",
+            r"prune is 0\.5, expected ppexport\.PixelPrune\(\.\.\.\) or PruneSID\(\.\.\.\), a list of pruners, None "
+            r"\(off\) or 'default'",
         ),
         (
             [PixelPrune(), PixelPrune()],

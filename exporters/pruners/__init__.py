@@ -1,14 +1,15 @@
 """Pruning as ONNX graphs: one file per pruner, named like its settings in models/pruners.
 
 A file has a function ``graphs(sizes, dialect)``: name (Pruner.graph) -> graph. After "image" a graph takes image uint8
-[H, W, 3], after "vision" features [1 + L, K, D], and whatever ``Pruner.inputs`` names as int32 [1]. It gives order
-int32 [N] or [K], the kept token indices in rising order and then the dropped ones, and count int32 [1], how many are
-kept; after "vision" also pruned [1 + L, K, D], of which the first count tokens are what stands for the kept ones.
+[H, W, 3], after "vision" features [1 + L, K, D], and whatever ``Pruner.inputs`` names as int32. It gives order
+int32 [N] or [K], the kept token indices and then the dropped ones, and count int32 [1], how many are kept; after
+"image" those rise. After "vision" it gives also pruned [1 + L, K, D], of which the first count tokens are what stands
+for the kept ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from ...models.pruners import PRUNERS
 from ...models.pruners.pixelprune import prune_file
 from ..lowering.dialects import Dialect
-from . import pixelprune, temporal
+from . import pixelprune, prunesid, temporal
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Sizes:
 
 
 Graphs = Callable[[Sizes, Dialect], dict[str, ir.Model]]
-GRAPHS: dict[str, Graphs] = {"pixelprune": pixelprune.graphs}  # by Pruner.name
+GRAPHS: dict[str, Graphs] = {"pixelprune": pixelprune.graphs, "prunesid": prunesid.graphs}  # by Pruner.name
 
 
-def pruning_graphs(sizes: Sizes, dialect: Dialect) -> dict[str, ir.Model]:
-    """File name -> graph, of every pruner, and of the prediction from the frame before.
+def pruning_graphs(
+    sizes: Sizes, dialect: Dialect, after: Sequence[str] = ("image", "vision")
+) -> dict[str, ir.Model]:
+    """File name -> graph, of every pruner that looks at these, and of the prediction from the frame before.
 
     Where graphs calculate on bytes, each one comes in both forms of models.pruners.pixelprune.prune_file.
     """
@@ -43,7 +46,7 @@ def pruning_graphs(sizes: Sizes, dialect: Dialect) -> dict[str, ir.Model]:
         form = replace(dialect, byte_max=byte_max)
         made = temporal.graphs(sizes, form)
         for name, graphs in GRAPHS.items():
-            if byte_max or PRUNERS[name].after == "image":
+            if PRUNERS[name].after in after and (byte_max or PRUNERS[name].after == "image"):
                 made |= graphs(sizes, form)
         found |= {prune_file(graph, byte_max): model for graph, model in made.items()}
     return found

@@ -8,11 +8,12 @@ exporters/pruners, and a line in the table of each.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from ..errors import RequestError
 from .pixelprune import PixelPrune
+from .prunesid import PruneSID
 
 
 class Pruner(Protocol):
@@ -25,11 +26,17 @@ class Pruner(Protocol):
     def graph(self) -> str:
         """Which of its graphs runs, such as "pixelprune.pred_2d.max"."""
 
-    def inputs(self, block: int) -> dict[str, int]:
-        """Inputs of that graph besides the image or the features, by name; tokens have ``block`` x ``block`` pixels."""
+    def inputs(self, block: int) -> Mapping[str, int | range]:
+        """Inputs of that graph besides the image or the features, by name, a number or several as int32 [n].
+
+        Tokens have ``block`` x ``block`` pixels.
+        """
+
+    def idle(self, tokens: int) -> str:
+        """Why it would drop none of so many tokens, "" where it may. Raises RequestError for more than it takes."""
 
 
-PRUNERS: dict[str, type[Any]] = {pruner.name: pruner for pruner in (PixelPrune,)}
+PRUNERS: dict[str, type[Any]] = {pruner.name: pruner for pruner in (PixelPrune, PruneSID)}
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,16 @@ def changed(pruners: Iterable[Pruner], settings: Mapping[str, Any]) -> tuple[Pru
     return tuple(found)
 
 
+def with_budget(pruners: Iterable[Pruner], tokens: int) -> tuple[Pruner, ...]:
+    """The same pruners with PruneSID at a budget of so many tokens an image; it is added where it is not among them."""
+    found = list(pruners)
+    at = next((i for i, pruner in enumerate(found) if isinstance(pruner, PruneSID)), None)
+    if at is None:
+        return (*found, PruneSID(tokens))
+    found[at] = replace(found[at], max_tokens=tokens)  # type: ignore[type-var]
+    return tuple(found)
+
+
 def listed(prune: object, also: str = "") -> tuple[Pruner, ...]:
     """What a request names as its pruners: one, a list of them, or None for none, as a tuple.
 
@@ -81,7 +98,8 @@ def listed(prune: object, also: str = "") -> tuple[Pruner, ...]:
     for pruner in several:
         if type(pruner) not in PRUNERS.values():
             raise RequestError(
-                f"prune is {prune!r:.80}, expected ppexport.PixelPrune(...), a list of pruners, None (off){also}"
+                f"prune is {prune!r:.80}, expected ppexport.PixelPrune(...) or PruneSID(...), a list of pruners, None "
+                f"(off){also}"
             )
     names = [pruner.name for pruner in several]
     if len(set(names)) < len(names):

@@ -92,6 +92,10 @@ class PixelPrune:
             "target": 0,
         }
 
+    def idle(self, tokens: int) -> str:
+        """See Pruner; that shows in the pixels."""
+        return ""
+
     def threshold(self, block: int) -> int:
         """The largest distance that counts as equal, as the graphs take it (exporters/pruners/metrics.py).
 

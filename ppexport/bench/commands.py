@@ -110,7 +110,9 @@ def bench() -> None:
     "--runs", "rounds", type=click.IntRange(1), help="Rounds over all settings and images.  [default: 20]"
 )
 @click.option(
-    "--duration", type=click.FloatRange(0, min_open=True), help="Seconds, in place of --runs (but 6 rounds at least)."
+    "--duration",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds, in place of --runs (but 6 rounds at least).",
 )
 @click.option(
     "--warmup", type=click.IntRange(0), default=2, show_default=True, help="Rounds that do not count."

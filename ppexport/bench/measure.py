@@ -54,7 +54,9 @@ class Plan:
     taus: Several[float | None] = (0.0, None)  # None: unpruned
     concurrency: Several[int] = (1,)  # requests at once
     rounds: int = 20  # each asks every question once under every setting (and once per concurrent request)
-    duration: float | None = None  # seconds, in place of a number of rounds; FEWEST rounds take as long as they do
+    duration: float | None = (
+        None  # seconds, in place of a number of rounds; FEWEST rounds take as long as they do
+    )
     warmup: int = 2  # rounds that do not count
     cold: int = 3  # new processes
     max_new_tokens: int = 32

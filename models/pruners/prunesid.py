@@ -1,0 +1,101 @@
+"""PruneSID: tokens are dropped after the vision tower, by what they mean. Settings; the graphs are in
+exporters/pruners/prunesid.py, how they are run in runtime/prune.py."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from ..checks import integer, number
+from ..errors import RequestError
+
+GROUPS = 48  # semantic groups at most; budgets of more than four tokens for each have larger groups
+MOST_DIRECTIONS = 72  # that are followed: more than groups, so that the last of these are right, too
+MOST_TOKENS = 8192  # of an image: the graph compares all pairs
+VARIANTS = ("auto", "qwen", "llava")
+ORDERS = ("raster", "reference")
+MILLIONTHS = 1_000_000
+
+
+@dataclass(frozen=True)
+class PruneSID:
+    """Keep at most so many tokens of each image: a few of every semantic group, the most telling ones.
+
+    Source: "Prune Redundancy, Preserve Essence" (PruneSID), its authors' code and paper; exact and the same in every
+    run, where theirs draws a random start. Raises RequestError for values out of range.
+    """
+
+    name: ClassVar[str] = "prunesid"
+    after: ClassVar[Literal["image", "vision"]] = "vision"
+
+    max_tokens: (
+        int  # of an image; nothing is dropped where there are no more. With ``dynamic`` the mean over images
+    )
+    # how tokens are scored: by their loading on the group's component ("qwen"), or by the attention that the class
+    # token pays them ("llava", which counts that token in the budget). "auto": as the family has it
+    variant: str = "auto"
+    order: str = (
+        "raster"  # of what is kept: as in the picture, or group by group as the authors have it ("reference")
+    )
+    dynamic: bool = False  # pictures whose tokens resemble each other less get more of the budget
+    information: float = (
+        0.7  # what such a picture has on average (``ppexport plan`` measures it): 1 - mean similarity
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_tokens", integer("max_tokens", self.max_tokens, 1))
+        information = number("information", self.information, "a number over 0, up to 2", 1e-6, 2)
+        object.__setattr__(self, "information", information)
+        for what, found, expected in (("variant", self.variant, VARIANTS), ("order", self.order, ORDERS)):
+            if not isinstance(found, str) or found not in expected:
+                raise RequestError(f"{what} is {found!r}, expected one of: {', '.join(expected)}")
+        if not isinstance(self.dynamic, bool):
+            raise RequestError(f"dynamic is {self.dynamic!r}, expected True or False")
+
+    @property
+    def graph(self) -> str:
+        """See Pruner; "auto" is what all families have that score no class token."""
+        return f"prunesid.{'qwen' if self.variant == 'auto' else self.variant}"
+
+    def idle(self, tokens: int) -> str:
+        """See Pruner."""
+        if tokens > MOST_TOKENS:
+            raise RequestError(
+                f"prunesid takes up to {MOST_TOKENS} tokens of an image, found {tokens}; lower max_pixels, or prune "
+                "pixels first"
+            )
+        fits = not self.dynamic and tokens <= self.max_tokens
+        return f"{tokens} tokens are within the budget of {self.max_tokens}" if fits else ""
+
+    @property
+    def directions(self) -> int:
+        """How many directions of features are followed for its groups, which are a quarter of the budget."""
+        groups = GROUPS if self.dynamic else min(self.max_tokens // 4 + 1, GROUPS)
+        return min(groups + max(groups // 2, 12), MOST_DIRECTIONS)
+
+    def inputs(self, block: int) -> dict[str, int | range]:
+        """See Pruner. ``information``: in millionths, 0 for a fixed budget."""
+        return {
+            "directions": range(self.directions),
+            "budget": self.max_tokens,
+            "grouped": int(self.order == "reference"),
+            "information": round(self.information * MILLIONTHS) if self.dynamic else 0,
+        }
+
+
+@functools.lru_cache(maxsize=4)
+def start_block(width: int) -> np.ndarray:
+    """Directions that the search for components starts from: float32 [width, MOST_DIRECTIONS] in -1 ... 1.
+
+    Scrambled indices (the finalizer of SplitMix64, Steele et al. 2014): the same on every machine and forever.
+    """
+    bits = np.arange(width * MOST_DIRECTIONS, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    bits ^= bits >> np.uint64(31)
+    found = ((bits >> np.uint64(40)).astype(np.float64) / (1 << 23) - 1).astype(np.float32)
+    found.flags.writeable = False
+    return found.reshape(width, MOST_DIRECTIONS)
