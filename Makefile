@@ -53,11 +53,12 @@ lint: links
 links: $(VENV)/tests
 	$(PIP) $(EDITABLE) --no-deps -e .
 
-# REFERENCE: a checkout of PixelPrune; REFERENCE_PYTHON: a Python with transformers 4.57.6, to measure side by side
+# PRUNESID: a checkout of PruneSID; REFERENCE: one of PixelPrune; REFERENCE_PYTHON: a Python with transformers 4.57.6, to measure side by side
 bench: $(VENV)/tests
 	mkdir -p build/bench
 	$(BIN)/python bench/selector.py -o build/bench/selector.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
+	$(BIN)/python bench/prunesid.py -o build/bench/prunesid.json $(if $(PRUNESID),--reference $(PRUNESID))
 	$(BIN)/python bench/noise.py -o build/bench/noise.json
 	$(BIN)/python bench/help.py -o build/bench/help.json
 	$(BIN)/python bench/build.py -o build/bench/build.json
@@ -82,6 +83,7 @@ bench: $(VENV)/tests
 	$(BIN)/ppexport build models/pocket -o build/bench/pocket -q
 	$(BIN)/ppexport build bench/never_pruned -o build/bench/never_pruned -q
 	$(BIN)/python bench/accuracy.py build/bench/pocket --never-pruned build/bench/never_pruned -o build/bench/accuracy.json
+	$(BIN)/python bench/accuracy_prunesid.py build/bench/pocket -o build/bench/accuracy_prunesid.json
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

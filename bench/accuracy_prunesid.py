@@ -1,6 +1,6 @@
 """Accuracy of the pocket model over the share of tokens that PruneSID, PixelPrune, or both leave, skill by skill.
 
-    python bench/accuracy_prunesid.py BUNDLE -n 100 -o bench/results/accuracy_prunesid.json
+python bench/accuracy_prunesid.py BUNDLE -n 100 -o bench/results/accuracy_prunesid.json
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ class PruneSID:
         "raster"  # of what is kept: as in the picture, or group by group as the authors have it ("reference")
     )
     dynamic: bool = False  # pictures whose tokens resemble each other less get more of the budget
-    information: float = (
-        0.7  # what such a picture has on average (``ppexport plan`` measures it): 1 - mean similarity
-    )
+    information: float = 0.7  # what such a picture has on average: 1 - the mean cosine of its tokens
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_tokens", integer("max_tokens", self.max_tokens, 1))
