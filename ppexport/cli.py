@@ -296,15 +296,17 @@ def plan(images: tuple[str, ...], output: str, bundle: str | None, **sizes: Any)
 @main.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @prune_options
+@feature_options
 @size_options
 @click.option(
     "--prune-seed", type=click.IntRange(0, MOST_SEED), help="Of --method random and conncomp.  [default: 0]"
 )
+@click.option("--bundle", type=click.Path(), help="Prune as this bundle does, after its vision tower, too.")
 @click.option(
     "--frames", is_flag=True, help="IMAGES are frames of one recording: drop what stands still, too."
 )
-@click.option("--patch", type=click.IntRange(1), default=16, show_default=True, help="Pixels per patch side.")
-@click.option("--merge", type=click.IntRange(1), default=2, show_default=True, help="Patches per token side.")
+@click.option("--patch", type=click.IntRange(1), help="Pixels per patch side.  [default: 16]")
+@click.option("--merge", type=click.IntRange(1), help="Patches per token side.  [default: 2]")
 @click.option(
     "--json", "as_json", is_flag=True, help="A list with everything of every image, kept indices included."
 )
@@ -318,23 +320,35 @@ def plan(images: tuple[str, ...], output: str, bundle: str | None, **sizes: Any)
     "table, and this plot (.png, .svg, .pdf).",
 )
 def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> None:
-    """Show what would be pruned of IMAGES, without a model (sizes as for Qwen3-VL)."""
+    """Show what would be pruned of IMAGES, without a model (sizes as for Qwen3-VL), or with the one of a bundle."""
     from . import inspect as view
     from .models.pruners.pixelprune import PixelPrune
 
-    given = [
-        name
-        for name in ("tau", "method", "max_tokens", "overlay", "frames")
-        if options[name] not in (None, False)
-    ]
-    if options["sweep"] is not None and given:
-        raise click.UsageError(
-            f"--sweep goes with --metric and --mode only, found --{given[0].replace('_', '-')}"
-        )
+    bundle = options["bundle"]
+    prunesid = options.pop("prunesid")
+    _check_inspect(options, prunesid)
     if prune_seed is not None and options["method"] not in ("random", "conncomp"):
         raise click.UsageError("--prune-seed is for --method random or conncomp")
-    prune = PixelPrune(**prune_settings(options)[0], seed=prune_seed or 0)
+    settings = prune_settings(options)[0]
+    if prune_seed is not None:
+        settings["seed"] = prune_seed
+    prune = PixelPrune(**settings) if bundle is None else prune_for(bundle, settings, False, prunesid)
     view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
+
+
+def _check_inspect(options: dict[str, Any], prunesid: int | None) -> None:
+    """Raise UsageError for options of ``inspect`` that exclude each other."""
+
+    def given(*names: str) -> str:
+        found = next((name for name in names if options[name] not in (None, False)), "")
+        return found.replace("_", "-")
+
+    if options["sweep"] is not None and (other := given("tau", "method", "max_tokens", "overlay", "frames")):
+        raise click.UsageError(f"--sweep goes with --metric and --mode only, found --{other}")
+    if options["bundle"] is not None and (other := given("patch", "merge", "frames", "sweep")):
+        raise click.UsageError(f"--bundle goes without --{other}")
+    if options["bundle"] is None and prunesid:
+        raise click.UsageError("--prunesid looks at features: --bundle names the bundle that computes them")
 
 
 @main.command()

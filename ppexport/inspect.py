@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -19,8 +19,10 @@ from .models.files import write_whole
 from .models.pruners.pixelprune import PREDICTORS, PixelPrune
 from .overlay import overlay as drawn
 from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
+from .runtime.pipeline import load
 from .runtime.prune import Selection
 from .runtime.selector import packaged_selector, select, select_frames
+from .runtime.sequence import PruneLike
 
 LEVELS = (0, 1, 2, 3, 5, 8, 13, 20, 32, 64)  # tau in 1 / 255, of a sweep
 PLOTS = (".png", ".svg", ".pdf")
@@ -29,15 +31,20 @@ Shares = dict[str, list[tuple[int, float]]]  # method -> (level, kept share)
 
 def main(
     images: Sequence[str],
-    prune: PixelPrune,
+    prune: PruneLike,
+    bundle: str | None = None,
     frames: bool = False,
     as_json: bool = False,
     overlay: str | None = None,
     sweep: str | None = None,
     **sizes: int,
 ) -> None:
-    """Print what is kept of each image (``frames``: of one recording), or a sweep; draw the pictures asked for."""
+    """Print what is kept of each image (``frames``: of one recording), or a sweep; draw the pictures asked for.
+
+    ``bundle``: its pruners run, on its features, too; frames and sweeps are of pixels only.
+    """
     if sweep is not None:
+        assert isinstance(prune, PixelPrune)
         target = check_picture(sweep, images, PLOTS)
         check_matplotlib()
         with click.progressbar(length=len(images), label="sweep", file=sys.stderr) as bar:
@@ -50,12 +57,7 @@ def main(
     pictures: list[Path | None] = [None] * len(images)
     if overlay is not None:
         pictures[:] = [check_picture(overlay, images)] if len(images) == 1 else overlay_files(overlay, images)
-    chosen = (
-        select_frames(images, prune, **sizes)
-        if frames
-        else (select(image, prune, **sizes) for image in images)
-    )
-    found = list(chosen)  # of all, before anything is written
+    found = _selections(images, prune, bundle, frames, sizes)  # of all, before anything is written
     if overlay is not None and len(images) > 1:
         _make_folder(Path(overlay))
     for image, selection, picture in zip(images, found, pictures, strict=True):
@@ -68,6 +70,19 @@ def main(
         click.echo(json.dumps(named))
     elif len(found) > 1:
         click.echo(together(found))
+
+
+def _selections(
+    images: Sequence[str], prune: PruneLike, bundle: str | None, frames: bool, sizes: dict[str, int]
+) -> list[Selection]:
+    if bundle is not None:
+        limits = (sizes.get("min_pixels"), sizes.get("max_pixels"))
+        with load(bundle, "auto", *limits) as pipe:
+            return [pipe.encode(image, prune).selection for image in images]
+    assert isinstance(prune, PixelPrune)
+    if frames:
+        return list(select_frames(images, prune, **sizes))
+    return [select(image, prune, **sizes) for image in images]
 
 
 def mode_of(prune: PixelPrune) -> str:
@@ -91,6 +106,7 @@ def as_dict(selection: Selection) -> dict[str, object]:
         "kept": selection.kept,
         "share": round(selection.share, 6),
         "reason": selection.reason,
+        "dropped": [asdict(each) for each in selection.dropped],
         "keep": selection.keep.tolist(),
     }
 
@@ -102,10 +118,12 @@ def lines(image: str, selection: Selection) -> list[str]:
     why = f", {s.reason}" if s.reason else ""
     if prune is not None and prune.max_tokens is not None and not s.reason:
         why = f", tau {prune.tau:.4g}"
+    each = [f"dropped {d.tokens} by {d.pruner}{f', {d.reason}' if d.reason else ''}" for d in s.dropped]
     return [
         f"image   {image}: {s.width} x {s.height} pixels after resizing",
         f"grid    {s.rows} x {s.cols} = {s.total} tokens",
         f"kept    {s.kept} ({s.share:.1%}){why}",
+        *(each if len(each) > 1 else []),
     ]
 
 

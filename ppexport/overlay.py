@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,15 +12,18 @@ from .models.pruners.pixelprune import PREDICTORS
 from .runtime.image import ImageLike, read
 from .runtime.prune import Selection
 
-KEPT, BESIDE, ABOVE, OTHERWISE = range(4)
+KEPT, BESIDE, ABOVE, OTHERWISE, BY_MEANING = range(5)
 TINTS = {BESIDE: (255, 0, 110), ABOVE: (30, 110, 255), OTHERWISE: (250, 150, 0)}
 EDGE = (0, 200, 90)  # outline around what is kept
+MEANING = (120, 120, 120)  # in the legend, for the colours of all groups
+GOLDEN_ANGLE = 0.381966  # of a full turn
 
 
 def overlay(image: ImageLike, selection: Selection) -> Image.Image:
     """The image as the model sees it: dropped blocks faded under a tint, kept regions untouched in a green outline.
 
-    The tint says what a block was predicted from. A line underneath says what the colours mean and how much is kept.
+    The tint says what a block was predicted from. Where PruneSID chose, every block that the vision tower saw has the
+    colour of its group, strong where it was dropped. A line underneath says what the colours mean and how much is kept.
     """
     source = read(image).resize((selection.width, selection.height), Image.Resampling.BICUBIC)
     pixels = np.asarray(source)
@@ -30,6 +34,8 @@ def overlay(image: ImageLike, selection: Selection) -> Image.Image:
     picture = pixels.astype(np.float32)
     for kind, tint in TINTS.items():
         picture = np.where((large == kind)[:, :, None], _faded(gray, tint), picture)
+    if selection.groups is not None:
+        picture = _by_group(picture, selection)
     made = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
     _outline(ImageDraw.Draw(made), where == KEPT, block)
     return _with_legend(made, selection, where)
@@ -46,8 +52,10 @@ def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
     cols = selection.cols
     prune = selection.prune
     found = np.full(rows * cols, OTHERWISE, np.uint8)
-    found[selection.keep] = KEPT
-    if prune is None or prune.method not in PREDICTORS or selection.kept == selection.total:
+    seen = selection.keep if selection.groups is None else selection.groups.seen
+    found[seen] = KEPT
+    found[np.setdiff1d(seen, selection.keep)] = BY_MEANING
+    if prune is None or prune.method not in PREDICTORS or len(seen) == selection.total:
         return found.reshape(rows, cols)
     block = selection.width // cols
     tokens = (
@@ -64,7 +72,7 @@ def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
 
     like = lambda a, b: match(stands_for[a], stands_for[b])  # noqa: E731
     for index, before, kind in _steps(rows, cols, prune.method, like):
-        if found[index] != KEPT and match(index, stands_for[before]):
+        if found[index] == OTHERWISE and match(index, stands_for[before]):
             found[index] = kind
             if prune.anchored:
                 stands_for[index] = stands_for[before]
@@ -95,6 +103,23 @@ def _steps(
                 yield index, index + 1 if back else left, BESIDE
 
 
+def _by_group(picture: np.ndarray, selection: Selection) -> np.ndarray:
+    """float32 [H, W, 3] with the blocks that the tower saw in the colours of their groups."""
+    groups = selection.groups
+    assert groups is not None
+    block = selection.width // selection.cols
+    found = picture.copy()
+    kept = set(selection.keep.tolist())
+    for token, group in zip(groups.seen.tolist(), groups.group.tolist(), strict=True):
+        row, col = divmod(token, selection.cols)
+        at = np.s_[row * block : (row + 1) * block, col * block : (col + 1) * block]
+        hue = group * GOLDEN_ANGLE % 1  # neighbours in number are far apart in colour
+        tint = 255 * np.array(colorsys.hsv_to_rgb(hue, 0.9, 0.9), np.float32)
+        share = 0.2 if token in kept else 0.65
+        found[at] = (1 - share) * picture[at] + share * tint
+    return found
+
+
 def _outline(draw: ImageDraw.ImageDraw, grid: np.ndarray, block: int) -> None:
     """A line wherever a kept block touches a dropped one or the border."""
     width = max(2, block // 12)
@@ -122,6 +147,10 @@ def _with_legend(picture: Image.Image, selection: Selection, where: np.ndarray) 
     for kind in TINTS:
         if count := int((where == kind).sum()):
             entries.append((TINTS[kind], f"dropped, {_label(kind, selection)}: {count}"))
+    if selection.groups is not None:
+        dropped = len(selection.groups.seen) - selection.kept
+        count = len(np.unique(selection.groups.group))
+        entries.append((MEANING, f"dropped, by meaning: {dropped} (a colour for each of {count} groups)"))
     widths = [int(size * 2.4 + font.getlength(label)) for _, label in entries]
     across = max(picture.width, max(widths) + size // 2)
     x = size // 2

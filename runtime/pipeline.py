@@ -28,7 +28,7 @@ from .engine import TOGETHER, Engine
 from .image import ImageLike, resized
 from .language import Language
 from .messages import PromptLike, images_of, with_images
-from .prune import FeaturePruners, Selection, kept_of
+from .prune import FeaturePruners, Groups, Selection, kept_of
 from .reuse import Reuse, digest
 from .sampling import Sampling
 from .selector import Selector
@@ -295,8 +295,9 @@ class Pipeline:
                 features = self.engine.features(picture)
                 self.backend.wait()
             with stats.stage("prune"):
-                features, rows, dropped = self.feature_pruners.prune(features, pruners)
-        kept = Kept(picture.kept.keep[rows], picture.kept.views)
+                left = self.feature_pruners.prune(features, pruners)
+        seen = picture.kept.keep
+        kept = Kept(seen[left.rows], picture.kept.views)
         selections = []
         start = 0
         for selection in picture.selections:
@@ -306,7 +307,8 @@ class Pipeline:
                     selection,
                     keep=mine.astype(np.int32),
                     others=(*selection.others, *pruners),
-                    dropped=(*selection.dropped, *dropped),
+                    dropped=(*selection.dropped, *left.dropped),
+                    groups=_groups_of(left.groups, seen, start, selection.total),
                 )
             )
             start += selection.total
@@ -316,7 +318,7 @@ class Pipeline:
             selections=tuple(selections),
             kept=kept,
             digest=key if picture.digest else b"",
-            features=features,
+            features=left.features,
         )
 
     def _sequence(
@@ -360,6 +362,15 @@ class Pipeline:
             ahead=ahead,
             keeps_logits=keeps_logits,
         )
+
+
+def _groups_of(groups: Groups | None, seen: np.ndarray, start: int, total: int) -> Groups | None:
+    """Of one view, whose ``total`` tokens are those from ``start`` on; ``seen``: the token of each row."""
+    if groups is None:
+        return None
+    tokens = seen[groups.seen] - start
+    mine = (tokens >= 0) & (tokens < total)
+    return Groups(tokens[mine].astype(np.int32), groups.group[mine])
 
 
 def load(

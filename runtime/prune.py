@@ -28,6 +28,14 @@ class Dropped:
 
 
 @dataclass(frozen=True, eq=False)
+class Groups:
+    """What tokens the vision tower saw of an image, and into which semantic groups they fell."""
+
+    seen: np.ndarray  # int32 [K], indices into the N tokens of the full grid, rising
+    group: np.ndarray  # int32 [K], of each of them; 0 is that of the strongest component
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """Which tokens of one image are kept."""
 
@@ -41,6 +49,7 @@ class Selection:
     prune: PixelPrune | None  # as it was used: with the tau that max_tokens led to; None where it is off
     others: tuple[Pruner, ...] = ()  # further pruners that were used
     dropped: tuple[Dropped, ...] = ()  # by each pruner, in the order that they ran
+    groups: Groups | None = None  # where PruneSID chose
 
     @property
     def total(self) -> int:
@@ -99,6 +108,16 @@ class PruningGraphs:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What pruners leave of features [1 + L, K, D]."""
+
+    features: Buffer  # [1 + L, K', D]
+    rows: np.ndarray  # int32 [K'], of the K; they rise, unless a pruner was asked for another order
+    dropped: tuple[Dropped, ...]
+    groups: Groups | None  # by row
+
+
 class FeaturePruners:
     """The graphs of a bundle that drop tokens behind the vision tower. ``block``: pixels per side of a merged token."""
 
@@ -107,25 +126,26 @@ class FeaturePruners:
         self.block = block
         self.graphs = PruningGraphs(backend, folder)
 
-    def prune(
-        self, features: Buffer, pruners: Sequence[Pruner]
-    ) -> tuple[Buffer, np.ndarray, tuple[Dropped, ...]]:
-        """features [1 + L, K, D] -> those that all ``pruners``, one after the other, leave, and their rows, int32 [K'].
+    def prune(self, features: Buffer, pruners: Sequence[Pruner]) -> Left:
+        """features [1 + L, K, D] -> what all ``pruners`` leave of them, one after the other.
 
-        The rows rise, unless a pruner was asked for another order. Raises RequestError for more tokens than one takes.
+        Raises RequestError for more tokens than one takes.
         """
         rows = np.arange(features.shape[1], dtype=np.int32)
         dropped = []
+        groups = None
         for pruner in pruners:
             reason = pruner.idle(len(rows))
             before = len(rows)
             if not reason:
-                features, left = self._one(features, pruner)
+                features, left, group = self._one(features, pruner)
+                groups = groups if group is None else Groups(rows, group)
                 rows = rows[left]
             dropped.append(Dropped(pruner.name, before - len(rows), reason))
-        return features, rows, tuple(dropped)
+        return Left(features, rows, tuple(dropped), groups)
 
-    def _one(self, features: Buffer, pruner: Pruner) -> tuple[Buffer, np.ndarray]:
+    def _one(self, features: Buffer, pruner: Pruner) -> tuple[Buffer, np.ndarray, np.ndarray | None]:
+        """What one pruner leaves: features, their rows, and the groups of all tokens where it makes some."""
         session = self.graphs.session(pruner.graph)
         levels, K, width = features.shape
         given = self.graphs.settings(session, pruner.inputs(self.block))
@@ -136,7 +156,8 @@ class FeaturePruners:
         n = int(self.backend.download(outputs["count"])[0])
         left = self.backend.zeros((levels, n, width), features.dtype)
         self.backend.copy_into(left, 0, outputs["pruned"], n)
-        return left, self.backend.download(outputs["order"].rows(0, n)).copy()
+        group = self.backend.download(outputs["group"]).copy() if "group" in outputs else None
+        return left, self.backend.download(outputs["order"].rows(0, n)).copy(), group
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,6 +55,15 @@ def test_a_pruned_screen_in_both_dialects(built: Callable[..., Path], checkpoint
     assert report.logits.error < 1e-4
 
 
+def test_pruned_after_the_tower_too(built: Callable[..., Path], checkpoint: Path) -> None:
+    """verify holds what is left against the checkpoint."""
+    prune = [ppexport.PixelPrune(), ppexport.PruneSID(24)]
+    assert len(ppexport.load(built("ort", "fp32")).encode(SCREEN, prune).keep) == 24
+    report = verify(built("ort", "fp32"), checkpoint, [str(SCREEN)], prune=prune, tokens=6)
+    assert report.agreement == 1.0
+    assert report.logits.error < 1e-4
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4", "w8a8"])
 def test_quantized(built: Callable[..., Path], checkpoint: Path, precision: str) -> None:
     report = verify(built("ort", precision), checkpoint, [str(SCREEN)], tokens=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from terminal import runner
 
 import ppexport
@@ -75,7 +77,7 @@ def test_selection_equals_the_authors_in_index_and_order(path: Path) -> None:
 def test_components_are_those_of_an_exact_decomposition(variant: str, budget: int, least: float) -> None:
     """By what they select; and the graph selects what the same steps in numpy do, index by index."""
     overlaps = []
-    for x in spec.pictures(4):
+    for x in spec.pictures(3):
         score = np.abs(x).sum(1) ** 3 if variant == "llava" else None
         prune = ppexport.PruneSID(budget, variant=variant, order="reference")
         found = ppexport.select_tokens(x, prune, score).keep.tolist()
@@ -299,21 +301,40 @@ def test_the_graph_compiles_for_tensorrt_rtx(dialect: str, tmp_path: Path) -> No
 
 
 @pytest.mark.newest
-def test_every_family(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """Built with a budget; verify holds what is left against the checkpoint."""
-    from ppexport.build_bundle import build
-    from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
-    from ppexport.models.families import FAMILIES
-    from ppexport.verify import verify
+def test_inspect_with_a_bundle(pocket_bundle: Path, tmp_path: Path) -> None:
+    """What the tower saw has the colours of its groups, dropped blocks the strong ones."""
+    picture = tmp_path / "seen.png"
+    asked = ["inspect", str(SCREEN), "--bundle", str(pocket_bundle), "--prunesid", "20"]
+    done = runner().invoke(main, [*asked, "--overlay", str(picture)])
+    assert done.exit_code == 0, done.output
+    assert "kept    20 (14.0%)" in done.output
+    assert "dropped 95 by pixelprune" in done.output
+    assert "dropped 28 by prunesid" in done.output
+    (told,) = json.loads(runner().invoke(main, [*asked, "--json"]).stdout)
+    pipe = ppexport.load(pocket_bundle)
+    selection = pipe.encode(SCREEN, [ppexport.PixelPrune(), ppexport.PruneSID(20)]).selection
+    assert told["keep"] == selection.keep.tolist()
+    groups = selection.groups
+    assert groups is not None
+    assert groups.seen.tolist() == pipe.encode(SCREEN, ppexport.PixelPrune()).keep.tolist()
+    drawn = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    source = np.asarray(Image.open(SCREEN).convert("RGB")).astype(int)
+    block = 32
 
-    for family in FAMILIES:
-        directory = tmp_path / family / "checkpoint"
-        write_random(random_config(family, "tiny"), directory)
-        write_text_files(directory, family)
-        pruners = [ppexport.PixelPrune(), ppexport.PruneSID(24)]
-        bundle = build(directory, tmp_path / family / "bundle", "fp32", prune=pruners)
-        assert ppexport.load(bundle).prune == tuple(pruners)
-        assert len(ppexport.load(bundle).encode(SCREEN).keep) == 24
-        report = verify(bundle, directory, [str(SCREEN)], tokens=6)
-        assert report.agreement == 1.0, family
-        assert report.logits.error < 1e-4, family
+    def change(token: int) -> float:
+        row, col = divmod(token, selection.cols)
+        inside = np.s_[row * block + 6 : (row + 1) * block - 6, col * block + 6 : (col + 1) * block - 6]
+        return float(np.abs(drawn[inside] - source[inside]).mean())
+
+    kept = [change(token) for token in selection.keep]
+    dropped = [change(token) for token in set(groups.seen.tolist()) - set(selection.keep.tolist())]
+    assert min(kept) > 1
+    assert np.mean(dropped) > 2 * np.mean(kept)
+    for more, message in (
+        (["--frames"], "--bundle goes without --frames"),
+        (["--patch", "14"], "--bundle goes without --patch"),
+    ):
+        done = runner().invoke(main, [*asked, *more])
+        assert (done.exit_code, message in done.output) == (2, True), done.output
+    done = runner().invoke(main, ["inspect", str(SCREEN), "--prunesid", "20"])
+    assert (done.exit_code, "--bundle names the bundle" in done.output) == (2, True)
