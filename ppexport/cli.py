@@ -238,6 +238,7 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
 )
 @click.option("--no-prune", is_flag=True, help="Keep every token; goes with --tau to compare.")
 @click.option("--method", type=click.Choice(PRUNE_METHODS), help="How to prune. Default: as the bundle.")
+@feature_options
 @device_option
 @click.option(
     "-n", "--n", "count", type=click.IntRange(1), help="Questions per skill.  [default: 200; FILE: all]"

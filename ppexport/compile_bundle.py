@@ -121,7 +121,7 @@ def check_pruners(pruners: Iterable[Pruner]) -> None:
     if named not in ([], [PixelPrune.name]):
         raise RequestError(
             f"the bundle prunes with {', '.join(named)}, expected {PixelPrune.name} alone or none: engines have no "
-            "others"
+            "others; name no other pruner, or build it without a target"
         )
 
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from .models.checks import shown
 from .models.errors import RequestError
-from .models.pruners import Pruner, changed, listed
+from .models.pruners import Pruner, changed, listed, with_budget
 from .models.pruners.pixelprune import PixelPrune
+from .models.pruners.prunesid import PruneSID
 from .runtime.pipeline import Pipeline, load
 from .runtime.sequence import PruneLike
 from .workloads.own import read_tasks
@@ -94,8 +95,13 @@ def ask(pipe: Pipeline, skill: str, questions: Iterator[Asked], count: int, prun
 
 
 def setting_name(prune: Pruner | Sequence[Pruner] | None) -> str:
-    """For people: "off", or the method and tau of PixelPrune and the names of others."""
-    names = [f"{p.method} tau {p.tau:.4g}" if isinstance(p, PixelPrune) else p.name for p in listed(prune)]
+    """For people: "off", or the method and tau of PixelPrune, the budget of PruneSID and the names of others."""
+    names = []
+    for pruner in listed(prune):
+        if isinstance(pruner, PixelPrune):
+            names.append(f"{pruner.method} tau {pruner.tau:.4g}")
+        else:
+            names.append(f"prunesid {pruner.max_tokens}" if isinstance(pruner, PruneSID) else pruner.name)
     return ", ".join(names) or "off"
 
 
@@ -119,13 +125,16 @@ def _bootstrap(scores: Sequence[float], weights: Sequence[int]) -> tuple[float, 
     return means[25], means[974]
 
 
-def settings(pipe: Pipeline, taus: Sequence[float], no_prune: bool, method: str | None) -> list[PruneLike]:
-    """The prune settings asked for: that of the bundle if none is named."""
+def settings(
+    pipe: Pipeline, taus: Sequence[float], no_prune: bool, method: str | None, prunesid: int | None = None
+) -> list[PruneLike]:
+    """The prune settings asked for: that of the bundle if none is named. ``prunesid``: a budget for all that prune."""
     chosen: list[PruneLike] = [None] if no_prune else []
     given = {} if method is None else {"method": method}
+    own = with_budget(pipe.prune, prunesid) if prunesid else pipe.prune
     if not taus and not no_prune:
-        chosen.append(changed(pipe.prune, given) if given else "default")
-    return chosen + [changed(pipe.prune, {**given, "tau": tau}) for tau in taus]
+        chosen.append(changed(own, given) if given else own)
+    return chosen + [changed(own, {**given, "tau": tau}) for tau in taus]
 
 
 def questions_of(
@@ -151,6 +160,7 @@ def main(
     device: str,
     count: int | None,
     as_json: bool,
+    prunesid: int | None = None,
 ) -> None:
     """Print a table, or JSON with every answer."""
     unknown = sorted(set(skills or ()) - set(SKILLS)) if workload == SCREENS else []
@@ -163,7 +173,9 @@ def main(
         click.echo(
             f"{'skill':<12}{'pruning':<24}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}"
         )
-    for r in _results(pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method), count or COUNT):
+    for r in _results(
+        pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method, prunesid), count or COUNT
+    ):
         found.append(asdict(r))
         if not as_json:
             click.echo(line(r))

@@ -9,6 +9,7 @@ import click
 
 from .models.precision import BITS, BYTES, GROUP_SIZES, Wanted
 from .models.pruners.pixelprune import PRUNE_METHODS, PRUNE_METRICS
+from .models.pruners.prunesid import MOST_BUDGET
 
 
 def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +52,7 @@ def feature_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The option that says how to prune behind the vision tower."""
     return click.option(
         "--prunesid",
-        type=click.IntRange(1),
+        type=click.IntRange(1, MOST_BUDGET),
         metavar="N",
         help="Of an image: keep at most N tokens of what the vision tower makes of it, a few of every semantic group "
         "(PruneSID). Default: what the bundle says, else all.",

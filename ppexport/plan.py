@@ -54,7 +54,9 @@ def plan(
     pruners = listed(prune)
     for pruner in pruners:
         if pruner.graph != compiled:
-            raise RequestError(f"engines prune with {compiled} only, found {pruner.graph}")
+            raise RequestError(
+                f"engines prune with {compiled} only, found {pruner.graph}; plan with a bundle that prunes so"
+            )
     selections = []
     for i, image in enumerate(images):
         selections.append(select(image, pruners, patch, merge, min_pixels, max_pixels))

@@ -259,6 +259,8 @@ class Pipeline:
         for image in images:
             picture = self._picture(image, pruners, stats)
             later = [pruner for pruner in pruners if pruner.after == "vision"]
+            if later:
+                later[0].idle(len(picture.kept.keep))  # raises for too many, before the tower runs
             pictures.append(self._pruned_later(picture, later, stats) if later else picture)
             stats.images += pictures[-1].selections
         return pictures

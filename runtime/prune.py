@@ -223,11 +223,16 @@ def _packaged(threads: int) -> PruningGraphs:
 
 def _floats(name: str, value: np.ndarray, axes: int) -> np.ndarray:
     """As float32; raises RequestError for another number of axes, nothing at all, and values that are not finite."""
-    found = np.asarray(value)
-    if found.ndim != axes or not found.size or found.dtype.kind not in "fiu":
-        shape = "[T, C]" if axes == 2 else "[T]"
-        raise RequestError(f"{name} has dtype {found.dtype} and shape {found.shape}, expected floats {shape}")
-    found = np.ascontiguousarray(found, np.float32)
+    expected = f"expected floats {'[T, C]' if axes == 2 else '[T]'}, at least one of each"
+    try:
+        found = np.asarray(value)
+    except Exception as err:  # whatever an array-like of another package raises
+        raise RequestError(f"{name} cannot be read as an array ({err}), {expected}") from err
+    is_number = found.dtype.kind in "fiu" or found.dtype.name == "bfloat16"
+    if found.ndim != axes or not found.size or not is_number:
+        raise RequestError(f"{name} has dtype {found.dtype} and shape {found.shape}, {expected}")
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(found, np.float32)
     if not np.isfinite(found).all():
         raise RequestError(f"{name} holds values that are not finite in float32, expected finite ones")
     return found

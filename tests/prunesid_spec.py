@@ -71,7 +71,7 @@ def select(
     x = x.astype(np.float32)
     T = len(x)
     need = budget + 1 if variant == "llava" else budget
-    groups = min(max(need // 4, 1 if variant == "llava" else 4), loadings.shape[1])
+    groups = min(max(need // 4, 1 if variant == "llava" else 4), loadings.shape[1], budget)
     group = loadings[:, :groups].argmax(1)
     if score is None:
         score = loadings[:, :groups].max(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -54,10 +55,27 @@ def ppexport(
     hub_url: str, cache: Path, *args: object, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: huggingface_hub reads the environment when it is imported."""
+    return python(hub_url, cache, "-m", "ppexport", *map(str, args), **environment)
+
+
+def python(hub_url: str, cache: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     env |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(cache), **environment}
-    command = [sys.executable, "-m", "ppexport", *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300)
+
+
+FETCH = """import sys
+from ppexport.exporters.hub import find
+found = find(sys.argv[1], sys.argv[2] or None)
+print(found.revision, found.path)"""
+
+
+def fetched(hub_url: str, cache: Path, name: str, revision: str = "", **environment: str) -> tuple[str, Path]:
+    """What a build fetches first: the commit, and the directory in the cache. Raises AssertionError."""
+    done = python(hub_url, cache, "-c", FETCH, name, revision, **environment)
+    assert done.returncode == 0, done.stderr
+    commit, path = done.stdout.split()
+    return commit, Path(path)
 
 
 def test_a_name_builds_as_its_directory_does(hub: Hub, repository: Path, tmp_path: Path) -> None:
@@ -89,13 +107,9 @@ def test_a_name_builds_as_its_directory_does(hub: Hub, repository: Path, tmp_pat
 
 
 def test_a_revision(hub: Hub, tmp_path: Path) -> None:
-    done = ppexport(
-        hub.url, tmp_path / "hf", "build", NAME, "--revision", "v1", "-o", tmp_path / "bundle", "-q"
-    )
-    assert done.returncode == 0, done.stderr
-    _, manifest = open_bundle(tmp_path / "bundle")
-    assert manifest.source.revision == OLD
-    assert manifest.stop_tokens == (7,)
+    commit, path = fetched(hub.url, tmp_path / "hf", NAME, "v1")
+    assert commit == OLD
+    assert json.loads((path / "generation_config.json").read_text()) == {"eos_token_id": 7}
 
 
 def test_a_token_opens_a_private_one(hub: Hub, tmp_path: Path) -> None:
@@ -103,8 +117,7 @@ def test_a_token_opens_a_private_one(hub: Hub, tmp_path: Path) -> None:
     done = ppexport(hub.url, tmp_path / "hf", *args)
     assert done.returncode == 1
     assert "it was not found, or it is private" in done.stderr
-    done = ppexport(hub.url, tmp_path / "hf", *args, HF_TOKEN="hf_opens")
-    assert done.returncode == 0, done.stderr
+    fetched(hub.url, tmp_path / "hf", "a/secret", HF_TOKEN="hf_opens")
 
 
 def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
@@ -157,8 +170,7 @@ def test_a_connection_that_breaks(hub: Hub, repository: Path, tmp_path: Path) ->
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "bundle").exists()
     hub.cut.clear()
-    done = ppexport(hub.url, tmp_path / "hf", *args)
-    assert done.returncode == 0, done.stderr
+    fetched(hub.url, tmp_path / "hf", NAME)
 
 
 def test_weights_that_are_no_safetensors(hub: Hub, repository: Path, tmp_path: Path) -> None:
@@ -205,6 +217,5 @@ def test_a_download_goes_on_where_it_stopped(hub: Hub, repository: Path, tmp_pat
     shutil.copyfile(repository / last.name, last)
     shutil.rmtree(tmp_path / "hf" / "hub" / "models--a--broken" / "trees", ignore_errors=True)
     hub.asked.clear()
-    done = ppexport(hub.url, tmp_path / "hf", *args)
-    assert done.returncode == 0, done.stderr
+    fetched(hub.url, tmp_path / "hf", "a/broken")
     assert hub.files() == {last.name}

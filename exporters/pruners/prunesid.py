@@ -234,7 +234,8 @@ def _budget(variant: str, budget: Term, information: Term, mean: Term) -> Budget
     budget = (information > 0.5).where(share, budget)
     need = budget + 1.0 if variant == "llava" else budget
     least = 1.0 if variant == "llava" else 4.0
-    return Budget(budget, need, (need / 4.0).map("Floor").clip(least, float(GROUPS)))
+    groups = (need / 4.0).map("Floor").clip(least, float(GROUPS))
+    return Budget(budget, need, groups.clip(high=budget))  # each of them keeps a token
 
 
 def _groups(loadings: Term, wanted: Budget) -> tuple[Term, Term, Term]:

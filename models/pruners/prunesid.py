@@ -15,6 +15,7 @@ from ..errors import RequestError
 GROUPS = 48  # semantic groups at most; budgets of more than four tokens for each have larger groups
 MOST_DIRECTIONS = 72  # that are followed: more than groups, so that the last of these are right, too
 MOST_TOKENS = 8192  # of an image: the graph compares all pairs
+MOST_BUDGET = 1 << 20
 VARIANTS = ("auto", "qwen", "llava")
 ORDERS = ("raster", "reference")
 MILLIONTHS = 1_000_000
@@ -24,27 +25,29 @@ MILLIONTHS = 1_000_000
 class PruneSID:
     """Keep at most so many tokens of each image: a few of every semantic group, the most telling ones.
 
-    Source: "Prune Redundancy, Preserve Essence" (PruneSID), its authors' code and paper; exact and the same in every
-    run, where theirs draws a random start. Raises RequestError for values out of range.
+    Source: "Prune Redundancy, Preserve Essence" (PruneSID), its authors' code and paper; the same in every run, and
+    what an exact decomposition gives but for a few tokens of large budgets, where theirs draws a random start. Raises
+    RequestError for values out of range.
     """
 
     name: ClassVar[str] = "prunesid"
     after: ClassVar[Literal["image", "vision"]] = "vision"
 
-    max_tokens: (
-        int  # of an image; nothing is dropped where there are no more. With ``dynamic`` the mean over images
-    )
+    # of an image; nothing is dropped where there are no more. With ``dynamic`` the mean over images
+    max_tokens: int
     # how tokens are scored: by their loading on the group's component ("qwen"), or by the attention that the class
     # token pays them ("llava", which counts that token in the budget). "auto": as the family has it
     variant: str = "auto"
-    order: str = (
-        "raster"  # of what is kept: as in the picture, or group by group as the authors have it ("reference")
+    # of what is kept: "raster", as in the picture, or "reference", group by group as in the authors' code (where "qwen"
+    # keeps more than 150, that is in the order of the picture, too)
+    order: str = "raster"
+    dynamic: bool = (
+        False  # pictures whose tokens resemble each other less get more of the budget, others at least 16
     )
-    dynamic: bool = False  # pictures whose tokens resemble each other less get more of the budget
     information: float = 0.7  # what such a picture has on average: 1 - the mean cosine of its tokens
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_tokens", integer("max_tokens", self.max_tokens, 1))
+        object.__setattr__(self, "max_tokens", integer("max_tokens", self.max_tokens, 1, MOST_BUDGET))
         information = number("information", self.information, "a number over 0, up to 2", 1e-6, 2)
         object.__setattr__(self, "information", information)
         for what, found, expected in (("variant", self.variant, VARIANTS), ("order", self.order, ORDERS)):
@@ -60,13 +63,14 @@ class PruneSID:
 
     def idle(self, tokens: int) -> str:
         """See Pruner."""
+        if not self.dynamic and tokens <= self.max_tokens:
+            return f"{tokens} token{'s' * (tokens != 1)}, within the budget of {self.max_tokens}"
         if tokens > MOST_TOKENS:
             raise RequestError(
                 f"prunesid takes up to {MOST_TOKENS} tokens of an image, found {tokens}; lower max_pixels, or prune "
                 "pixels first"
             )
-        fits = not self.dynamic and tokens <= self.max_tokens
-        return f"{tokens} tokens are within the budget of {self.max_tokens}" if fits else ""
+        return ""
 
     @property
     def directions(self) -> int:
