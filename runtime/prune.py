@@ -14,7 +14,8 @@ from ..models.errors import RequestError
 from ..models.family import Kept, View
 from ..models.pruners import Pruner
 from ..models.pruners.pixelprune import PixelPrune, prune_file
-from ..models.pruners.prunesid import PruneSID, start_block
+from ..models.pruners.prunesid import PruneSID
+from ..models.start_block import start_block
 from .backends.session import Backend, Buffer, Session, run
 
 

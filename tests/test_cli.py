@@ -46,7 +46,14 @@ def test_run_json_and_no_prune(tiny_bundle: Path) -> None:
     assert code == 0
     found = json.loads(out)
     assert found["images"] == [
-        {"width": 1024, "height": 768, "tokens": 768, "kept": 768, "reason": "pruning is off"}
+        {
+            "width": 1024,
+            "height": 768,
+            "tokens": 768,
+            "kept": 768,
+            "reason": "pruning is off",
+            "dropped": [],
+        }
     ]
     assert found["generated_tokens"] == 3
     assert set(found["milliseconds"]) == {"image", "prune", "reuse", "text", "vision", "prefill", "decode"}

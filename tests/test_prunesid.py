@@ -25,7 +25,8 @@ from ppexport.exporters.lowering.onnx_writer import Ops
 from ppexport.exporters.pruners.pixelprune import finish, output
 from ppexport.exporters.pruners.prunesid import selection
 from ppexport.models.pruners import prunesid
-from ppexport.models.pruners.prunesid import GROUPS, start_block
+from ppexport.models.pruners.prunesid import GROUPS
+from ppexport.models.start_block import start_block
 from ppexport.runtime import prune as runtime_prune
 from ppexport.runtime.backends.ort import OrtCpu
 

@@ -92,7 +92,7 @@ def test_command_of_the_page_on_pruning(command: str, clone: Path) -> None:
 
 def test_python_of_the_page_on_pruning(clone: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PRUNING, re.S)
-    expected = (r"297 0\.0 \n\[", r"Porto\n\(Dropped\(pruner='pixelprune', tokens=95.*\n\[")
+    expected = (r"297 0\.0 \n\[", r"Porto \(Dropped\(pruner='pixelprune', tokens=95.*\n\[")
     for block, said in zip(blocks, expected, strict=True):
         (clone / "block.py").write_text(block, encoding="utf-8")
         assert re.match(said, run("python block.py", clone))

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from ...models.pruners.prunesid import GROUPS, MILLIONTHS, MOST_DIRECTIONS, start_block
+from ...models.pruners.prunesid import GROUPS, MILLIONTHS, MOST_DIRECTIONS
+from ...models.start_block import start_block
 from ..lowering.algebra import Term, repeat
 from ..lowering.dialects import Dialect
 from ..lowering.onnx_writer import Ops
@@ -55,7 +56,7 @@ def prunesid_graph(variant: str, sizes: Sizes | None, dialect: Dialect) -> ir.Mo
     """Selection among the tokens of one image.
 
     Inputs: features [1 + L, K, D]; for "llava", score float32 [K]; without ``sizes``, which leaves D open, start
-    float32 [D, MOST_DIRECTIONS] (models.pruners.prunesid.start_block); directions int32 [p], 0 ... p - 1, whose length
+    float32 [D, MOST_DIRECTIONS] (models.start_block); directions int32 [p], 0 ... p - 1, whose length
     says how many are followed (PruneSID.directions); int32 [1] each: budget, at least 1; grouped, 1 to order by
     group and 0 as in the picture; information, the usual one of a picture in millionths, 0 for a fixed budget.
     Outputs: order int32 [K], the kept tokens and then the others; count int32 [1], how many are kept; group int32 [K];

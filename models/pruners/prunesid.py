@@ -3,11 +3,8 @@ exporters/pruners/prunesid.py, how they are run in runtime/prune.py."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
-
-import numpy as np
 
 from ..checks import integer, number
 from ..errors import RequestError
@@ -86,18 +83,3 @@ class PruneSID:
             "grouped": int(self.order == "reference"),
             "information": round(self.information * MILLIONTHS) if self.dynamic else 0,
         }
-
-
-@functools.lru_cache(maxsize=4)
-def start_block(width: int) -> np.ndarray:
-    """Directions that the search for components starts from: float32 [width, MOST_DIRECTIONS] in -1 ... 1.
-
-    Scrambled indices (the finalizer of SplitMix64, Steele et al. 2014): the same on every machine and forever.
-    """
-    bits = np.arange(width * MOST_DIRECTIONS, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
-    bits ^= bits >> np.uint64(31)
-    found = ((bits >> np.uint64(40)).astype(np.float64) / (1 << 23) - 1).astype(np.float32)
-    found.flags.writeable = False
-    return found.reshape(width, MOST_DIRECTIONS)
