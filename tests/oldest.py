@@ -28,6 +28,7 @@ RUNTIME_TESTS = (
     "cli",
     "bench",
     "privacy",
+    "prunesid",
 )
 TOOLS = ("pytest>=9,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7")
 

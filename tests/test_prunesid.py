@@ -1,4 +1,4 @@
-"""PruneSID in three parts: selection given the loadings, the loadings, the graph; then in bundles of every family."""
+"""PruneSID as it runs: what it selects against exact and stepwise references, and in bundles."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import prunesid_spec as spec
 import pytest
 from conftest import GOLDEN
@@ -19,11 +17,6 @@ from terminal import runner
 
 import ppexport
 from ppexport.cli import main
-from ppexport.exporters.lowering.algebra import Term
-from ppexport.exporters.lowering.dialects import DIALECTS
-from ppexport.exporters.lowering.onnx_writer import Ops
-from ppexport.exporters.pruners.pixelprune import finish, output
-from ppexport.exporters.pruners.prunesid import selection
 from ppexport.models.pruners import prunesid
 from ppexport.models.pruners.prunesid import GROUPS
 from ppexport.models.start_block import start_block
@@ -31,46 +24,6 @@ from ppexport.runtime import prune as runtime_prune
 from ppexport.runtime.backends.ort import OrtCpu
 
 SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
-CASES = sorted((GOLDEN / "prunesid").glob("*.npz"))
-
-
-def selection_session(variant: str) -> ort.InferenceSession:
-    """The part of the graph after the loadings."""
-    op = Ops()
-    features = ir.val("features", ir.DataType.FLOAT, ["K", "D"])
-    loadings = ir.val("loadings", ir.DataType.FLOAT, ["K", "p"])
-    numbers = [ir.val(name, ir.DataType.FLOAT, [1]) for name in ("budget", "grouped", "information")]
-    inputs = [features, loadings, *numbers]
-    score = None
-    if variant == "llava":
-        inputs.append(ir.val("score", ir.DataType.FLOAT, ["K"]))
-        score = Term(op, op("Unsqueeze", inputs[-1], op.ints([1])))
-    found = selection(variant, Term(op, features), Term(op, loadings), score, *(Term(op, n) for n in numbers))
-    outputs = [output(x, n, "K" if n != "count" else 1) for x, n in zip(found, ("order", "count", "group"))]  # noqa: B905
-    graph = finish(op, DIALECTS["ort"], inputs, outputs)
-    return ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.newest
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_selection_equals_the_authors_in_index_and_order(path: Path) -> None:
-    case = np.load(path)
-    variant = path.stem.partition("_")[0]
-    budget = int(case["need"]) - (variant == "llava")  # which counts the class token
-    given = {
-        "features": case["features"].astype(np.float32),
-        "loadings": case["loadings"],
-        "budget": np.array([budget], np.float32),
-        "grouped": np.ones(1, np.float32),
-        "information": np.zeros(1, np.float32),
-    }
-    if variant == "llava":
-        given["score"] = case["score"]
-    order, count, group = selection_session(variant).run(None, given)
-    assert order[: count[0]].tolist() == case["order"].tolist()
-    assert group.tolist() == case["loadings"].argmax(1).tolist()
-    score = case["score"] if variant == "llava" else None
-    assert spec.select(variant, case["features"], case["loadings"], budget, score) == case["order"].tolist()
 
 
 @pytest.mark.parametrize(("budget", "least"), [(64, 0.99), (128, 0.99), (192, 0.94)])
@@ -286,31 +239,6 @@ def test_the_command_line(pocket_bundle: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "prunesid 20" in done.output
-
-
-@pytest.mark.newest
-@pytest.mark.parametrize("dialect", ["standard", "plain"])
-def test_the_graph_compiles_for_tensorrt_rtx(dialect: str, tmp_path: Path) -> None:
-    """With its number of tokens and of groups open, and without TF32."""
-    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="tensorrt-rtx is not installed")
-    from ppexport.exporters.pruners import Sizes
-    from ppexport.exporters.pruners.prunesid import graphs
-    from ppexport.runtime.backends import trt_api
-
-    sizes = Sizes(32, 3, 256, ir.DataType.BFLOAT16)
-    (graph,) = graphs(sizes, DIALECTS[dialect]).values()
-    builder = trt.Builder(trt_api.logger(trt))
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, trt_api.logger(trt))
-    parsed = parser.parse(ir.to_proto(graph).SerializeToString())
-    assert parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    profile = builder.create_optimization_profile()
-    profile.set_shape("features", (4, 1, 256), (4, 576, 256), (4, 2048, 256))
-    profile.set_shape("directions", (9,), (24,), (72,))
-    config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config).nbytes > 0
 
 
 @pytest.mark.newest
