@@ -59,6 +59,7 @@ def run(
     asked: list[tuple[str, Stats]] = []
     pruners = prune()  # reads the bundle
     pipe = load(bundle, device, min_pixels, max_pixels, threads, verify, 0 if no_reuse else REUSE)
+    pipe.load_pruners(pruners)
     for i, prompt in enumerate(prompts):
         answer = pipe.generate(prompt, images, pruners, **generation)
         with EndsLine() as out:

@@ -91,9 +91,7 @@ class Pipeline:
         self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
         self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
         self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
-        for pruner in self.prune:
-            if pruner.after == "vision":
-                self.feature_pruners.graphs.session(pruner.graph)  # now, not with the first request
+        self.load_pruners()
         self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
         dialect = manifest.graphs["language"].dialect
         # first: loading the largest graph takes the most memory
@@ -235,6 +233,15 @@ class Pipeline:
         """What a request's ``prune`` stands for. Raises RequestError."""
         default = isinstance(prune, str) and prune == "default"
         return self.prune if default else listed(prune, " or 'default'")
+
+    def load_pruners(self, prune: PruneLike = "default") -> None:
+        """Load the graphs that prune features now, rather than with the first request that names them.
+
+        Raises RequestError for what is no pruner, and where the bundle lacks a graph.
+        """
+        for pruner in self.pruners_of(prune):
+            if pruner.after == "vision":
+                self.feature_pruners.graphs.session(pruner.graph)
 
     def pixels(self, image: ImageLike) -> tuple[np.ndarray, Views]:
         """An image as the model takes it, uint8 [H, W, 3], and how it looks at it. Raises ImageError, RequestError."""

@@ -218,6 +218,16 @@ def test_together_is_alone_and_what_was_computed_is_found_again(pipe: ppexport.P
     assert again.stats.reused_tokens == alone[1].stats.prompt_tokens - 1
 
 
+def test_the_graph_is_loaded_ahead(pocket_bundle: Path) -> None:
+    pipe = ppexport.load(pocket_bundle)
+    loaded = pipe.feature_pruners.graphs._sessions
+    assert loaded == {}
+    pipe.load_pruners(ppexport.PixelPrune())
+    assert loaded == {}
+    pipe.load_pruners(ppexport.PruneSID(20))
+    assert list(loaded) == ["prunesid.qwen.onnx"]
+
+
 def test_a_model_without_class_token(pipe: ppexport.Pipeline) -> None:
     with pytest.raises(ppexport.RequestError, match="has no graph for the pruner prunesid.llava"):
         pipe.encode(SCREEN, ppexport.PruneSID(20, variant="llava"))
