@@ -18,8 +18,8 @@ from machine import describe
 import ppexport
 from ppexport.eval import evaluate
 from ppexport.runtime.sequence import PruneLike
+from ppexport.workloads.screens import SKILLS
 
-SKILLS = ("read", "transcribe", "locate", "yesno")
 SETTINGS: dict[str, PruneLike] = {
     "off": None,
     "PixelPrune": ppexport.PixelPrune(),

@@ -129,9 +129,8 @@ def build(
     from . import progress
     from .build_bundle import build as build_bundle
     from .build_bundle import compile_in_place
-    from .models.pruners import Pruner
+    from .models.pruners import Pruner, with_budget
     from .models.pruners.pixelprune import PixelPrune
-    from .models.pruners.prunesid import PruneSID
 
     wanted = weights_of(options)
     calibration = calibration_of(options)
@@ -150,9 +149,9 @@ def build(
         if output is None:
             compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:
-            prune: list[Pruner] | None = None if no_prune else [PixelPrune(**settings)]
+            prune: tuple[Pruner, ...] | None = None if no_prune else (PixelPrune(**settings),)
             if prune and prunesid:
-                prune.append(PruneSID(prunesid))
+                prune = with_budget(prune, prunesid)
             build_bundle(
                 source,
                 output,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -19,10 +20,11 @@ from .models.files import write_whole
 from .models.pruners.pixelprune import PREDICTORS, PixelPrune
 from .overlay import overlay as drawn
 from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
-from .runtime.pipeline import load
 from .runtime.prune import Selection
 from .runtime.selector import packaged_selector, select, select_frames
-from .runtime.sequence import PruneLike
+
+if TYPE_CHECKING:
+    from .runtime.sequence import PruneLike
 
 LEVELS = (0, 1, 2, 3, 5, 8, 13, 20, 32, 64)  # tau in 1 / 255, of a sweep
 PLOTS = (".png", ".svg", ".pdf")
@@ -76,6 +78,8 @@ def _selections(
     images: Sequence[str], prune: PruneLike, bundle: str | None, frames: bool, sizes: dict[str, int]
 ) -> list[Selection]:
     if bundle is not None:
+        from .runtime.pipeline import load  # pixels alone need no model
+
         limits = (sizes.get("min_pixels"), sizes.get("max_pixels"))
         with load(bundle, "auto", *limits) as pipe:
             return [pipe.encode(image, prune).selection for image in images]

@@ -102,9 +102,8 @@ def components(x: Term, start: Term) -> Term:
     op = x.op
     squashed = x.map("Sigmoid")
     A = squashed - squashed.over("Mean", 1)
-    squashed = x.T.map(
-        "Sigmoid"
-    )  # the same once more: ONNX Runtime is slower where it reads A by its columns
+    # the same once more: ONNX Runtime is slower where it reads A by its columns
+    squashed = x.T.map("Sigmoid")
     A_T = squashed - squashed.over("Mean", 0)
     numbers = _numbered(start, 1)
     eye = Term(op, op("Unsqueeze", numbers.value, op.ints([1]))).equals(numbers)
