@@ -67,12 +67,13 @@ def plan(
     dialect: str = "ort",
     engines: bool = False,
     calibrated: int = 0,
-    prune: Sequence[Pruner] = (PixelPrune(),),
+    prune: Callable[[Sequence[Pruner]], Sequence[Pruner]] = lambda own: own,
     revision: str | None = None,
 ) -> Plan:
     """Open and check a checkpoint and estimate what its bundle needs (``engines``: they will be compiled from it).
 
-    ``calibrated``: images that matrices in int4 are fitted to; ``prune``: what the bundle says where requests do not.
+    ``calibrated``: images that matrices in int4 are fitted to; ``prune``: given the family's pruners, those of requests
+    that do not say how to prune.
     ``revision``: of a checkpoint on the hub. Raises CheckpointError.
     """
     checkpoint = Checkpoint.open(path, revision)
@@ -106,7 +107,8 @@ def plan(
     if calibrated:
         per_value, per_unit = CALIBRATION_RAM
         ram += per_value * largest + per_unit * checkpoint.config.vision.ffn
-    return Plan(checkpoint, precision, dialect, pre, tuple(prune), weights, disk, ram, tuple(notices))
+    pruners = tuple(prune(checkpoint.family.prune))
+    return Plan(checkpoint, precision, dialect, pre, pruners, weights, disk, ram, tuple(notices))
 
 
 def _check_head(head_dim: int, dialect: str) -> None:
@@ -160,7 +162,13 @@ def export(
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision.base, kinds[name])
     progress("trace", 3, 3)
-    sizes = Sizes(config.vision.block, config.levels, config.text.width, graphs.PRECISIONS[plan.compute])
+    sizes = Sizes(
+        config.vision.block,
+        config.levels,
+        config.text.width,
+        graphs.PRECISIONS[plan.compute],
+        config.vision.width if config.vision.class_token else 0,
+    )
     for name, graph in pruning_graphs(sizes, dialect).items():
         ir.save(graph, directory / name)
     with tempfile.TemporaryDirectory(dir=directory) as moments_directory:

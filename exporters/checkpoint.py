@@ -77,7 +77,11 @@ class Checkpoint:
         source = find(checkpoint, revision, _configuration)
         path = source.path
         raw, family, config, notices = _configuration(path)
-        entries = _named(_entries(path), family)
+        entries = {
+            name: entry
+            for name, entry in _named(_entries(path), family).items()
+            if not family.unused(config, name)
+        }
         if config.text.tied_head and family.head in entries:
             config = _judge_head(config, family, entries, str(raw.get("transformers_version")), notices)
         _check(entries, family, config)
@@ -110,7 +114,8 @@ class Checkpoint:
             if weight.layout == "transpose":
                 return tensor.t().contiguous()
             if weight.layout == "patch":
-                merged = tensor.float().sum(2).permute(2, 3, 1, 0)  # [D, C, F, p, p] -> [p, p, C, D]
+                summed = tensor.float().sum(2) if tensor.ndim == 5 else tensor.float()
+                merged = summed.permute(2, 3, 1, 0)  # [C, 3, p, p] -> [p, p, 3, C]
                 return merged.reshape(-1, tensor.shape[0]).contiguous()
             return tensor.clone()
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ..models.config import ModelConfig, Preprocessing
 from ..models.errors import CheckpointError
+from ..models.family import View
 from ..models.progress import Progress
 from .checkpoint import Checkpoint
 from .lowering import ops
-from .run_model import EagerModel, Sample
+from .run_model import EagerModel, Look, Sample
 
 LIMIT = 65504 / 8  # room for pictures that excite the model more than the ones tried here
 ALWAYS = ("norm", "positions")
@@ -82,7 +83,7 @@ def measure(
     with ops.watching(watcher):
         for tried in (_screens_and_text(checkpoint.config, screens), *samples):
             graph = "vision"
-            features = model.features([tried.image], [tried.keep])
+            features = model.features(tried.looks)
             graph = "language"
             model.logits(tried.ids, tried.feature_rows, np.ascontiguousarray(tried.positions), features, 1)
     return {name: dict(kinds) for name, kinds in largest.items()}
@@ -90,9 +91,16 @@ def measure(
 
 def _screens_and_text(config: ModelConfig, image: np.ndarray) -> Sample:
     """Synthetic screens, of which everything is kept, and some text."""
-    K = image.shape[0] * image.shape[1] // config.vision.block**2
+    c = config.vision
+    if c.side:  # their upper left part, over and over where that is smaller
+        rows, columns = (np.arange(c.side) % n for n in image.shape[:2])
+        image = np.ascontiguousarray(image[rows][:, columns])
+    height, width = image.shape[:2]
+    view = View((0, 0, height, width), (height // c.block, width // c.block))
+    K = view.total
     keep = np.arange(K, dtype=np.int32)
     text = np.arange(TEXT, dtype=np.int32) * max(1, config.text.vocab // (TEXT + 1))
     positions = np.broadcast_to(np.arange(K + TEXT, dtype=np.int32), (config.axes, K + TEXT))
     ids = np.concatenate([np.zeros(K, np.int32), text])
-    return Sample(image, keep, ids, np.concatenate([keep, np.full(TEXT, -1, np.int32)]), positions)
+    rows = np.concatenate([keep, np.full(TEXT, -1, np.int32)])
+    return Sample((Look(image, view, keep),), ids, rows, positions)

@@ -37,7 +37,7 @@ def compute_precision(precision: str, dialect: Dialect) -> str:
 def vision_graph(
     model: ModelConfig, dialect: Dialect, precision: str = "fp32", float32_kinds: Sequence[str] = ()
 ) -> ir.Model:
-    """The vision tower: inputs image, keep and what else it takes; output features (see the tower's forward).
+    """The vision tower: inputs image, keep and what else it takes; outputs features and what else it gives.
 
     ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py).
     """
@@ -64,7 +64,7 @@ def trace_vision(
     with FakeTensorMode():
         tower = TOWERS[model.tower].Tower(model, cast_first, dtype, float32_kinds)
         others = TOWERS[model.tower].other_inputs(model.vision)
-        sizes = {"K": 5, "G": 3}
+        sizes = {"K": 5, "G": 3, "U": 4}
         args = (
             torch.empty(3 * block, 4 * block, 3, dtype=torch.uint8),
             torch.empty(sizes["K"], dtype=torch.int32),
@@ -73,13 +73,14 @@ def trace_vision(
                 for shape in others.values()
             ),
         )
-    axes = {"K": Dim("K", max=1 << 24), "G": Dim("G", max=1 << 24)}
+    axes = {name: Dim(name, max=1 << 24) for name in sizes}
     shapes = (
         {0: block * Dim("rows", max=4096), 1: block * Dim("cols", max=4096)},
         {0: axes["K"]},
         *({i: axes[n] for i, n in enumerate(shape) if isinstance(n, str)} for shape in others.values()),
     )
-    graph = _trace(tower, args, shapes, ["image", "keep", *others], ["features"])
+    outputs = ["features", *(output.name for output in model.other_outputs)]
+    graph = _trace(tower, args, shapes, ["image", "keep", *others], outputs)
     graph.graph.inputs[0].shape = ir.Shape(["H", "W", 3])
     return graph
 

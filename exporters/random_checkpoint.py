@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
-    sections: tuple[int, int, int]  # mRoPE
+    sections: tuple[int, ...]  # mRoPE; none: positions on one axis
     # of the vision tower
     depth: int
     vision_width: int
@@ -44,9 +44,23 @@ class Shape:
     marked: tuple[
         int, ...
     ] = ()  # blocks with deepstack levels (Qwen3-VL), or that see the whole image (Qwen2.5-VL)
+    # of LLaVA
+    text: str = "llama"  # model_type of the decoder
+    side: int = 336  # pixels of a view
 
 
+TINY_LLAVA = Shape(2, 64, 128, 4, 4, 16, VOCAB + 1, False, (), 4, 64, 128, 4, side=84)
+LLAVA_300M = Shape(16, 1024, 3072, 16, 16, 64, 32000, False, (), 13, 768, 3072, 12)
+VICUNA_7B = Shape(32, 4096, 11008, 32, 32, 128, 32064, False, (), 24, 1024, 4096, 16)
+MISTRAL_7B = Shape(32, 4096, 14336, 32, 8, 128, 32064, False, (), 24, 1024, 4096, 16, text="mistral")
 SHAPES: dict[str, dict[str, Shape]] = {
+    "llava": {"tiny": TINY_LLAVA, "300m": LLAVA_300M, "7b": VICUNA_7B},
+    "llava_next": {
+        "tiny": replace(TINY_LLAVA, kv_heads=2, text="mistral"),
+        "300m": LLAVA_300M,
+        "7b": VICUNA_7B,
+        "mistral_7b": MISTRAL_7B,
+    },
     "qwen2_vl": {
         "tiny": Shape(2, 64, 128, 4, 2, 16, VOCAB + 1, False, (2, 3, 3), 3, 64, 256, 4),
         "300m": Shape(16, 1024, 4096, 16, 4, 64, 32000, True, (8, 12, 12), 12, 768, 3072, 12),
@@ -74,8 +88,14 @@ SHAPES: dict[str, dict[str, Shape]] = {
 
 def random_config(family: str, shape: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """A config.json of a family at one of its SHAPES, with the keys that published checkpoints have."""
-    config = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}[family]
-    return config(SHAPES[family][shape], dtype)
+    made = {
+        "llava": _llava,
+        "llava_next": _llava_next,
+        "qwen2_vl": _qwen2_vl,
+        "qwen2_5_vl": _qwen2_5_vl,
+        "qwen3_vl": _qwen3_vl,
+    }
+    return made[family](SHAPES[family][shape], dtype)
 
 
 def _top(family: str, architecture: str, c: Shape, dtype: str) -> dict[str, Any]:
@@ -89,6 +109,48 @@ def _top(family: str, architecture: str, c: Shape, dtype: str) -> dict[str, Any]
         "vision_start_token_id": IDS["<|vision_start|>"],
         "vision_end_token_id": IDS["<|vision_end|>"],
     }
+
+
+def _llava(c: Shape, dtype: str) -> dict[str, Any]:
+    text = {**_decoder(c), "model_type": c.text, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+    text |= {"max_position_embeddings": 4096, "tie_word_embeddings": c.tied}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": c.vision_width,
+        "intermediate_size": c.vision_ffn,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.vision_heads,
+        "image_size": c.side,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": dtype,
+        "tie_word_embeddings": c.tied,
+        "image_token_index": IDS["<|image_pad|>"],
+        "image_seq_length": (c.side // 14) ** 2,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
+def _llava_next(c: Shape, dtype: str) -> dict[str, Any]:
+    own = {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}
+    config = {**_llava(c, dtype), **own, "image_grid_pinpoints": _pinpoints(c.side)}
+    if c.text == "mistral":
+        config["text_config"] |= {"sliding_window": None, "max_position_embeddings": 32768}
+        config["text_config"] |= {"rope_theta": 1000000.0}
+    return config
+
+
+def _pinpoints(side: int) -> list[list[int]]:
+    """Heights and widths of LLaVA-NeXT, in views of ``side`` pixels."""
+    return [[rows * side, columns * side] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 
 
 def _decoder(c: Shape) -> dict[str, Any]:
@@ -210,9 +272,7 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
         for name in names:
             tensor = torch.empty(shapes[name], dtype=torch.bfloat16 if dtype != torch.float32 else dtype)
             tensor.normal_(0.0, 0.02, generator=generator)
-            if name.endswith(("norm.weight", ".ln_q.weight")) or (
-                ".norm" in name and name.endswith("weight")
-            ):
+            if name.endswith("weight") and len(shapes[name]) == 1:  # of a norm
                 tensor += 1
             tensors[name] = tensor.to(dtype)
             where[name] = file
@@ -226,7 +286,28 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
 def write_text_files(directory: Path, family: str = "qwen3_vl") -> None:
     """Write the byte-level tokenizer, the family's chat template, generation and preprocessor configuration."""
     named = FAMILIES[family]
-    patch = 16 if family == "qwen3_vl" else 14
+    pre = named.preprocessing
+    processor: dict[str, Any] = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": 16 if family == "qwen3_vl" else 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": {"shortest_edge": pre.min_pixels, "longest_edge": 2359296},
+    }
+    if family in ("llava", "llava_next"):
+        side = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vision_config"][
+            "image_size"
+        ]
+        processor = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": side},
+            "crop_size": {"height": side, "width": side},
+        }
+    if family == "llava_next":
+        processor |= {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": _pinpoints(side),
+        }
     byte_tokenizer().save(str(directory / "tokenizer.json"))
     files = {
         "tokenizer_config.json": {
@@ -235,19 +316,12 @@ def write_text_files(directory: Path, family: str = "qwen3_vl") -> None:
             "pad_token": "<|endoftext|>",
         },
         "generation_config.json": {"eos_token_id": [IDS["<|im_end|>"], IDS["<|endoftext|>"]]},
-        "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "patch_size": patch,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "size": {"shortest_edge": named.preprocessing.min_pixels, "longest_edge": 2359296},
-            "image_mean": named.preprocessing.mean,
-            "image_std": named.preprocessing.std,
-        },
+        "preprocessor_config.json": {**processor, "image_mean": pre.mean, "image_std": pre.std},
     }
     for name, value in files.items():
         (directory / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(named.chat_template, encoding="utf-8")
+    template = named.chat_template.replace("<image>", "<|image_pad|>")  # as the tokenizer has it
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 @click.command()

@@ -28,13 +28,21 @@ OnInput = Callable[[str, str, Tensor], None]  # graph, weight [in, out], what it
 
 
 @dataclass(frozen=True)
+class Look:
+    """One run of the vision tower."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3] of the view
+    view: View
+    keep: np.ndarray  # int32 [K], which of its tokens the tower sees
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image and a prompt about it."""
 
-    image: np.ndarray  # uint8 [H, W, 3], resized
-    keep: np.ndarray  # int32 [K], which of its tokens are kept
+    looks: tuple[Look, ...]
     ids: np.ndarray  # int32 [S] without the placeholders of dropped tokens
-    feature_rows: np.ndarray  # int32 [S], the kept token that stands there, -1 for text
+    feature_rows: np.ndarray  # int32 [S], the row of the features that stands there, -1 for text
     positions: np.ndarray  # int32 [A, S]
 
 
@@ -59,32 +67,32 @@ class EagerModel:
         self.progress = progress
         self.on_input = on_input
 
+    def features(self, looks: Sequence[Look]) -> np.ndarray:
+        """All views of one image -> its features, float32 [1 + L, K, D]; what ends its rows, if there is that, last."""
+        seen = self.seen(looks)
+        return np.concatenate([*(view["features"] for view in seen), *newline_of(seen)], axis=1)
+
     @torch.no_grad()
-    def features(self, images: Sequence[np.ndarray], keeps: Sequence[np.ndarray]) -> np.ndarray:
-        """Images uint8 [H, W, 3], resized, and their kept indices -> features, float32 [1 + L, K, D]."""
+    def seen(self, looks: Sequence[Look]) -> list[dict[str, np.ndarray]]:
+        """Of each view, what the vision graph gives: output -> float32."""
         model = self.checkpoint.config
         with torch.device("meta"):
             tower = TOWERS[model.tower].Tower(model)
+        names = ["features", *(output.name for output in model.other_outputs)]
         found = []
-        for i, (image, keep) in enumerate(zip(images, keeps, strict=True)):
+        for i, look in enumerate(looks):
             constants = TOWERS[model.tower].constants(model, self.pre)
             steps = self._steps(f"image {i + 1}", model.vision.depth)
+            others = self.checkpoint.family.tower_inputs(model, look.view, look.keep)
             with (
                 self._shown("vision", tower),
                 streamed(self.checkpoint, tower, "vision", "blocks", constants, steps),
             ):
-                given = {"image": image, "keep": keep, **self._others(image, keep)}
-                features = tower(**{name: torch.from_numpy(np.array(x)) for name, x in given.items()})
-            found.append(features.numpy())
-        return np.concatenate(found, axis=1)
-
-    def _others(self, image: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
-        """What the tower takes besides; see Family.tower_inputs."""
-        model = self.checkpoint.config
-        height, width = image.shape[:2]
-        block = model.vision.block
-        view = View((0, 0, height, width), (height // block, width // block))
-        return self.checkpoint.family.tower_inputs(model, view, keep)
+                given = {"image": look.pixels, "keep": look.keep, **others}
+                made = tower(**{name: torch.from_numpy(np.array(x)) for name, x in given.items()})
+            values = made if isinstance(made, tuple) else (made,)
+            found.append({name: value.numpy() for name, value in zip(names, values, strict=True)})
+        return found
 
     @torch.no_grad()
     def logits(
@@ -147,3 +155,8 @@ class EagerModel:
             self.progress(f"{self.stage}: {phase}", done, total)
 
         return step
+
+
+def newline_of(seen: Sequence[dict[str, np.ndarray]]) -> list[np.ndarray]:
+    """What ends the rows of an image, [1 + L, 1, D], where there is that, from what the tower made of its views."""
+    return [seen[0]["newline"]] if "newline" in seen[0] else []

@@ -4,7 +4,7 @@ Dimension letters used in the whole project:
     B batch, S sequence, K kept merged tokens, N merged tokens of the full grid, P positions whose logits are wanted,
     H, W image height and width in pixels, D width of the language model, V vocabulary, M cache capacity,
     L deepstack levels, T patches in the vision tower (K * merge**2), G windows of it that keep any, A axes of a
-    position
+    position, C width of the vision tower, U kept tokens that are of the image and not of what was put around it
 """
 
 from __future__ import annotations
@@ -24,16 +24,23 @@ class VisionConfig:
     merge: int  # patches per merged-token side
     temporal_patch: int  # frames per patch; a still image is repeated
     out_width: int  # D of the language model
-    positions: int = 0  # entries of the learned position table (a square grid); 0: there is none
+    positions: int = (
+        0  # entries of the learned position table (a square grid, after the class token's); 0: none
+    )
     deepstack: tuple[int, ...] = ()  # blocks whose output is merged and handed to the first language layers
     channels: int = 3
     patch_bias: bool = True
     norm: str = "layer"  # kind of norm, "layer" or "rms"
     norm_eps: float = 1e-6
-    mlp: str = "gelu_tanh"  # "gelu_tanh" and "quick_gelu" with one matrix into the MLP, "gated_silu" with two
+    mlp: str = "gelu_tanh"  # "gelu_tanh", "gelu" and "quick_gelu" with one matrix into the MLP, "gated_silu" with two
     rope_theta: float = 10000.0
     window: int = 0  # side of the windows that patches attend within, in merged tokens; 0: they attend to all
     full_blocks: tuple[int, ...] = ()  # blocks in which they attend to all in spite of the windows
+    side: int = 0  # pixels per side of every view; 0: views have any size
+    class_token: bool = False  # a token of no patch goes first; what attention it pays the others scores them
+    projector_bias: bool = True  # of the layers between such a tower and the decoder
+    # height and width in pixels of the grids of views that an image may be shown in, besides the whole; none: only that
+    pinpoints: tuple[tuple[int, int], ...] = ()
 
     @property
     def head_dim(self) -> int:
@@ -97,6 +104,15 @@ class State:
 
 
 @dataclass(frozen=True)
+class Output:
+    """What a vision graph gives besides the features."""
+
+    name: str
+    shape: tuple[int | str, ...]  # "U": an entry for each token
+    dtype: str = "compute"  # what the graph calculates in; or "float32", whatever it does
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """Decoder with grouped-query attention and rotary positions."""
 
@@ -143,6 +159,19 @@ class ModelConfig:
         """L, what the vision tower gives besides the embeddings."""
         return len(self.vision.deepstack)
 
+    @property
+    def other_outputs(self) -> tuple[Output, ...]:
+        """What the vision graph gives besides the features."""
+        c = self.vision
+        if not c.class_token:
+            return ()
+        found = (
+            Output("hidden", ("U", c.width)),
+            Output("score", ("U",), "float32"),
+            Output("class_feature", (1, 1, c.out_width)),
+        )
+        return (*found, Output("newline", (1, 1, c.out_width))) if c.pinpoints else found
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -152,6 +181,9 @@ class Preprocessing:
     max_pixels: int  # and at most this many
     mean: tuple[float, float, float]  # on pixels in [0, 1]
     std: tuple[float, float, float]
+    # of towers with views of one size: pixels of the shorter side, whose middle is then cut out; 0: both get the view's
+    shortest_edge: int = 0
+    pad_to_square: bool = False  # first, with the mean colour
 
 
 @dataclass(frozen=True)
@@ -159,7 +191,8 @@ class Weight:
     """Where an initializer of a graph comes from in the checkpoint, and how it is laid out there.
 
     ``layout`` is ``"same"``, ``"transpose"`` (a linear layer stored [out, in], used as [in, out]) or ``"patch"``
-    (a Conv3d kernel [D, C, F, p, p], used as [p * p * C, D]: the frames are summed, a still image repeats itself).
+    (a kernel [C, 3, F, p, p] or [C, 3, p, p], used as [p * p * 3, C]: the frames are summed, a still image repeats
+    itself).
     """
 
     source: str  # tensor name in the checkpoint

@@ -94,7 +94,7 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
         known = set(
             profiles.AXES["prefill"] + ("B", "P", "M") if graph == "language" else profiles.AXES[graph]
         )
-        known |= {"G"} if graph == "vision" and manifest.model.vision.window else set()
+        known |= set(profiles.further_axes(manifest.model.vision)) if graph == "vision" else set()
         axes = {axis for names in engine.axes.values() for axis in names} - {""}
         if Path(engine.file).name != engine.file or not engine.profiles or not axes <= known:
             raise BundleError(

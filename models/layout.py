@@ -7,55 +7,72 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .errors import RequestError
-from .family import Kept, Prompt
+from .family import Kept, Placed, Prompt
 
-Place = Callable[[Kept], tuple[np.ndarray, int]]
+Place = Callable[[Kept], Placed]
 
 
 def lay_out(ids: np.ndarray, image_token: int, kept: Sequence[Kept], axes: int, place: Place) -> Prompt:
-    """Give every token of the full grids its position, then take what is kept, images in the order of their ``keep``.
+    """Put what is left of every image where its placeholders stand; text counts on by one on all axes.
 
-    ids int32 [S'], every image as a run of its N placeholders. Text counts on by one on all axes. ``place`` says where
-    the tokens of an image stand, int32 [axes, N] counted from its beginning, and how far the text after it moves on.
-    With one axis, placeholder 9 and an image of two tokens that ``place`` puts at 0 and 0 and gives one position,
-    [5, 9, 9, 6] stands at 0, 1, 1, 2. Raises RequestError if placeholders and images do not match.
+    ids int32 [S'], every image as a run of placeholders. ``place`` says what stands there instead, and how far the text
+    after it moves on. With one axis, placeholder 9 and an image of which two tokens are left, at 0 and 0 and followed
+    by a text at 1, [5, 9, 9, 9, 6] becomes [5, 9, 9, 6] at 0, 1, 1, 2. Raises RequestError if placeholders and images
+    do not match.
     """
-    starts = _image_starts(ids == image_token, [image.total for image in kept])
-    S = len(ids)
-    positions = np.empty((axes, S), np.int32)
-    image_of = np.full(S, -1, np.int32)
-    taken = []
+    runs = [image.shown.placeholders for image in kept]
+    starts = _image_starts(ids == image_token, runs)
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []  # ids, positions, rows, image
+    first_rows = []
     done = 0
     position = 0
+    row = 0
+
+    def text(end: int) -> None:
+        nonlocal position
+        n = end - done
+        at = np.broadcast_to(position + np.arange(n), (axes, n))
+        parts.append((ids[done:end], at, np.full(n, -1), -1))
+        position += n
+
     for number, (start, image) in enumerate(zip(starts, kept, strict=True)):
-        end = start + image.total
-        positions[:, done:start] = position + np.arange(start - done)
-        position += start - done
-        within, advance = place(image)
-        positions[:, start:end] = position + within
-        position += advance
-        image_of[start:end] = number
-        taken += [np.arange(done, start), start + image.keep]
-        done = end
-    positions[:, done:] = position + np.arange(S - done)
-    next_position = position + S - done
-    kept_tokens = np.concatenate([*taken, np.arange(done, S)])
-    image_of = image_of[kept_tokens]
-    rows = np.where(image_of >= 0, np.cumsum(image_of >= 0) - 1, -1).astype(np.int32)
+        text(start)
+        placed = place(image)
+        n = len(placed.rows)
+        parts.append((np.full(n, image_token), position + placed.positions, row + placed.rows, number))
+        first_rows.append(row)
+        position += placed.advance
+        row += placed.count if n else 0
+        done = start + image.shown.placeholders
+    text(len(ids))
+    image_of = np.concatenate([np.full(len(part[0]), part[3]) for part in parts])
     return Prompt(
-        ids[kept_tokens].astype(np.int32), positions[:, kept_tokens], image_of, rows, next_position, S
+        ids=np.concatenate([part[0] for part in parts]).astype(np.int32),
+        positions=np.concatenate([part[1] for part in parts], axis=1).astype(np.int32),
+        image_of=image_of.astype(np.int32),
+        feature_rows=np.concatenate([part[2] for part in parts]).astype(np.int32),
+        first_rows=np.array(first_rows, np.int32),
+        next_position=position,
+        full_length=len(ids),
     )
 
 
-def on_grid(image: Kept) -> tuple[np.ndarray, int]:
+def on_grid(image: Kept) -> Placed:
     """Positions of Qwen's multimodal rotary embedding: (0, row, column); text goes on after the longer side.
 
-    Source: transformers ``get_rope_index`` of models/qwen3_vl.
+    Kept tokens have those of the full grid. Source: transformers ``get_rope_index`` of models/qwen3_vl.
     """
-    (view,) = image.views
+    (view,) = image.shown.views
     rows, columns = view.grid
-    row, column = np.divmod(np.arange(view.total), columns)
-    return np.stack([np.zeros(view.total, int), row, column]), max(rows, columns)
+    row, column = np.divmod(image.keep, columns)
+    n = len(image.keep)
+    return Placed(np.arange(n), np.stack([np.zeros(n, int), row, column]), max(rows, columns), n)
+
+
+def one_after_the_other(rows: np.ndarray, count: int) -> Placed:
+    """Positions that count on as for text: rows int32 [n] of ``count`` stand at 0 ... n - 1."""
+    n = len(rows)
+    return Placed(rows, np.arange(n)[None], n, count)
 
 
 def _image_starts(is_image: np.ndarray, totals: Sequence[int]) -> list[int]:
@@ -69,6 +86,6 @@ def _image_starts(is_image: np.ndarray, totals: Sequence[int]) -> list[int]:
         edges = np.flatnonzero(np.diff(np.concatenate([[False], is_image, [False]]).astype(np.int8)))
         raise RequestError(
             f"the prompt has image placeholders in runs of {(edges[1::2] - edges[::2]).tolist()} tokens, expected "
-            f"{list(totals)} (the full grids of {len(totals)} images)"
+            f"{list(totals)} (of {len(totals)} whole images)"
         )
     return [int(where[end - total]) for end, total in zip(ends, totals, strict=True)]

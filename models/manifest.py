@@ -14,7 +14,7 @@ from .precision import BITS, BYTES, PARTS, Precision
 from .pruners import PruneSetting, listed, pruners_of
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 5
+SCHEMA = 6
 GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
 MOST_SIDE = 1 << 20  # of a state

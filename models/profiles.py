@@ -30,17 +30,18 @@ MEANING = {
     "W": "width in pixels",
     "K": "kept image tokens",
     "G": "windows with kept tokens",
+    "U": "kept tokens of the image itself",
     "S": "tokens of the prompt",
     "B": "sequences",
     "P": "positions with logits",
     "M": "tokens in the cache",
 }
 IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"
-FLAG = {**dict.fromkeys("HWKG", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
+FLAG = {**dict.fromkeys("HWKGU", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
 MOST_SIDE = 1 << 17
 MOST_PIXELS = 100_000_000
 # Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1, and G
-# (windows of a tower that has some) follows from the others.
+# (windows of a tower that has some) and U (what a view shows of its image) follow from the others.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
 
@@ -67,7 +68,8 @@ def defaults(model: ModelConfig, context: int, max_pixels: int, capacity: int) -
         raise RequestError(f"max_pixels is {max_pixels}, expected at least one token of {block} x {block}")
     _check_capacity(capacity, context)
     usual, longest = (block * max(1, round(math.sqrt(n))) for n in (tokens, 4 * tokens))
-    sides = (block, usual, longest)
+    side = model.vision.side
+    sides = (side, side, side) if side else (block, usual, longest)
     kept = (1, max(1, tokens // 3), tokens)
     prompt = (1, min(kept[1] + 64, capacity), capacity)
     images = (1, min(kept[1], capacity), capacity)  # of all images of a prompt
@@ -131,11 +133,10 @@ def engine_profiles(
     ``merged``: one that holds all of them.
     """
     if graph != "language":
-        windowed = graph == "vision" and model.vision.window
-        found = [
-            {**p, "G": _windows(profiles, p, model.vision)} if windowed else dict(p)
-            for p in getattr(profiles, graph)
-        ]
+        found = [dict(p) for p in getattr(profiles, graph)]
+        for profile in found if graph == "vision" else ():
+            for axis in further_axes(model.vision):
+                profile[axis] = profile["K"] if axis == "U" else _windows(profiles, profile, model.vision)
         return [_merge(found)] if merged else found
     capacity = profiles.capacity
     common = {"B": (1, 1, 1), "P": (1, 1, 1)}
@@ -149,6 +150,11 @@ def engine_profiles(
     decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
     found = [*({**p, **start} for p in profiles.prefill), decode]
     return [_merge(found)] if merged else found
+
+
+def further_axes(c: VisionConfig) -> str:
+    """Axes of the vision graph besides those of AXES; their sizes follow from the others."""
+    return ("G" if c.window else "") + ("U" if c.class_token else "")
 
 
 def most_windows(profiles: Profiles, c: VisionConfig) -> int:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from .attention_decoder import Table, linear
 from .config import ModelConfig, VisionConfig
 from .family import View
 from .hfconfig import Reader
 from .qwen2_vl import Qwen2VL
-from .qwen_vl import VISION, Table, block_attention, linear, merger, patch_embedding
+from .qwen_vl import VISION, block_attention, merger, patch_embedding
 
 
 class Qwen25VL(Qwen2VL):

@@ -9,18 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .attention_decoder import Table, linear, refuse_sliding_window
 from .config import Preprocessing, TextConfig, VisionConfig
 from .hfconfig import Reader, defaults_of
-from .qwen_vl import (
-    TURNS,
-    VISION,
-    QwenVL,
-    Table,
-    block_attention,
-    linear,
-    merger,
-    patch_embedding,
-)
+from .qwen_vl import TURNS, VISION, QwenVL, block_attention, merger, patch_embedding
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen2-VL-*-Instruct.
 PREPROCESSING = Preprocessing(
@@ -72,14 +64,7 @@ class Qwen2VL(QwenVL):
             r.fail(f"hidden_size {width}, expected a multiple of the {heads} attention heads")
         r.expect("head_dim", width // heads, default=width // heads)
         config = self.text_numbers(r, tied, width // heads, qkv_bias=True, qk_norm=False)
-        windowed = r.get("use_sliding_window", bool, False)
-        windowed = windowed and ("sliding_window" not in r.raw or r.raw["sliding_window"] is not None)
-        r.get("sliding_window", int, None)
-        first = r.get("max_window_layers", int, at_least=0)
-        if windowed and first < config.layers:
-            r.fail(
-                f"use_sliding_window is true for layers from {first} on, expected false: every layer sees all tokens"
-            )
+        refuse_sliding_window(r, config.layers)
         return config
 
     def parse_vision(self, r: Reader) -> VisionConfig:

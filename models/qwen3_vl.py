@@ -5,9 +5,10 @@ Source: transformers ``models/qwen3_vl``.
 
 from __future__ import annotations
 
+from .attention_decoder import Table, linear, norm
 from .config import Preprocessing, TextConfig, VisionConfig, Weight
 from .hfconfig import Reader
-from .qwen_vl import TURNS, VISION, QwenVL, Table, block_attention, linear, norm, patch_embedding
+from .qwen_vl import TURNS, VISION, QwenVL, block_attention, patch_embedding
 
 # Used where the checkpoint has no image processor configuration; the values of Qwen/Qwen3-VL-*-Instruct.
 PREPROCESSING = Preprocessing(

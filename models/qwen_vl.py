@@ -6,24 +6,33 @@ architectures with slightly different keys).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .config import ModelConfig, Preprocessing, Rope, TextConfig, VisionConfig, Weight, Yarn
-from .family import Kept, Prompt, View, Views
-from .hfconfig import CLASS_DEFAULT, HARMLESS, Reader, defaults_of, known_keys
+from .attention_decoder import (
+    HEAD,
+    Table,
+    decoder_numbers,
+    decoder_weights,
+    end_tokens,
+    is_tied,
+    linear,
+    norm,
+)
+from .config import ModelConfig, Preprocessing, TextConfig, VisionConfig, Weight
+from .family import Frame, Kept, Prompt, View, Views
+from .hfconfig import HARMLESS, Reader, defaults_of, known_keys
 from .layout import lay_out, on_grid
+from .pruners import Pruner
+from .pruners.pixelprune import PixelPrune
 from .resize import smart_resize
 
 # Buffers that old versions of transformers saved: the graphs calculate them.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq)$|(^|\.)position_ids$")
-HEAD = "lm_head.weight"
 VISION = "model.visual"  # where the weights of the tower lie
-LONGEST = 1 << 30  # tokens of a sequence; positions are int32
 
 # The turns of a conversation; used where a checkpoint has a tokenizer but no chat template.
 TURNS = (
@@ -34,8 +43,6 @@ TURNS = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-Table = dict[str, Weight]
 
 
 class QwenVL:
@@ -48,6 +55,7 @@ class QwenVL:
     sections: Sequence[int]  # mRoPE, where the configuration does not say
     interleaved: bool  # are they?
     head = HEAD
+    prune: tuple[Pruner, ...] = (PixelPrune(),)
 
     def parse(self, raw: Mapping[str, Any], notices: list[str] | None = None) -> ModelConfig:
         """See family.Family."""
@@ -63,7 +71,7 @@ class QwenVL:
         text_section = self.text_section(top, harmless)
         text_section.get("tie_word_embeddings", bool, None)
         text = self.parse_text(text_section, self.is_tied(top, text_section.raw))
-        text_eos = _end_tokens(text_section)
+        text_eos = end_tokens(text_section)
         text_section.finish()
         section = top.section("vision_config", defaults_of(self.known_as, "vision_config"), harmless)
         vision = self.parse_vision(section)
@@ -85,7 +93,7 @@ class QwenVL:
             text=text,
             states=text.caches(),
             image_token=top.get("image_token_id", int, at_least=0),
-            eos_tokens=_end_tokens(top) or text_eos,
+            eos_tokens=end_tokens(top) or text_eos,
         )
         if model.image_token >= text.vocab:
             top.fail(f"image_token_id is {model.image_token}, expected under the vocabulary's {text.vocab}")
@@ -97,16 +105,8 @@ class QwenVL:
         return top.section("text_config", defaults_of(self.known_as, "text_config"), harmless)
 
     def is_tied(self, top: Reader, text: Mapping[str, Any]) -> bool:
-        """Is the output head the embedding table?
-
-        transformers 5 asks the whole model's configuration, 4 that of its text part (and wrote both alike). What is
-        said for the text part only therefore counts in files that 4 has written.
-        """
-        tied = top.get("tie_word_embeddings", bool, None)
-        if tied is not None:
-            return bool(tied)
-        written_by = top.get("transformers_version", str, None) or ""
-        return written_by.startswith("4.") and text.get("tie_word_embeddings") is True
+        """Is the output head the embedding table?"""
+        return is_tied(top, text)
 
     def parse_text(self, r: Reader, tied: bool) -> TextConfig:
         """The decoder's numbers."""
@@ -122,7 +122,7 @@ class QwenVL:
 
     def weights(self, model: ModelConfig) -> dict[str, Table]:
         """See family.Family."""
-        return {"vision": self.vision_weights(model.vision), "language": _text_weights(model.text)}
+        return {"vision": self.vision_weights(model.vision), "language": decoder_weights(model.text)}
 
     def canonical_name(self, stored: str) -> str | None:
         """See family.Family. Checkpoints of older versions hold ``visual.*`` and ``model.layers.*``."""
@@ -134,11 +134,16 @@ class QwenVL:
             return f"model.language_model.{stored.removeprefix('model.')}"
         return stored
 
-    def views(self, model: ModelConfig, height: int, width: int, limits: tuple[int, int]) -> Views:
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        """See family.Family."""
+        return False
+
+    def views(self, model: ModelConfig, pre: Preprocessing, height: int, width: int) -> Views:
         """See family.Family; the whole image is one view."""
         block = model.vision.block
-        H, W = smart_resize(height, width, block, *limits)
-        return Views(H, W, (View((0, 0, H, W), (H // block, W // block)),))
+        H, W = smart_resize(height, width, block, pre.min_pixels, pre.max_pixels)
+        grid = (H // block, W // block)
+        return Views((Frame(H, W),), (View((0, 0, H, W), grid),), grid[0] * grid[1])
 
     def layout(self, model: ModelConfig, ids: np.ndarray, kept: Sequence[Kept]) -> Prompt:
         """See family.Family."""
@@ -166,73 +171,8 @@ class QwenVL:
         )
 
     def text_numbers(self, r: Reader, tied: bool, head_dim: int, qkv_bias: bool, qk_norm: bool) -> TextConfig:
-        """The numbers that all decoders have, the rotary ones among them."""
-        r.expect("hidden_act", "silu")
-        context = r.get("max_position_embeddings", int)
-        rope = r.decoder_rope()
-        sections = rope.integers("mrope_section", list(self.sections))
-        if len(sections) != 3 or min(sections) < 1:
-            rope.fail(f"mrope_section is {sections!r}, expected three positive integers")
-        rope.expect("partial_rotary_factor", 1.0, default=1.0)
-        if self.interleaved:
-            rope.expect("mrope_interleaved", True, default=True)
-        yarn = _parse_yarn(rope, context)
-        heads = r.get("num_attention_heads", int)
-        each_head_its_own = "num_key_value_heads" in r.raw  # as null; absent is the class's number
-        config = TextConfig(
-            layers=r.get("num_hidden_layers", int),
-            width=r.get("hidden_size", int),
-            ffn=r.get("intermediate_size", int),
-            heads=heads,
-            kv_heads=r.get("num_key_value_heads", int, heads if each_head_its_own else CLASS_DEFAULT),
-            head_dim=head_dim,
-            vocab=r.get("vocab_size", int),
-            norm_eps=r.get("rms_norm_eps", float),
-            rope=Rope(
-                theta=rope.get("rope_theta", float),
-                sections=sections,
-                width=head_dim,
-                interleaved=self.interleaved,
-                yarn=yarn,
-            ),
-            context=context if yarn is None else max(context, int(yarn.factor * yarn.original_context)),
-            tied_head=tied,
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-        )
-        rope.finish()
-        if config.heads % config.kv_heads:
-            r.fail(
-                f"{config.heads} attention heads, expected a multiple of the {config.kv_heads} key/value heads"
-            )
-        if 2 * sum(sections) != head_dim:
-            r.fail(
-                f"mrope_section {list(sections)}, expected a sum of half the head's width, {head_dim // 2}"
-            )
-        return config
-
-
-def _end_tokens(r: Reader) -> tuple[int, ...]:
-    """The end-of-sequence tokens that a section names, or that transformers' class has where it names none."""
-    default = None if "eos_token_id" in r.raw else (r.defaults or {}).get("eos_token_id")
-    found = r.get("eos_token_id", (int, list), default, at_least=0)
-    if found is None:
-        return ()
-    return r.integers("eos_token_id") if isinstance(found, list) else (found,)
-
-
-def linear(table: Table, name: str, source: str, inner: int, outer: int, bias: bool = True) -> None:
-    """Enter a linear layer."""
-    table[f"{name}.weight"] = Weight(f"{source}.weight", (outer, inner), "transpose")
-    if bias:
-        table[f"{name}.bias"] = Weight(f"{source}.bias", (outer,))
-
-
-def norm(table: Table, name: str, source: str, width: int, kind: str = "layer") -> None:
-    """Enter a norm of a kind (VisionConfig.norm); "rms" has no bias."""
-    table[f"{name}.weight"] = Weight(f"{source}.weight", (width,))
-    if kind == "layer":
-        table[f"{name}.bias"] = Weight(f"{source}.bias", (width,))
+        """The numbers of a decoder with positions on three axes."""
+        return decoder_numbers(r, tied, head_dim, qkv_bias, qk_norm, self.sections, self.interleaved)
 
 
 def patch_embedding(table: Table, c: VisionConfig) -> None:
@@ -261,37 +201,6 @@ def merger(table: Table, c: VisionConfig) -> None:
     linear(table, "merger.fc2", f"{VISION}.merger.mlp.2", merged, c.out_width)
 
 
-def _parse_yarn(rope: Reader, context: int) -> Yarn | None:
-    """The rotary settings of YaRN, or None for those of the training. Raises CheckpointError for other kinds.
-
-    Source: transformers ``modeling_rope_utils._compute_yarn_parameters``.
-    """
-    kind = rope.get("rope_type", str, rope.raw.get("type", "default"))
-    if kind in ("default", "mrope"):  # "mrope" is the name that old files have
-        return None
-    if kind != "yarn":
-        rope.fail(f"rope_type is {kind!r}, expected 'default' or 'yarn'")
-    original = rope.get("original_max_position_embeddings", int, context)
-    factor = rope.get("factor", float, context / original)
-    if factor * original > LONGEST:
-        rope.fail(f"factor {factor:g} times {original} tokens, expected at most {LONGEST}")
-    scale = rope.get("mscale", float, None)
-    scale_all = rope.get("mscale_all_dim", float, None)
-
-    def attention(times: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * times * math.log(factor) + 1.0
-
-    inferred = attention(scale) / attention(scale_all) if scale and scale_all else attention(1.0)
-    return Yarn(
-        factor=factor,
-        original_context=original,
-        attention_factor=rope.get("attention_factor", float, inferred),
-        beta_fast=rope.get("beta_fast", float, 32.0),
-        beta_slow=rope.get("beta_slow", float, 1.0),
-        truncate=rope.get("truncate", bool, True),
-    )
-
-
 def _check_vision(r: Reader, c: VisionConfig) -> None:
     if c.width % c.heads or c.head_dim % 4:
         r.fail(f"hidden_size {c.width} over {c.heads} heads, expected a head width that is a multiple of 4")
@@ -300,29 +209,3 @@ def _check_vision(r: Reader, c: VisionConfig) -> None:
     for key, blocks in (("deepstack_visual_indexes", c.deepstack), ("fullatt_block_indexes", c.full_blocks)):
         if list(blocks) != sorted(set(blocks)) or any(n >= c.depth for n in blocks):
             r.fail(f"{key} {list(blocks)}, expected rising block numbers under {c.depth}")
-
-
-def _text_weights(c: TextConfig) -> Table:
-    root = "model.language_model"
-    table = {"token_table": Weight(f"{root}.embed_tokens.weight", (c.vocab, c.width))}
-    for i in range(c.layers):
-        source = f"{root}.layers.{i}"
-        name = f"layers.{i}"
-        norm(table, f"{name}.norm1", f"{source}.input_layernorm", c.width, "rms")
-        norm(table, f"{name}.norm2", f"{source}.post_attention_layernorm", c.width, "rms")
-        attention = f"{source}.self_attn"
-        for part, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)):
-            linear(
-                table, f"{name}.{part}", f"{attention}.{part}_proj", c.width, heads * c.head_dim, c.qkv_bias
-            )
-        linear(table, f"{name}.o", f"{attention}.o_proj", c.heads * c.head_dim, c.width, bias=False)
-        if c.qk_norm:
-            norm(table, f"{name}.q_norm", f"{attention}.q_norm", c.head_dim, "rms")
-            norm(table, f"{name}.k_norm", f"{attention}.k_norm", c.head_dim, "rms")
-        linear(table, f"{name}.gate", f"{source}.mlp.gate_proj", c.width, c.ffn, bias=False)
-        linear(table, f"{name}.up", f"{source}.mlp.up_proj", c.width, c.ffn, bias=False)
-        linear(table, f"{name}.down", f"{source}.mlp.down_proj", c.ffn, c.width, bias=False)
-    norm(table, "norm", f"{root}.norm", c.width, "rms")
-    if not c.tied_head:
-        table["head"] = Weight(HEAD, (c.vocab, c.width))
-    return table

@@ -26,14 +26,7 @@ def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixel
             f"min_pixels is {min_pixels} and max_pixels {max_pixels}, expected 0 < min_pixels <= max_pixels and "
             f"max_pixels of at least {block * block} (one {block} x {block} block)"
         )
-    if min(height, width) < MIN_SIDE:
-        raise ImageError(f"the image is {width} x {height} pixels, expected at least {MIN_SIDE} on each side")
-    aspect = max(height, width) / min(height, width)
-    if aspect > MAX_ASPECT:
-        raise ImageError(
-            f"the image is {width} x {height} pixels, an aspect ratio of {aspect:.0f}, "
-            f"expected at most {MAX_ASPECT}; cut it into pieces"
-        )
+    check_sides(height, width)
     H = round(height / block) * block
     W = round(width / block) * block
     if max_pixels < H * W:
@@ -44,8 +37,25 @@ def smart_resize(height: int, width: int, block: int, min_pixels: int, max_pixel
         grow = math.sqrt(min_pixels / (height * width))
         H = math.ceil(height * grow / block) * block
         W = math.ceil(width * grow / block) * block
-    if H * W > MAX_PIXELS:
+    return within_limit(H, W)
+
+
+def check_sides(height: int, width: int) -> None:
+    """Raise ImageError for a side under MIN_SIDE or an aspect ratio over MAX_ASPECT."""
+    if min(height, width) < MIN_SIDE:
+        raise ImageError(f"the image is {width} x {height} pixels, expected at least {MIN_SIDE} on each side")
+    aspect = max(height, width) / min(height, width)
+    if aspect > MAX_ASPECT:
         raise ImageError(
-            f"the image would be resized to {W} x {H} pixels, expected at most {MAX_PIXELS} pixels"
+            f"the image is {width} x {height} pixels, an aspect ratio of {aspect:.0f}, "
+            f"expected at most {MAX_ASPECT}; cut it into pieces"
         )
-    return H, W
+
+
+def within_limit(height: int, width: int) -> tuple[int, int]:
+    """The same size; raises ImageError for more than MAX_PIXELS."""
+    if height * width > MAX_PIXELS:
+        raise ImageError(
+            f"the image would be resized to {width} x {height} pixels, expected at most {MAX_PIXELS} pixels"
+        )
+    return height, width

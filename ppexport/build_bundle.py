@@ -18,13 +18,13 @@ from .models.precision import Wanted
 from .models.profiles import Profiles
 from .models.progress import Progress, silent
 from .models.pruners import Pruner, listed
-from .models.pruners.pixelprune import PixelPrune
 from .partial import is_free, partial_directory
 from .runtime.bundle import open_bundle
 from .trt_build import Options, prepare
 
 if TYPE_CHECKING:
     from .exporters.bundle import Plan
+    from .runtime.sequence import PruneLike
 
 
 def build(
@@ -38,7 +38,7 @@ def build(
     calibration: Calibration | None = None,
     on_plan: Callable[[Plan, Profiles | None], None] = lambda plan, sizes: None,
     progress: Progress = silent,
-    prune: Pruner | Sequence[Pruner] | None = PixelPrune(),  # noqa: B008 (frozen)
+    prune: PruneLike | Callable[[Sequence[Pruner]], Sequence[Pruner]] = "default",
     revision: str | None = None,
 ) -> Path:
     """Make a bundle directory from a Hugging Face checkpoint; returns its path.
@@ -48,8 +48,9 @@ def build(
     "fp16", "bf16", "int8", "int4" or "w8a8"; a Wanted says it part by part (models/precision.py). ``targets``: what to
     compile the graphs for, "tensorrt" or "tensorrt-rtx" (engines.py; ``sizes`` and ``options`` are theirs). ``dialect``
     "auto" is "standard" with a target and "ort" without. ``calibration``: images that int4 is fitted to, pruned as the
-    bundle prunes. ``prune``: how requests are pruned that do not say (models/pruners), None: not at all. ``on_plan`` is
-    told what will be done before that is written. An existing empty directory may be the output.
+    bundle prunes. ``prune``: how requests are pruned that do not say (models/pruners), None: not at all; "default" is
+    the family's way, and a function is given that and says what to make of it. ``on_plan`` is told what will be done
+    before that is written. An existing empty directory may be the output.
     Raises CheckpointError, SpaceError (disk or memory would not suffice), BundleError (the output exists), BackendError
     (packages are not installed, or a compiler refuses), RequestError (sizes that do not fit). On any error or
     interruption nothing is left behind.
@@ -71,11 +72,14 @@ def build(
         dialect = "standard" if targets else "ort"
     wanted = precision if isinstance(precision, Wanted) else Wanted(precision)
     images = calibration.files() if calibration else []
-    pruners = listed(prune)
-    if targets:
-        check_pruners(pruners)
+
+    def pruners(own: Sequence[Pruner]) -> Sequence[Pruner]:
+        found = prune(own) if callable(prune) else own if prune == "default" else prune
+        return listed(list(found) if isinstance(found, tuple) else found, " or 'default'")
+
     plan = exporter.plan(checkpoint, wanted, dialect, bool(targets), len(images), pruners, revision)
     if targets:
+        check_pruners(plan.prune)
         check_dialect({plan.dialect}, plan.compute, "what was asked for")
         config = plan.checkpoint.config
         preprocessing = plan.preprocessing

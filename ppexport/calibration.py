@@ -1,9 +1,10 @@
-"""A user's images as calibration data: read, pruned as a bundle prunes them, and put into a prompt."""
+"""A user's images as calibration data: read, pruned as a bundle prunes pixels, and put into a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from .models.config import ModelConfig
-from .runtime.image import images_in, prepare
-from .runtime.selector import select
+from .runtime.image import frames_of, images_in
+from .runtime.prune import kept_of
+from .runtime.selector import packaged_selector
 from .runtime.text import Text
 from .workloads.screens import sample
 
@@ -40,23 +42,29 @@ class Calibration:
 
         Raises ImageError, RequestError, BackendError (pruning needs onnxruntime).
         """
-        from .exporters.run_model import Sample
+        from .exporters.run_model import Look, Sample
         from .exporters.text_files import special_tokens
 
         model = plan.checkpoint.config
-        pre = plan.preprocessing
+        family = plan.checkpoint.family
         has_text = (directory / "tokenizer.json").is_file()
         text = Text(directory, model.image_token, special_tokens(plan.checkpoint)) if has_text else None
-        patch = model.vision.patch
-        merge = model.vision.merge
-        sizes = (pre.min_pixels, pre.max_pixels)
+        selector = packaged_selector(model.vision.block)
         found = []
         for file in self.files():
-            image = prepare(file, model.vision.block, *sizes)
-            selection = select(image, plan.prune, patch, merge, *sizes)
-            ids = prompt_ids(text, model, self.question, [selection.total])
-            prompt = plan.checkpoint.family.layout(model, ids, [selection.as_kept()])
-            found.append(Sample(image, selection.keep, prompt.ids, prompt.feature_rows, prompt.positions))
+            frames, shown = frames_of(file, partial(family.views, model, plan.preprocessing))
+            looks = []
+            keeps = []
+            for view in shown.views:
+                top, left, height, width = view.box
+                pixels = np.ascontiguousarray(frames[view.frame][top : top + height, left : left + width])
+                keep = selector.select(selector.backend.upload(pixels), plan.prune)[1].keep
+                keeps.append(keep[view.rows_wanted(keep)])
+                if len(keeps[-1]):
+                    looks.append(Look(pixels, view, keep))
+            ids = prompt_ids(text, model, self.question, [shown.placeholders])
+            prompt = family.layout(model, ids, [kept_of(keeps, shown)])
+            found.append(Sample(tuple(looks), prompt.ids, prompt.feature_rows, prompt.positions))
         return found
 
 

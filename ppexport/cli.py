@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -129,8 +130,7 @@ def build(
     from . import progress
     from .build_bundle import build as build_bundle
     from .build_bundle import compile_in_place
-    from .models.pruners import Pruner, with_budget
-    from .models.pruners.pixelprune import PixelPrune
+    from .models.pruners import Pruner, changed, with_budget
 
     wanted = weights_of(options)
     calibration = calibration_of(options)
@@ -149,9 +149,11 @@ def build(
         if output is None:
             compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:
-            prune: tuple[Pruner, ...] | None = None if no_prune else (PixelPrune(**settings),)
-            if prune and prunesid:
-                prune = with_budget(prune, prunesid)
+
+            def prune(own: Sequence[Pruner]) -> Sequence[Pruner]:
+                found = changed(own, settings) if settings else own
+                return () if no_prune else with_budget(found, prunesid) if prunesid else found
+
             build_bundle(
                 source,
                 output,

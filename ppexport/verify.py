@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -17,13 +17,19 @@ from .calibration import QUESTION, prompt_ids
 from .models.errors import BackendError, RequestError
 from .models.manifest import Manifest, sha256
 from .models.progress import Progress, silent
+from .models.pruners import Pruner
+from .models.pruners.prunesid import PruneSID
 from .progress import Bar
-from .runtime.answer import Step
+from .runtime.answer import Step, Steps
 from .runtime.bundle import open_bundle
-from .runtime.pipeline import Pipeline, load
+from .runtime.pipeline import WORTH, Pipeline, load
+from .runtime.prune import Selection
 from .runtime.sequence import PruneLike
-from .runtime.stats import Stats
+from .runtime.sequence import Sequence as Running
 from .table import aligned
+
+if TYPE_CHECKING:
+    from .exporters.run_model import Look
 
 TOKENS = 64
 
@@ -111,7 +117,7 @@ def verify(
     """
     try:
         from .exporters.checkpoint import Checkpoint
-        from .exporters.run_model import EagerModel
+        from .exporters.run_model import EagerModel, newline_of
     except ImportError as err:
         raise BackendError(
             f"{err.name} is not installed; verify needs: pip install 'ppexport[export]'"
@@ -127,30 +133,31 @@ def verify(
         if reference.checkpoint.config != model:
             raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")
         progress(f"{Path(bundle).name}", 0, 1)
-        resized = [pipe.pixels(image)[0] for image in images]
         # features of what the vision tower sees; pruners after it take some of them
         before = [pruner for pruner in pipe.pruners_of(prune) if pruner.after == "image"]
         encoded = [pipe.encode(image, before) for image in images]
-        ids = prompt_ids(pipe.text, model, question, [each.selection.total for each in encoded])
-        stats, steps, seconds = _run(pipe, ids, images, prune, tokens)
+        looks = [_looks(pipe, image, before) for image in images]
+        ids = prompt_ids(pipe.text, model, question, [pipe.pixels(image)[1].placeholders for image in images])
+        sequence, steps, seconds = _run(pipe, ids, images, prune, tokens)
         progress(f"{Path(bundle).name}", 1, 1)
         manifest = pipe.manifest
-        family = pipe.family
         decoded = len(steps) - 1
         del pipe  # gives back its memory before the reference takes some
-    keeps = [each.keep for each in encoded]
+    stats = sequence.stats
     D = model.text.width
     L = model.levels
-    features = reference.features(resized, keeps) if images else np.zeros((1 + L, 1, D), np.float32)
+    seen = [reference.seen(of_image) for of_image in looks]
+    nothing = np.zeros((1 + L, 1, D), np.float32)
+    whole_images = [np.concatenate([*(v["features"] for v in of), *newline_of(of)], axis=1) for of in seen]
+    features = np.concatenate(whole_images, axis=1) if images else nothing
     mine = np.concatenate([each.features for each in encoded], axis=1) if images else features
-    taken = _taken(keeps, [selection.keep for selection in stats.images])
+    left = _left(looks, seen, stats.images) if images else nothing
     said = np.array([step.token for step in steps], np.int32)
-    prompt = family.layout(model, ids, [selection.as_kept() for selection in stats.images])
+    prompt = sequence.prompt
     after = prompt.next_position + np.arange(len(said) - 1, dtype=np.int32)
     whole = np.concatenate([prompt.ids, said[:-1]])
     positions = np.concatenate([prompt.positions, np.broadcast_to(after, (model.axes, len(after)))], axis=1)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1, np.int32)])
-    left = features[:, taken] if images else features
     expected = reference.logits(whole, rows, np.ascontiguousarray(positions), left, len(said))
     logits = np.stack([step.logits for step in steps])
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
@@ -169,13 +176,40 @@ def verify(
     )
 
 
-def _taken(seen: Sequence[np.ndarray], kept: Sequence[np.ndarray]) -> np.ndarray:
-    """Of the features of all tokens that the tower has ``seen``, image after image, the rows of those ``kept``."""
-    starts = np.cumsum([0, *map(len, seen)])
-    rows = [
-        start + np.searchsorted(all_, some) for start, all_, some in zip(starts, seen, kept, strict=False)
-    ]
-    return np.concatenate(rows) if rows else np.zeros(0, np.int64)
+def _looks(pipe: Pipeline, image: str, before: Sequence[Pruner]) -> tuple[Look, ...]:
+    """What the vision tower sees of an image after these pruners: every view of which anything is kept."""
+    from .exporters.run_model import Look
+
+    frames, shown = pipe.pixels(image)
+    found = []
+    for view in shown.views:
+        top, left, height, width = view.box
+        pixels = np.ascontiguousarray(frames[view.frame][top : top + height, left : left + width])
+        keep = pipe.selector.select(pipe.backend.upload(pixels), before, WORTH)[1].keep
+        if len(view.rows_wanted(keep)):
+            found.append(Look(pixels, view, keep))
+    return tuple(found)
+
+
+def _left(
+    looks: Sequence[Sequence[Look]],
+    seen: Sequence[Sequence[dict[str, np.ndarray]]],
+    selections: Sequence[Selection],
+) -> np.ndarray:
+    """The features that the decoder gets, [1 + L, K, D], out of those of everything that the tower saw."""
+    from .exporters.run_model import newline_of
+
+    kept = iter(selection for selection in selections if selection.kept)
+    parts = []
+    for of_image, made in zip(looks, seen, strict=True):
+        for look, values in zip(of_image, made, strict=True):
+            selection = next(kept)
+            wanted = look.keep[look.view.rows_wanted(look.keep)]
+            if any(isinstance(pruner, PruneSID) and pruner.class_tokens for pruner in selection.others):
+                parts.append(values["class_feature"])
+            parts.append(values["features"][:, np.searchsorted(wanted, selection.keep)])
+        parts += newline_of(made)
+    return np.concatenate(parts, axis=1)
 
 
 def _revision(manifest: Manifest, checkpoint: str | Path, revision: str | None) -> str | None:
@@ -200,15 +234,15 @@ def other_files(bundle: str | Path, checkpoint: str | Path, revision: str | None
 
 def _run(
     pipe: Pipeline, ids: np.ndarray, images: Sequence[str], prune: PruneLike, tokens: int
-) -> tuple[Stats, list[Step], float]:
-    """Statistics, steps, seconds of decoding; stop tokens do not stop."""
-    stats = Stats()
+) -> tuple[Running, list[Step], float]:
+    """The sequence, its steps, seconds of decoding; stop tokens do not stop."""
+    sequence = pipe.prepare_tokens(ids, images, prune, max_new_tokens=tokens, stop=())
     steps = []
     begin = 0.0
-    for step in pipe.generate_tokens(ids, images, prune, max_new_tokens=tokens, stats=stats, stop=()):
+    for step in Steps(pipe.engine, sequence):
         begin = begin or time.perf_counter()
         steps.append(step)
-    return stats, steps, max(time.perf_counter() - begin, 1e-9)
+    return sequence, steps, max(time.perf_counter() - begin, 1e-9)
 
 
 def finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ from .placement import Placement
 from .reuse import Reuse
 from .sequence import Picture, Sequence
 from .stats import log_request
-from .vision import Vision
+from .vision import Seen, Vision
 
 TOGETHER = 8  # sequences that run at once, if nothing else is asked for
 CHUNK = 256  # tokens of a prompt that run at once while other sequences wait for their next token
@@ -207,22 +207,23 @@ class Engine:
                 sequence.parts.clear()
 
     def features(self, picture: Picture) -> Buffer:
-        """Features of an image [1 + L, K, D] on the backend; computed where they are not kept."""
+        """Features of an image [1 + L, K, D] on the backend, all views; computed where they are not kept."""
         with self.lock:
             self._check_open()
-            return picture.features or self._features(picture)
+            return picture.features or self.vision.whole(self.seen(picture))
 
-    def _features(self, picture: Picture) -> Buffer:
-        reuse = self.placement.reuse
-        kept = reuse.features.get(picture.digest) if reuse else None
-        if kept is not None:
-            return kept
-        computed = self.vision.join(
-            [self.vision.encode(view.image, view.keep, view.others) for view in picture.views]
-        )
-        if reuse:
-            reuse.features.keep(picture.digest, computed)
-        return computed
+    def seen(self, picture: Picture) -> tuple[Seen, ...]:
+        """What the vision tower makes of each view of an image; computed where it is not kept."""
+        with self.lock:
+            self._check_open()
+            reuse = self.placement.reuse
+            kept = reuse.features.get(picture.digest) if reuse else None
+            if kept is not None:
+                return kept
+            computed = tuple(self.vision.encode(view.image, view.keep, view.others) for view in picture.views)
+            if reuse:
+                reuse.features.keep(picture.digest, computed)
+            return computed
 
     def _run_prompt(self, sequence: Sequence, most: int | None) -> list[Sequence]:
         """Run what is left of a prompt, or ``most`` tokens of it."""

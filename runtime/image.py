@@ -1,7 +1,7 @@
 """Any image file or array -> uint8 [H, W, 3] at the size the vision tower takes.
 
-Size and resampling are those of transformers' PIL image processor for Qwen2-VL and Qwen3-VL (``smart_resize``, then
-PIL's bicubic filter), bit for bit. What that processor would lose is kept:
+Sizes, cuts and resampling (PIL's bicubic filter) are those of transformers' PIL image processors for each family, bit
+for bit. What those processors would lose is kept:
 transparent pixels are put on white (it would show whatever colour lies under them), 16-bit gray is scaled (not cut).
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..models.errors import ImageError, RequestError
+from ..models.family import Frame, Views
 from ..models.resize import MAX_PIXELS as MAX_SOURCE_PIXELS
 from ..models.resize import MIN_SIDE, smart_resize
 
@@ -67,25 +68,49 @@ def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> n
     Raises ImageError if the image cannot be read or its size is outside the limits, RequestError for a wrong type,
     dtype or shape.
     """
-    return resized(image, lambda height, width: smart_resize(height, width, block, min_pixels, max_pixels))
+
+    def whole(height: int, width: int) -> Views:
+        return Views((Frame(*smart_resize(height, width, block, min_pixels, max_pixels)),), (), 0)
+
+    return frames_of(image, whole)[0][0]
 
 
-def resized(image: ImageLike, size_of: Callable[[int, int], tuple[int, int]]) -> np.ndarray:
-    """Read and resize: uint8 [H, W, 3], contiguous. ``size_of``: height and width -> those of the result.
+def frames_of(image: ImageLike, views_of: Callable[[int, int], Views]) -> tuple[list[np.ndarray], Views]:
+    """The pictures that a model's views are cut from, uint8 [H, W, 3] each, and how it looks at them.
 
-    Raises as ``prepare``.
+    ``views_of``: height and width of an image -> how it is shown. Raises as ``prepare``.
     """
     source = read(image)
     width, height = source.size
     try:
-        H, W = size_of(height, width)
+        shown = views_of(height, width)
     except ImageError as err:
         raise ImageError(
             f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)
         ) from err
-    if source.size != (W, H):
-        source = source.resize((W, H), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(source))
+    return [framed(source, frame) for frame in shown.frames], shown
+
+
+def framed(source: Image.Image, frame: Frame) -> np.ndarray:
+    """One picture of an image: uint8 [H, W, 3], contiguous."""
+    width, height = source.size
+    if frame.square and width != height:
+        side = max(width, height)
+        middle = Image.new("RGB", (side, side), frame.fill)
+        middle.paste(source, ((side - width) // 2, (side - height) // 2))
+        source = middle
+    if source.size != (frame.width, frame.height):
+        source = source.resize((frame.width, frame.height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(source)
+    if frame.box is None:
+        return np.ascontiguousarray(pixels)
+    top, left, H, W = frame.box
+    found = np.zeros((H, W, 3), np.uint8)
+    part = pixels[max(top, 0) : max(top + H, 0), max(left, 0) : max(left + W, 0)]
+    y = max(-top, 0)
+    x = max(-left, 0)
+    found[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return found
 
 
 def read(image: ImageLike) -> Image.Image:

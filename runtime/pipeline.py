@@ -17,25 +17,25 @@ from ..models.checks import integer
 from ..models.dtype import BY_PRECISION
 from ..models.errors import BundleError, RequestError
 from ..models.families import FAMILIES
-from ..models.family import Kept, Views
+from ..models.family import Views
 from ..models.manifest import Manifest
-from ..models.pruners import Pruner, listed, pruners_of
+from ..models.pruners import Pruner, listed, of_family, pruners_of
 from .answer import Answer, Steps
 from .backends.devices import open_device
 from .backends.session import Backend
 from .bundle import open_bundle
 from .engine import TOGETHER, Engine
-from .image import ImageLike, resized
+from .image import ImageLike, frames_of
 from .language import Language
 from .messages import PromptLike, images_of, with_images
-from .prune import FeaturePruners, Groups, Selection, kept_of
+from .prune import FeaturePruners, Groups, Left, Selection, kept_of
 from .reuse import Reuse, digest
 from .sampling import Sampling
 from .selector import Selector
 from .sequence import Picture, PruneLike, Request, Sequence, Shown
 from .stats import Stats
 from .text import Text
-from .vision import Vision
+from .vision import Seen, Vision
 
 LOG = logging.getLogger(__name__)
 WORTH = 0.02  # pruning that would drop less than this share of an image's tokens is left out
@@ -47,13 +47,20 @@ AHEAD = 16  # tokens that a sequence may be ahead of its reader while others run
 class Encoded:
     """One image after the vision tower."""
 
-    features: np.ndarray  # [1 + L, K, D]
-    selection: Selection
+    features: np.ndarray  # [1 + L, K, D], all views; where the family has one, what ends its rows comes last
+    selections: tuple[Selection, ...]  # of each view
+
+    @property
+    def selection(self) -> Selection:
+        """Of the only view, or the first."""
+        return self.selections[0]
 
     @property
     def keep(self) -> np.ndarray:
-        """Which tokens are kept, int32 [K]."""
-        return self.selection.keep
+        """Which tokens are kept, int32 [K], counted through all views."""
+        starts = np.cumsum([0, *(selection.rows * selection.cols for selection in self.selections)])
+        found = [each.keep + start for each, start in zip(self.selections, starts, strict=False)]
+        return np.concatenate(found).astype(np.int32)
 
     @property
     def embeds(self) -> np.ndarray:
@@ -86,17 +93,23 @@ class Pipeline:
         self.manifest = manifest
         self.backend = backend
         self.family = FAMILIES[manifest.family]
-        self.prune = pruners_of(manifest.prune)  # of requests that do not say
+        self.prune = of_family(
+            pruners_of(manifest.prune), model.vision.class_token
+        )  # of requests that do not say
         self.chosen = chosen  # where it runs, and why there
-        self.min_pixels = manifest.preprocessing.min_pixels if min_pixels is None else min_pixels
-        self.max_pixels = manifest.preprocessing.max_pixels if max_pixels is None else max_pixels
+        pre = manifest.preprocessing
+        self.preprocessing = replace(
+            pre,
+            min_pixels=pre.min_pixels if min_pixels is None else min_pixels,
+            max_pixels=pre.max_pixels if max_pixels is None else max_pixels,
+        )
         self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
         self.load_pruners()
         self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
         dialect = manifest.graphs["language"].dialect
         # first: loading the largest graph takes the most memory
         self.language = Language(backend, graphs["language"], model, dtype, dialect)
-        self.vision = Vision(backend, graphs["vision"], model.levels, model.text.width, dtype)
+        self.vision = Vision(backend, graphs["vision"], model, dtype)
         self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
         self.context = min(manifest.context, backend.capacity or manifest.context)
         self.engine = Engine(self.language, self.vision, self.reuse, self.context, together)
@@ -172,7 +185,7 @@ class Pipeline:
     def encode(self, image: ImageLike, prune: PruneLike = "default") -> Encoded:
         """One image through prune and vision: which tokens are kept, and their features [1 + L, K, D]."""
         (picture,) = self._pictures([image], prune, Stats())
-        return Encoded(self.backend.download(self.engine.features(picture)), picture.selections[0])
+        return Encoded(self.backend.download(self.engine.features(picture)), picture.selections)
 
     def prepare(self, request: Request, ahead: int | None = AHEAD) -> Sequence:
         """Stages image, prune and text: what ``Engine.add`` takes.
@@ -190,7 +203,7 @@ class Pipeline:
         messages, shown = with_images(request.prompt, images_of(request.images))
         pictures = self._pictures(shown, request.prune, stats)
         with stats.stage("text"):
-            ids = self.text.encode(messages, [picture.kept.total for picture in pictures])
+            ids = self.text.encode(messages, [picture.kept.shown.placeholders for picture in pictures])
         return self._sequence(
             ids, pictures, request.sampling, request.max_new_tokens, stats, None, ahead, False
         )
@@ -231,8 +244,9 @@ class Pipeline:
 
     def pruners_of(self, prune: PruneLike) -> tuple[Pruner, ...]:
         """What a request's ``prune`` stands for. Raises RequestError."""
-        default = isinstance(prune, str) and prune == "default"
-        return self.prune if default else listed(prune, " or 'default'")
+        if isinstance(prune, str) and prune == "default":
+            return self.prune
+        return of_family(listed(prune, " or 'default'"), self.manifest.model.vision.class_token)
 
     def load_pruners(self, prune: PruneLike = "default") -> None:
         """Load the graphs that prune features now, rather than with the first request that names them.
@@ -243,17 +257,13 @@ class Pipeline:
             if pruner.after == "vision":
                 self.feature_pruners.graphs.session(pruner.graph)
 
-    def pixels(self, image: ImageLike) -> tuple[np.ndarray, Views]:
-        """An image as the model takes it, uint8 [H, W, 3], and how it looks at it. Raises ImageError, RequestError."""
-        limits = (self.min_pixels, self.max_pixels)
-        shown: list[Views] = []
+    def pixels(self, image: ImageLike) -> tuple[list[np.ndarray], Views]:
+        """The pictures that an image becomes, uint8 [H, W, 3], and how the model looks at them.
 
-        def size_of(height: int, width: int) -> tuple[int, int]:
-            views = self.family.views(self.manifest.model, height, width, limits)
-            shown.append(views)
-            return views.height, views.width
-
-        return resized(image, size_of), shown[0]
+        Raises ImageError, RequestError.
+        """
+        model = self.manifest.model
+        return frames_of(image, lambda h, w: self.family.views(model, self.preprocessing, h, w))
 
     def _answer(self, sequence: Sequence, steps: Steps) -> Answer:
         assert self.text is not None
@@ -267,67 +277,69 @@ class Pipeline:
             picture = self._picture(image, pruners, stats)
             later = [pruner for pruner in pruners if pruner.after == "vision"]
             if later:
-                later[0].idle(len(picture.kept.keep))  # raises for too many, before the tower runs
+                most = max(len(keep) for keep in picture.kept.by_view())
+                later[0].idle(most)  # raises for too many, before the tower runs
             pictures.append(self._pruned_later(picture, later, stats) if later else picture)
             stats.images += pictures[-1].selections
         return pictures
 
     def _picture(self, image: ImageLike, pruners: Several[Pruner], stats: Stats) -> Picture:
+        """Every view after the pruners that look at pixels."""
         model = self.manifest.model
         with stats.stage("image"):
-            pixels, shown_as = self.pixels(image)
-            views = shown_as.views
+            frames, shown_as = self.pixels(image)
             buffers = []
-            for view in views:
+            for view in shown_as.views:
                 top, left, height, width = view.box
-                buffers.append(self.backend.upload(pixels[top : top + height, left : left + width]))
-        with stats.stage("prune"):
-            chosen = [self.selector.select(buffer, pruners, WORTH) for buffer in buffers]
-            selections = tuple(selection for _, selection in chosen)
-            kept = kept_of(selections, views)
-            shown = []
-            for view, buffer, (keep, selection) in zip(views, buffers, chosen, strict=True):
-                others = self.family.tower_inputs(model, view, selection.keep)
-                shown.append(
-                    Shown(buffer, keep, {name: self.backend.upload(x) for name, x in others.items()})
+                buffers.append(
+                    self.backend.upload(frames[view.frame][top : top + height, left : left + width])
                 )
+        with stats.stage("prune"):
+            shown = []
+            selections = []
+            for i, (view, buffer) in enumerate(zip(shown_as.views, buffers, strict=True)):
+                keep, selection = self.selector.select(buffer, pruners, WORTH)
+                others = self.family.tower_inputs(model, view, selection.keep)
+                selections.append(_of_view(selection, i, shown_as))
+                if selections[-1].kept:
+                    given = {name: self.backend.upload(x) for name, x in others.items()}
+                    shown.append(Shown(buffer, keep, given))
+            kept = kept_of([selection.keep for selection in selections], shown_as)
         key = b""
         if self.reuse:
             with stats.stage("reuse"):
-                key = digest(pixels, kept.keep)
-        return Picture(tuple(shown), selections, kept, key)
+                key = digest(frames, kept.keep)
+        return Picture(tuple(shown), tuple(selections), kept, key)
 
     def _pruned_later(self, picture: Picture, pruners: Several[Pruner], stats: Stats) -> Picture:
         """Prune what the vision tower makes of an image: it runs now, since the prompt follows from what is kept."""
         with self.engine.lock:
             with stats.stage("vision"):
-                features = self.engine.features(picture)
+                seen = self.engine.seen(picture)
                 self.backend.wait()
             with stats.stage("prune"):
-                left = self.feature_pruners.prune(features, pruners)
-        seen = picture.kept.keep
-        kept = Kept(seen[left.rows], picture.kept.views)
-        selections = []
-        start = 0
-        for selection in picture.selections:
-            mine = kept.keep[(kept.keep >= start) & (kept.keep < start + selection.total)] - start
-            selections.append(
-                replace(
-                    selection,
-                    keep=mine.astype(np.int32),
-                    others=(*selection.others, *pruners),
-                    dropped=(*selection.dropped, *left.dropped),
-                    groups=_groups_of(left.groups, seen, start, selection.total),
+                left = self.feature_pruners.prune(seen, pruners)
+                features = self.vision.whole(
+                    [Seen(view.features, of.others) for view, of in zip(left, seen, strict=True)]
                 )
-            )
-            start += selection.total
+        of_views = iter(left)
+        selections = tuple(
+            _pruned(selection, next(of_views), pruners) if selection.kept else selection
+            for selection in picture.selections
+        )
+        kept = kept_of(
+            [selection.keep for selection in selections],
+            picture.kept.shown,
+            any(view.grouped for view in left),
+            any(view.class_tokens for view in left),
+        )
         key = hashlib.sha256(picture.digest + repr((pruners, kept.keep.tolist())).encode()).digest()
         return replace(
             picture,
-            selections=tuple(selections),
+            selections=selections,
             kept=kept,
             digest=key if picture.digest else b"",
-            features=left.features,
+            features=features,
         )
 
     def _sequence(
@@ -373,13 +385,36 @@ class Pipeline:
         )
 
 
-def _groups_of(groups: Groups | None, seen: np.ndarray, start: int, total: int) -> Groups | None:
-    """Of one view, whose ``total`` tokens are those from ``start`` on; ``seen``: the token of each row."""
-    if groups is None:
-        return None
-    tokens = seen[groups.seen] - start
-    mine = (tokens >= 0) & (tokens < total)
-    return Groups(tokens[mine].astype(np.int32), groups.group[mine])
+def _of_view(selection: Selection, number: int, shown: Views) -> Selection:
+    """Without the tokens that show what was put around the image, and where the view lies in it."""
+    view = shown.views[number]
+    keep = selection.keep[view.rows_wanted(selection.keep)]
+    whole = np.arange(view.total, dtype=np.int32)
+    padding = view.total - len(view.rows_wanted(whole))
+    dropped = selection.dropped
+    if padding and dropped:
+        dropped = (replace(dropped[0], tokens=view.total - padding - len(keep)),)
+    return replace(
+        selection,
+        keep=keep,
+        dropped=dropped,
+        padding=padding,
+        view=number,
+        frame=shown.frames[view.frame],
+        box=view.box,
+    )
+
+
+def _pruned(selection: Selection, left: Left, pruners: Several[Pruner]) -> Selection:
+    """A view's selection after what pruners left of its features."""
+    groups = left.groups
+    return replace(
+        selection,
+        keep=selection.keep[left.rows],
+        others=(*selection.others, *pruners),
+        dropped=(*selection.dropped, *left.dropped),
+        groups=groups and Groups(selection.keep[groups.seen], groups.group),
+    )
 
 
 def load(
@@ -408,6 +443,12 @@ def load(
         if value is not None:
             integer(name, value, 1)
     directory, manifest = open_bundle(path, verify)
+    side = manifest.model.vision.side
+    if side and (min_pixels is not None or max_pixels is not None):
+        raise RequestError(
+            f"{'min' if max_pixels is None else 'max'}_pixels is given, expected neither: a {manifest.family} model "
+            f"looks at views of {side} x {side} pixels"
+        )
     begin = time.perf_counter()
     backend, chosen = open_device(device, directory, manifest, threads, verify)
     limit = backend.max_pixels or manifest.preprocessing.max_pixels

@@ -11,12 +11,13 @@ import numpy as np
 
 from ..models.checks import integer
 from ..models.errors import RequestError
-from ..models.family import Kept, View
+from ..models.family import Box, Frame, Kept, View, Views
 from ..models.pruners import Pruner
 from ..models.pruners.pixelprune import PixelPrune, prune_file
-from ..models.pruners.prunesid import PruneSID
+from ..models.pruners.prunesid import INFORMATION, PruneSID
 from ..models.start_block import start_block
 from .backends.session import Backend, Buffer, Session, run
+from .vision import Seen
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Groups:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which tokens of one image are kept."""
+    """Which tokens are kept of one image, or of one view of an image that is shown in several."""
 
     # int32 [K], indices into the N tokens of the full grid; they rise, unless PruneSID was asked for another order
     keep: np.ndarray
@@ -51,11 +52,17 @@ class Selection:
     others: tuple[Pruner, ...] = ()  # further pruners that were used
     dropped: tuple[Dropped, ...] = ()  # by each pruner, in the order that they ran
     groups: Groups | None = None  # where PruneSID chose
+    padding: int = (
+        0  # tokens of the grid that show what was put around the image; they are not kept, and do not count
+    )
+    view: int = 0  # which view of its image, counted from 0
+    frame: Frame | None = None  # what the view is cut from, and where; None: the whole image, resized
+    box: Box | None = None
 
     @property
     def total(self) -> int:
-        """N, the tokens of the full grid."""
-        return self.rows * self.cols
+        """N, the tokens of the full grid that show the image."""
+        return self.rows * self.cols - self.padding
 
     @property
     def kept(self) -> int:
@@ -68,15 +75,18 @@ class Selection:
         return self.kept / self.total
 
     def as_kept(self) -> Kept:
-        """As of an image that is a single view."""
-        return kept_of([self], (View((0, 0, self.height, self.width), (self.rows, self.cols)),))
+        """As of an image that is a single view of any size."""
+        view = View((0, 0, self.height, self.width), (self.rows, self.cols))
+        return Kept(self.keep, Views((Frame(self.height, self.width),), (view,), view.total))
 
 
-def kept_of(selections: Sequence[Selection], views: tuple[View, ...]) -> Kept:
-    """What is kept of all views of an image."""
-    starts = np.cumsum([0, *(view.total for view in views)])
-    keeps = [selection.keep + start for selection, start in zip(selections, starts, strict=False)]
-    return Kept(np.concatenate(keeps).astype(np.int32), views)
+def kept_of(
+    keeps: Sequence[np.ndarray], shown: Views, grouped: bool = False, class_tokens: bool = False
+) -> Kept:
+    """What is kept of all views of an image, int32 [K] of each."""
+    starts = np.cumsum([0, *(view.total for view in shown.views)])
+    counted = [keep + start for keep, start in zip(keeps, starts, strict=False)]
+    return Kept(np.concatenate(counted).astype(np.int32), shown, grouped, class_tokens)
 
 
 class PruningGraphs:
@@ -111,12 +121,16 @@ class PruningGraphs:
 
 @dataclass(frozen=True, eq=False)
 class Left:
-    """What pruners leave of features [1 + L, K, D]."""
+    """What pruners leave of one view."""
 
-    features: Buffer  # [1 + L, K', D]
-    rows: np.ndarray  # int32 [K'], of the K; they rise, unless a pruner was asked for another order
+    features: Buffer  # [1 + L, K', D], after the class token where ``class_tokens`` says so
+    rows: (
+        np.ndarray
+    )  # int32 [K'] without that, of the K; they rise, unless a pruner was asked for another order
     dropped: tuple[Dropped, ...]
     groups: Groups | None  # by row
+    grouped: bool = False  # are they in the order of groups?
+    class_tokens: bool = False
 
 
 class FeaturePruners:
@@ -127,38 +141,82 @@ class FeaturePruners:
         self.block = block
         self.graphs = PruningGraphs(backend, folder)
 
-    def prune(self, features: Buffer, pruners: Sequence[Pruner]) -> Left:
-        """features [1 + L, K, D] -> what all ``pruners`` leave of them, one after the other.
+    def prune(self, seen: Sequence[Seen], pruners: Sequence[Pruner]) -> list[Left]:
+        """What all ``pruners`` leave of each view of an image, one after the other.
 
-        Raises RequestError for more tokens than one takes.
+        Raises RequestError for more tokens than one takes, and for a budget that has not a token for each view.
         """
-        rows = np.arange(features.shape[1], dtype=np.int32)
-        dropped = []
-        groups = None
+        left = [
+            Left(view.features, np.arange(view.features.shape[1], dtype=np.int32), (), None) for view in seen
+        ]
         for pruner in pruners:
-            reason = pruner.idle(len(rows))
-            before = len(rows)
-            if not reason:
-                features, left, group = self._one(features, pruner)
-                groups = groups if group is None else Groups(rows, group)
-                rows = rows[left]
-            dropped.append(Dropped(pruner.name, before - len(rows), reason))
-        return Left(features, rows, tuple(dropped), groups)
+            settings = self._for_views(pruner, seen, [len(view.rows) for view in left])
+            grouped = isinstance(pruner, PruneSID) and pruner.order == "reference"
+            with_class = isinstance(pruner, PruneSID) and pruner.class_tokens
+            left = [
+                self._one(view, of, own, grouped, with_class)
+                for view, of, own in zip(left, seen, settings, strict=True)
+            ]
+        return left
 
-    def _one(self, features: Buffer, pruner: Pruner) -> tuple[Buffer, np.ndarray, np.ndarray | None]:
-        """What one pruner leaves: features, their rows, and the groups of all tokens where it makes some."""
+    def information(self, view: Seen) -> float:
+        """How little the tokens of a view resemble each other: 1 - their mean cosine."""
+        session = self.graphs.session(INFORMATION)
+        found = self.backend.zeros((1,), "float32")
+        looked = {"features": view.features, **view.others}
+        run(session, {name: looked[name] for name in session.inputs}, {"information": found})
+        return float(self.backend.download(found)[0])
+
+    def _for_views(self, pruner: Pruner, seen: Sequence[Seen], tokens: Sequence[int]) -> Sequence[Pruner]:
+        """The settings for each view."""
+        if not isinstance(pruner, PruneSID):
+            return [pruner] * len(seen)
+        by_information = pruner.share == "information" and len(seen) > 1
+        return pruner.for_views(tokens, [self.information(view) for view in seen] if by_information else [])
+
+    def _one(self, left: Left, seen: Seen, pruner: Pruner, grouped: bool, with_class: bool) -> Left:
+        """What one more pruner leaves of a view."""
+        tokens = len(left.rows)
+        reason = pruner.idle(tokens)
+        if reason:
+            dropped = (*left.dropped, Dropped(pruner.name, 0, reason))
+            features = self._with_class(left.features, tokens, seen) if with_class else left.features
+            return replace(left, features=features, dropped=dropped, class_tokens=with_class, grouped=grouped)
         session = self.graphs.session(pruner.graph)
-        levels, K, width = features.shape
-        given = self.graphs.settings(session, pruner.inputs(self.block))
-        outputs = {name: self.backend.zeros((K,), "int32") for name in session.outputs}
+        if left.dropped and "hidden" in session.inputs:
+            raise RequestError(
+                f"{pruner.name} comes after {left.dropped[-1].pruner}, expected it to be the first"
+            )
+        looked = {"features": left.features, **seen.others}
+        inputs = {name: looked[name] for name in session.inputs if name in looked}
+        inputs |= self.graphs.settings(session, pruner.inputs(self.block))
+        outputs = {name: self.backend.zeros((tokens,), "int32") for name in session.outputs}
         outputs["count"] = self.backend.zeros((1,), "int32")
-        outputs["pruned"] = self.backend.zeros(features.shape, features.dtype)
-        run(session, {"features": features, **given}, outputs)
+        outputs["pruned"] = self.backend.zeros(left.features.shape, left.features.dtype)
+        run(session, inputs, outputs)
         n = int(self.backend.download(outputs["count"])[0])
-        left = self.backend.zeros((levels, n, width), features.dtype)
-        self.backend.copy_into(left, 0, outputs["pruned"], n)
-        group = self.backend.download(outputs["group"]).copy() if "group" in outputs else None
-        return left, self.backend.download(outputs["order"].rows(0, n)).copy(), group
+        order = self.backend.download(outputs["order"].rows(0, n)).copy()
+        groups = left.groups
+        if "group" in outputs:
+            groups = Groups(left.rows, self.backend.download(outputs["group"]).copy())
+        return Left(
+            self._with_class(outputs["pruned"], n, seen if with_class else None),
+            left.rows[order],
+            (*left.dropped, Dropped(pruner.name, tokens - n)),
+            groups,
+            grouped,
+            with_class,
+        )
+
+    def _with_class(self, features: Buffer, n: int, seen: Seen | None) -> Buffer:
+        """The first ``n`` of features [1 + L, K, D], after the view's class token if one is given."""
+        levels, _, width = features.shape
+        first = seen.others["class_feature"] if seen is not None else None
+        found = self.backend.zeros((levels, n + (first is not None), width), features.dtype)
+        if first is not None:
+            self.backend.copy_into(found, 0, first)
+        self.backend.copy_into(found, found.shape[1] - n, features, n)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

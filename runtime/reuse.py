@@ -9,42 +9,44 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..models.family import Prompt
-from .backends.session import Buffer
 from .slots import Digests, Slot, Slots
+from .vision import Seen
 
 FEATURES = 8  # one part in this many of the memory is for features, which are small
 
 
-def digest(image: np.ndarray, keep: np.ndarray) -> bytes:
-    """Stands for an image uint8 [H, W, 3] and which of its tokens are kept, int32 [K]."""
-    found = hashlib.sha256(repr(image.shape).encode())
-    found.update(np.ascontiguousarray(image).data)
+def digest(frames: Iterable[np.ndarray], keep: np.ndarray) -> bytes:
+    """Stands for the pictures of an image, uint8 [H, W, 3], and which of its tokens are kept, int32 [K]."""
+    found = hashlib.sha256()
+    for frame in frames:
+        found.update(repr(frame.shape).encode())
+        found.update(np.ascontiguousarray(frame).data)
     found.update(np.ascontiguousarray(keep).data)
     return found.digest()
 
 
 class Features:
-    """Features of images, by what they were computed from, within ``limit`` bytes; the least recently used go first."""
+    """What towers made of images, by what that was computed from, within ``limit`` bytes; the oldest go first."""
 
     def __init__(self, limit: int):
         self.limit = limit
-        self._kept: OrderedDict[bytes, Buffer] = OrderedDict()
+        self._kept: OrderedDict[bytes, tuple[Seen, ...]] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """What is kept."""
-        return sum(buffer.nbytes for buffer in self._kept.values())
+        return sum(view.nbytes for views in self._kept.values() for view in views)
 
-    def get(self, key: bytes) -> Buffer | None:
-        """The features of an image, if they are kept."""
+    def get(self, key: bytes) -> tuple[Seen, ...] | None:
+        """Of each view of an image, if they are kept."""
         if key in self._kept:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
-    def keep(self, key: bytes, features: Buffer) -> None:
-        """Keep the features of an image, unless they would drive out all others."""
-        if features.nbytes <= self.limit:
-            self._kept[key] = features
+    def keep(self, key: bytes, seen: tuple[Seen, ...]) -> None:
+        """Keep what was made of an image, unless it would drive out all others."""
+        if sum(view.nbytes for view in seen) <= self.limit:
+            self._kept[key] = seen
         while self.nbytes > self.limit:
             self._kept.popitem(last=False)
 

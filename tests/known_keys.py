@@ -12,18 +12,35 @@ import re
 from typing import Any
 
 from transformers import (
+    CLIPVisionConfig,
     GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen3VLConfig,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 FAMILIES = {
+    "llava": (LlavaConfig, LlavaImageProcessorPil),
+    "llava_next": (LlavaNextConfig, LlavaNextImageProcessorPil),
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLImageProcessorPil),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2VLImageProcessorPil),
     "qwen3_vl": (Qwen3VLConfig, Qwen2VLImageProcessorPil),
+}
+# models of which families of several parts take one as a section, by its model_type
+PARTS = {
+    "clip_vision_model": CLIPVisionConfig,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
 }
 
 
@@ -40,13 +57,17 @@ def known_keys() -> dict[str, Any]:
     }
     for family, (config, processor) in FAMILIES.items():
         sections = {"config.json": config} | {
-            name: spec.config_class for name, spec in _sections(config).items()
+            name: spec.config_class
+            for name, spec in _sections(config).items()
+            if dataclasses.is_dataclass(spec.config_class)  # not one that its model_type chooses
         }
         found[family] = {name: _own_fields(section, base) for name, section in sections.items()}
         kwargs = processor.valid_kwargs.__annotations__
         found[family]["preprocessor_config.json"] = {
             name: _plain(getattr(processor, name, None)) for name in sorted(kwargs)
         }
+    for name, config in PARTS.items():
+        found[name] = {"config.json": _own_fields(config, base)}
     return found
 
 

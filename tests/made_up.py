@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ppexport.exporters.decoders import attention
 from ppexport.models.config import ModelConfig, Rope, State, Weight
-from ppexport.models.family import Kept, Prompt
+from ppexport.models.family import Kept, Placed, Prompt
 from ppexport.models.layout import lay_out
 from ppexport.models.qwen3_vl import Qwen3VL
 
@@ -53,10 +53,11 @@ class MadeUp(Qwen3VL):
         return lay_out(ids, model.image_token, kept, model.axes, _rows_and_columns)
 
 
-def _rows_and_columns(image: Kept) -> tuple[np.ndarray, int]:
+def _rows_and_columns(image: Kept) -> Placed:
     """Text goes on after the last row."""
-    (view,) = image.views
-    return np.stack(np.divmod(np.arange(view.total), view.grid[1])), view.grid[0]
+    (view,) = image.shown.views
+    n = len(image.keep)
+    return Placed(np.arange(n), np.stack(np.divmod(image.keep, view.grid[1])), view.grid[0], n)
 
 
 class Decoder(attention.Decoder):

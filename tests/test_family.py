@@ -18,7 +18,7 @@ from ppexport.build_bundle import build
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.decoders import DECODERS
 from ppexport.exporters.random_checkpoint import random_config, write_random
-from ppexport.exporters.run_model import EagerModel
+from ppexport.exporters.run_model import EagerModel, Look
 from ppexport.models.errors import CheckpointError
 from ppexport.models.families import FAMILIES
 from ppexport.models.family import Family
@@ -76,7 +76,8 @@ def test_the_graph_is_the_model(pipe: ppexport.Pipeline, checkpoint: Path, scree
     assert stats.kept < 20
     prompt = opened.family.layout(opened.config, np.array(ids), [selection.as_kept()])
     assert prompt.positions.shape == (2, stats.prompt_tokens)
-    features = reference.features([screen], [selection.keep])
+    frames, shown = pipe.pixels(screen)
+    features = reference.features([Look(frames[0], shown.views[0], selection.keep)])
     after = prompt.next_position + np.arange(len(tokens) - 1)
     whole = np.concatenate([prompt.ids, tokens[:-1]]).astype(np.int32)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1)]).astype(np.int32)

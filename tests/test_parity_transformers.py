@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,10 @@ import pytest
 import torch
 from invariants import relative_error
 from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -19,6 +23,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import ppexport
@@ -34,7 +40,8 @@ class Variant:
     text: dict[str, Any]
     vision: dict[str, Any]
     tied: bool
-    sizes: tuple[tuple[int, int], ...]  # (height, width) of the images, in merged tokens
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of the images, in merged tokens; of LLaVA in pixels
+    more: dict[str, Any] = field(default_factory=dict)  # of the configuration
 
 
 TEXT = {
@@ -111,7 +118,32 @@ VARIANTS = {
         "qwen3_vl", TEXT3, {**VISION3, "depth": 2, "deepstack_visual_indexes": []}, False, ((4, 4),)
     ),
 }
+LLAMA = {
+    "model_type": "llama",
+    "num_key_value_heads": 4,
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "eos_token_id": 2,
+}
+LLAMA |= {"intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+MISTRAL = LLAMA | {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None, "head_dim": 16}
+QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": False}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 4}
+CLIP |= {"num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+# (height, width) in pixels: landscape, portrait and square, smaller and larger than a view
+PICTURES = ((100, 150), (131, 40), (56, 56), (211, 210))
+VARIANTS |= {
+    "llava_vicuna": Variant("llava", LLAMA, CLIP, False, PICTURES),
+    "llava_qwen2_gelu_last_layer": Variant(
+        "llava", QWEN2, CLIP | {"hidden_act": "gelu"}, True, PICTURES[:1], {"vision_feature_layer": -1}
+    ),
+    "llava_next_mistral": Variant("llava_next", MISTRAL, CLIP, False, PICTURES),
+    "llava_next_vicuna": Variant("llava_next", LLAMA, CLIP, False, PICTURES[:2], {"vision_feature_layer": 2}),
+    "llava_next_qwen2": Variant("llava_next", QWEN2, CLIP, False, PICTURES[2:]),
+}
 CLASSES = {  # of transformers
+    "llava": (LlavaConfig, LlavaForConditionalGeneration),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
@@ -122,30 +154,62 @@ def test_every_family_is_held_against_transformers() -> None:
     assert {variant.family for variant in VARIANTS.values()} == set(CLASSES) == set(FAMILIES)
 
 
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+
+
 @dataclass(frozen=True)
 class Case:
     model: PreTrainedModel
     pipe: ppexport.Pipeline
     images: list[np.ndarray]
-    pixel_values: torch.Tensor
-    grid: torch.Tensor
+    shown: dict[str, torch.Tensor]  # what the model's forward takes of them
     ids: np.ndarray
-    processor: Qwen2VLImageProcessorPil
+    processor: Any
     block: int
+    family: str
+
+    def inputs(self, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        tokens = torch.tensor(ids)[None]
+        kinds = {"mm_token_type_ids": (tokens == IMAGE).int()} if self.family.startswith("qwen") else {}
+        return {"input_ids": tokens, **self.shown, **kinds}
+
+
+def processor_of(variant: Variant, patch: int) -> Any:
+    """transformers' own, and what of a picture the model is told."""
+    if variant.family == "llava":
+        return LlavaImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    if variant.family == "llava_next":
+        return LlavaNextImageProcessorPil(
+            size={"shortest_edge": 56},
+            crop_size={"height": 56, "width": 56},
+            image_grid_pinpoints=PINPOINTS,
+        )
+    pre = FAMILIES[variant.family].preprocessing
+    return Qwen2VLImageProcessorPil(
+        patch_size=patch, merge_size=2, do_resize=False, image_mean=pre.mean, image_std=pre.std
+    )
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     variant = VARIANTS[request.param]
     config_class, model_class = CLASSES[variant.family]
+    own: dict[str, Any] = {
+        "image_token_id": IMAGE,
+        "video_token_id": 93,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }
+    if variant.family.startswith("llava"):
+        own = {"image_token_index": IMAGE}
+    if variant.family == "llava_next":
+        own["image_grid_pinpoints"] = PINPOINTS
     config = config_class(
         text_config=variant.text,
         vision_config=variant.vision,
-        image_token_id=IMAGE,
-        video_token_id=93,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
         tie_word_embeddings=variant.tied,
+        **own,
+        **variant.more,
     )
     torch.manual_seed(7)
     model = model_class(config).eval()
@@ -155,54 +219,38 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model.save_pretrained(directory / "checkpoint")
     bundle = build(directory / "checkpoint", directory / "bundle")
     rng = np.random.default_rng(3)
-    family = FAMILIES[variant.family]
     patch = config.vision_config.patch_size
-    block = patch * config.vision_config.spatial_merge_size
-    images = [rng.integers(0, 256, (block * h, block * w, 3), np.uint8) for h, w in variant.sizes]
-    pre = family.preprocessing
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=patch, merge_size=2, do_resize=False, image_mean=pre.mean, image_std=pre.std
-    )
-    batch = processor(images, return_tensors="pt")
+    block = patch * getattr(config.vision_config, "spatial_merge_size", 1)
+    unit = 1 if variant.family.startswith("llava") else block
+    images = [rng.integers(0, 256, (unit * h, unit * w, 3), np.uint8) for h, w in variant.sizes]
+    processor = processor_of(variant, patch)
+    shown = dict(processor(images, return_tensors="pt"))
+    pipe = ppexport.load(bundle, min_pixels=None if unit == 1 else block**2)
     ids = [5, 6, 7]
-    for h, w in variant.sizes:
-        ids += [START, *[IMAGE] * (h * w), END, 11]
-    return Case(
-        model,
-        ppexport.load(bundle, min_pixels=block**2),
-        images,
-        batch["pixel_values"],
-        batch["image_grid_thw"],
-        np.array([*ids, 20, 21, 22]),
-        processor,
-        block,
-    )
+    for image in images:
+        ids += [START, *[IMAGE] * pipe.pixels(image)[1].placeholders, END, 11]
+    return Case(model, pipe, images, shown, np.array([*ids, 20, 21, 22]), processor, block, variant.family)
 
 
 def reference_logits(case: Case, ids: np.ndarray) -> np.ndarray:
     """float32 logits [S, V] of a full forward pass without cache."""
-    tokens = torch.tensor(ids)[None]
     with torch.no_grad():
-        out = case.model(
-            input_ids=tokens,
-            pixel_values=case.pixel_values,
-            image_grid_thw=case.grid,
-            mm_token_type_ids=(tokens == IMAGE).int(),
-            use_cache=False,
-        )
-    return out.logits[0].numpy()
+        return case.model(**case.inputs(ids), use_cache=False).logits[0].numpy()
 
 
 def test_vision_and_deepstack(case: Case) -> None:
+    """What the decoder gets of each image, in its order."""
     with torch.no_grad():
-        expected = case.model.model.visual(case.pixel_values, grid_thw=case.grid, return_dict=True)
+        expected = case.model.model.get_image_features(return_dict=True, **case.shown)
+    prompt = case.pipe.prepare_tokens(case.ids, case.images, None).prompt
     encoded = [case.pipe.encode(image, None) for image in case.images]
-    embeds = np.concatenate([e.embeds for e in encoded])
-    assert relative_error(embeds, expected.pooler_output.numpy()) < 1e-4
-    levels = getattr(expected, "deepstack_features", [])
+    features = np.concatenate([each.features for each in encoded], axis=1)
+    taken = features[:, prompt.feature_rows[prompt.feature_rows >= 0]]
+    assert relative_error(taken[0], torch.cat(tuple(expected.pooler_output)).numpy()) < 1e-4
+    levels = getattr(expected, "deepstack_features", None) or []
     assert encoded[0].deepstack.shape[0] == len(levels)
-    for i, level in enumerate(levels):
-        assert relative_error(np.concatenate([e.deepstack[i] for e in encoded]), level.numpy()) < 1e-4
+    for mine, level in zip(taken[1:], levels, strict=True):
+        assert relative_error(mine, torch.cat(tuple(level)).numpy()) < 1e-4
 
 
 def test_prefill_logits(case: Case) -> None:
@@ -213,13 +261,9 @@ def test_prefill_logits(case: Case) -> None:
 def test_decode_with_cache(case: Case) -> None:
     """Greedy decoding against transformers' own cached generation (which may emit the placeholder token as text)."""
     steps = list(case.pipe.generate_tokens(case.ids, case.images, None, max_new_tokens=8))
-    tokens = torch.tensor(case.ids)[None]
     case.model.generation_config.eos_token_id = None
     expected = case.model.generate(
-        input_ids=tokens,
-        pixel_values=case.pixel_values,
-        image_grid_thw=case.grid,
-        mm_token_type_ids=(tokens == IMAGE).int(),
+        **case.inputs(case.ids),
         max_new_tokens=8,
         do_sample=False,
         output_logits=True,
@@ -251,6 +295,8 @@ def mostly_flat(block: int, rows: int, columns: int, seed: int) -> np.ndarray:
 
 def test_pruned(case: Case) -> None:
     """Features, logits and greedy tokens of what is kept, against transformers' layers run on those patches alone."""
+    if case.family.startswith("llava"):
+        pytest.skip("of CLIP: tests/test_llava.py")
     pictures = [mostly_flat(case.block, 9, 10, 1), mostly_flat(case.block, 5, 6, 2)]
     encoded = [case.pipe.encode(picture) for picture in pictures]
     keeps = [each.keep for each in encoded]

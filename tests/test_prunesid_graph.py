@@ -60,12 +60,22 @@ def test_selection_equals_the_authors_in_index_and_order(path: Path) -> None:
     assert spec.select(variant, case["features"], case["loadings"], budget, score) == case["order"].tolist()
 
 
-@pytest.mark.parametrize("dialect", ["standard", "plain"])
-def test_the_graph_compiles_for_tensorrt_rtx(dialect: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [
+        ("prunesid.qwen", "standard"),
+        ("prunesid.qwen", "plain"),
+        ("prunesid.llava", "standard"),
+        ("prunesid.llava", "plain"),
+        ("prunesid.information", "plain"),
+    ],
+)
+def test_the_graph_compiles_for_tensorrt_rtx(name: str, dialect: str) -> None:
     """With its number of tokens and of groups open, and without TF32."""
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="tensorrt-rtx is not installed")
-    sizes = Sizes(32, 3, 256, ir.DataType.BFLOAT16)
-    (graph,) = graphs(sizes, DIALECTS[dialect]).values()
+    with_class_token = name != "prunesid.qwen"
+    sizes = Sizes(32, 0 if with_class_token else 3, 256, ir.DataType.BFLOAT16, 128 if with_class_token else 0)
+    graph = graphs(sizes, DIALECTS[dialect])[name]
     builder = trt.Builder(trt_api.logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, trt_api.logger(trt))
@@ -74,7 +84,15 @@ def test_the_graph_compiles_for_tensorrt_rtx(dialect: str) -> None:
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     profile = builder.create_optimization_profile()
-    profile.set_shape("features", (4, 1, 256), (4, 576, 256), (4, 2048, 256))
-    profile.set_shape("directions", (9,), (24,), (72,))
+    levels = 1 + sizes.levels
+    ranges = {
+        "features": ((levels, 1, 256), (levels, 576, 256), (levels, 2048, 256)),
+        "hidden": ((1, 128), (576, 128), (2048, 128)),
+        "score": ((1,), (576,), (2048,)),
+        "directions": ((9,), (24,), (72,)),
+    }
+    for value in graph.graph.inputs:
+        if value.name in ranges:
+            profile.set_shape(value.name, *ranges[value.name])
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config).nbytes > 0

@@ -55,7 +55,10 @@ TEMPLATES = {
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}{% if unk_token is defined %}never{% endif %}"
     ),
-    **{f"of {name}": family.chat_template for name, family in FAMILIES.items()},
+    **{
+        f"of {name}": family.chat_template.replace("<image>", "<|image_pad|>")
+        for name, family in FAMILIES.items()
+    },
 }
 MESSAGES: tuple[list[dict[str, Any]], ...] = (
     [{"role": "user", "content": "What is 5 < 6 & ü漢?"}],

@@ -28,6 +28,7 @@ class Sizes:
     levels: int = 0  # L
     width: int = 1  # D
     dtype: ir.DataType = ir.DataType.FLOAT  # of the features
+    hidden: int = 0  # C, of towers that give what the features are made of, and a score by their class token
 
 
 Graphs = Callable[[Sizes, Dialect], dict[str, ir.Model]]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from ...models.pruners.prunesid import GROUPS, MILLIONTHS, MOST_DIRECTIONS
+from ...models.pruners.prunesid import GROUPS, INFORMATION, MILLIONTHS, MOST_DIRECTIONS
 from ...models.start_block import start_block
 from ..lowering.algebra import Term, repeat
 from ..lowering.dialects import Dialect
@@ -48,14 +48,17 @@ class Budget:
 
 
 def graphs(sizes: Sizes, dialect: Dialect) -> dict[str, ir.Model]:
-    """For towers that score no class token; see exporters/pruners/__init__.py."""
-    return {"prunesid.qwen": prunesid_graph("qwen", sizes, dialect)}
+    """See exporters/pruners/__init__.py; "llava" for towers that score by their class token."""
+    variants = ("qwen", "llava") if sizes.hidden else ("qwen",)
+    found = {f"prunesid.{variant}": prunesid_graph(variant, sizes, dialect) for variant in variants}
+    return found | {INFORMATION: information_graph(sizes, dialect)}
 
 
 def prunesid_graph(variant: str, sizes: Sizes | None, dialect: Dialect) -> ir.Model:
-    """Selection among the tokens of one image.
+    """Selection among the tokens of one view.
 
-    Inputs: features [1 + L, K, D]; for "llava", score float32 [K]; without ``sizes``, which leaves D open, start
+    Inputs: features [1 + L, K, D], and where the tower gives it hidden [K, C], which then is looked at instead of the
+    first of them; for "llava", score float32 [K]; without ``sizes``, which leaves D open, start
     float32 [D, MOST_DIRECTIONS] (models.start_block); directions int32 [p], 0 ... p - 1, whose length
     says how many are followed (PruneSID.directions); int32 [1] each: budget, at least 1; grouped, 1 to order by
     group and 0 as in the picture; information, the usual one of a picture in millionths, 0 for a fixed budget.
@@ -63,28 +66,52 @@ def prunesid_graph(variant: str, sizes: Sizes | None, dialect: Dialect) -> ir.Mo
     pruned [1 + L, K, D], features in that order.
     """
     op = Ops()
-    levels, width, dtype = (sizes.levels, sizes.width, sizes.dtype) if sizes else (0, "D", ir.DataType.FLOAT)
-    features = ir.val("features", dtype, [1 + levels, "K", width])
+    given, x = _looked_at(op, sizes)
     names = ("budget", "grouped", "information")
     settings = {name: ir.val(name, ir.DataType.INT32, [1]) for name in names}
+    width: int | str = (sizes.hidden or sizes.width) if sizes else "D"
     start = _start(width)
     directions = ir.val("directions", ir.DataType.INT32, ["p"])
-    inputs = [features, directions, *settings.values()]
-    embeds = Term(op, op("Cast", op("Gather", features, op.const(0), axis=0), to=ir.DataType.FLOAT))
+    inputs = [*given.values(), directions, *settings.values()]
     score = None
     if variant == "llava":
         inputs.append(ir.val("score", ir.DataType.FLOAT, ["K"]))
         score = Term(op, op("Unsqueeze", inputs[-1], op.ints([1])))
-    loadings = components(embeds, Term(op, op("Gather", start, directions, axis=1)))
-    given = [Term(op, op("Cast", value, to=ir.DataType.FLOAT)) for value in settings.values()]
-    order, count, group = selection(variant, embeds, loadings, score, *given)
+    loadings = components(x, Term(op, op("Gather", start, directions, axis=1)))
+    numbers = [Term(op, op("Cast", value, to=ir.DataType.FLOAT)) for value in settings.values()]
+    order, count, group = selection(variant, x, loadings, score, *numbers)
     outputs = [output(order, "order", "K"), output(count, "count", 1), output(group, "group", "K")]
     if sizes is not None:
-        pruned = op("Gather", features, order, axis=1)
-        outputs.append(output(pruned, "pruned", 1 + levels, "K", width, dtype=dtype))
+        pruned = op("Gather", given["features"], order, axis=1)
+        outputs.append(output(pruned, "pruned", 1 + sizes.levels, "K", sizes.width, dtype=sizes.dtype))
     else:
         inputs.append(start)
     return finish(op, dialect, inputs, outputs, [start] if sizes is not None else [])
+
+
+def information_graph(sizes: Sizes, dialect: Dialect) -> ir.Model:
+    """How little the tokens of a view resemble each other, 1 - their mean cosine: inputs as above -> float32 [1]."""
+    op = Ops()
+    given, x = _looked_at(op, sizes)
+    unit = x / (x * x).over("Sum", 1).clip(1e-24).map("Sqrt")
+    total = _size(x, 0)
+    together = unit.over("Sum", 0)
+    pairs = (total * (total - 1.0)).clip(1.0)
+    alike = ((together * together).over("Sum") - (unit * unit).over("Sum")) / pairs
+    found = op("Reshape", (1.0 - alike).value, op.ints([1]))
+    looked = given.get("hidden", given["features"])
+    return finish(op, dialect, [looked], [output(found, "information", 1, dtype=ir.DataType.FLOAT)])
+
+
+def _looked_at(op: Ops, sizes: Sizes | None) -> tuple[dict[str, ir.Value], Term]:
+    """The inputs with what the tower gives, and the tokens that are compared, float32 [T, C]."""
+    levels, width, dtype = (sizes.levels, sizes.width, sizes.dtype) if sizes else (0, "D", ir.DataType.FLOAT)
+    given = {"features": ir.val("features", dtype, [1 + levels, "K", width])}
+    if sizes is not None and sizes.hidden:
+        given["hidden"] = ir.val("hidden", dtype, ["K", sizes.hidden])
+        return given, Term(op, op("Cast", given["hidden"], to=ir.DataType.FLOAT))
+    embeds = op("Gather", given["features"], op.const(0), axis=0)
+    return given, Term(op, op("Cast", embeds, to=ir.DataType.FLOAT))
 
 
 def _start(width: int | str) -> ir.Value:

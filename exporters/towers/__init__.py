@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import qwen_vit
+from . import clip_vit, qwen_vit
 
-TOWERS: dict[str, ModuleType] = {"qwen_vit": qwen_vit}  # by ModelConfig.tower
+TOWERS: dict[str, ModuleType] = {"clip_vit": clip_vit, "qwen_vit": qwen_vit}  # by ModelConfig.tower

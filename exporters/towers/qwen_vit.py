@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ...models.config import ModelConfig, Preprocessing, VisionConfig
 from ..layers import NORMS, Linear
 from ..lowering import ops
+from .patches import kept_patches
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Tower(nn.Module):
         cols = image.shape[1] // c.block
         row = torch.div(keep, cols, rounding_mode="floor")
         col = keep - row * cols
-        pixels = self.gather_blocks(image, row, col, cols)
+        pixels = kept_patches(image, row, col, cols, c, self.dtype if self.cast_first else None)
         y = self.patch_coordinates(row)
         x = self.patch_coordinates(col).transpose(1, 2)
         y, x = (t.expand(-1, c.merge, c.merge).reshape(1, -1).float() for t in (y, x))
@@ -226,21 +227,6 @@ class Tower(nn.Module):
             if i in self.c.deepstack:
                 levels.append(self.deepstack[len(levels)](hidden))
         return hidden, levels
-
-    def gather_blocks(self, image: Tensor, row: Tensor, col: Tensor, cols: int) -> Tensor:
-        """Pixels of the kept blocks, patch by patch: float32 [T, patch * patch * 3], 0..255.
-
-        The image is a table of segments, one per pixel row of a block: block * 3 bytes each, contiguous.
-        """
-        c = self.c
-        if self.cast_first:  # 0 ... 255 is exact in 16 bits
-            image = image.to(self.dtype)
-        segments = image.reshape(-1, c.block * c.channels)
-        line = torch.arange(c.block, device=image.device, dtype=torch.int32)
-        index = (row.unsqueeze(1) * c.block + line) * cols + col.unsqueeze(1)
-        kept = segments.index_select(0, index.reshape(-1))
-        kept = kept.reshape(-1, c.merge, c.patch, c.merge, c.patch * c.channels).transpose(2, 3)
-        return kept.reshape(-1, c.patch * c.patch * c.channels).float()
 
     def patch_coordinates(self, block: Tensor) -> Tensor:
         """Patch coordinates inside each block along one axis. block [K] -> [K, merge, 1]."""

@@ -72,7 +72,7 @@ def collect(
     model = EagerModel(checkpoint, pre, "calibrate", on_input=on_input)
     for i, sample in enumerate(samples):
         progress("calibrate", i, len(samples))
-        features = model.features([sample.image], [sample.keep])
+        features = model.features(sample.looks)
         if "language" in graphs:
             positions = np.ascontiguousarray(sample.positions)
             model.logits(sample.ids, sample.feature_rows, positions, features, 1)

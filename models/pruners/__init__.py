@@ -105,3 +105,14 @@ def listed(prune: object, also: str = "") -> tuple[Pruner, ...]:
     if len(set(names)) < len(names):
         raise RequestError(f"prune names the pruners {', '.join(names)}, expected each of them once")
     return tuple(several)
+
+
+def of_family(pruners: Iterable[Pruner], class_token: bool) -> tuple[Pruner, ...]:
+    """The same pruners with what "auto" stands for in a model. ``class_token``: does its tower score with one?"""
+    variant = "llava" if class_token else "qwen"
+    return tuple(
+        replace(pruner, variant=variant)  # type: ignore[type-var]
+        if isinstance(pruner, PruneSID) and pruner.variant == "auto"
+        else pruner
+        for pruner in pruners
+    )

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from ..checks import integer, number
 from ..errors import RequestError
 
-SELECTOR_BLOCKS = (28, 32)  # pixels per merged-token side for which selector graphs ship with the package
+SELECTOR_BLOCKS = (14, 28, 32)  # pixels per merged-token side for which selector graphs ship with the package
 PREDICTORS = ("pred_2d", "raster", "serpentine")
 PRUNE_METRICS = ("max", "mae", "rmse")
 PRUNE_METHODS = (*PREDICTORS, "unique", "conncomp", "random")  # random needs no graph of its own

@@ -20,7 +20,7 @@ def main(given: dict) -> float:  # type: ignore[type-arg]
     if pipe.text is not None:
         pipe.generate(given["prompt"], [given["image"]], prune, max_new_tokens=1).text()
     else:
-        total = sum(view.total for view in pipe.pixels(given["image"])[1].views)
+        total = pipe.pixels(given["image"])[1].placeholders
         next(
             pipe.generate_tokens(prompt_ids(None, pipe.manifest.model, "", [total]), [given["image"]], prune)
         )

@@ -144,8 +144,8 @@ def measure(
                 max_new_tokens=plan.max_new_tokens,
                 ignore_eos=plan.ignore_eos,
                 threads=plan.threads,
-                min_pixels=pipe.min_pixels,
-                max_pixels=pipe.max_pixels,
+                min_pixels=pipe.preprocessing.min_pixels,
+                max_pixels=pipe.preprocessing.max_pixels,
             ),
             rounds=done,
             warmup=plan.warmup,
@@ -239,7 +239,7 @@ class Runner:
         pipe = self.pipe
         item = user.popleft()
         question = self.questions[item]
-        total = self.items[item].width * self.items[item].height // pipe.selector.block**2
+        total = pipe.pixels(question.image)[1].placeholders
         stop = () if self.plan.ignore_eos else None
         record = Running(number, item, user, Stats(), time.perf_counter())
         ids = prompt_ids(pipe.text, pipe.manifest.model, question.prompt, [total])
@@ -362,12 +362,13 @@ def _said(pipe: Pipeline, tokens: Several[int]) -> str:
 
 
 def _item(pipe: Pipeline, question: Question) -> Item:
-    pixels, _ = pipe.pixels(question.image)
+    frames, _ = pipe.pixels(question.image)
+    largest = max(frames, key=lambda frame: frame.size)
     return Item(
         image=question.name,
-        sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
-        width=pixels.shape[1],
-        height=pixels.shape[0],
+        sha256=hashlib.sha256(b"".join(frame.tobytes() for frame in frames)).hexdigest(),
+        width=largest.shape[1],
+        height=largest.shape[0],
         prompt=question.prompt,
         expected=question.expected,
     )
