@@ -84,7 +84,7 @@ def main(output: Path, reference: Path | None, pictures: int, runs: int) -> None
     scores = np.stack([np.abs(x).sum(1) ** 3 / 1e9 for x in crops]).astype(np.float32)
     rows = []
     for need in BUDGETS:
-        prune = ppexport.PruneSID(need, variant="llava", order="reference")
+        prune = ppexport.PruneSID(need - 1, variant="llava", order="reference")
 
         def ours(i: int, prune: ppexport.PruneSID = prune) -> list[int]:
             found: list[int] = ppexport.select_tokens(crops[i], prune, scores[i], threads=1).keep.tolist()

@@ -168,11 +168,12 @@ class FeaturePruners:
         return float(self.backend.download(found)[0])
 
     def _for_views(self, pruner: Pruner, seen: Sequence[Seen], tokens: Sequence[int]) -> Sequence[Pruner]:
-        """The settings for each view."""
+        """The settings for each view, with what the class token leaves of its budget."""
         if not isinstance(pruner, PruneSID):
             return [pruner] * len(seen)
         by_information = pruner.share == "information" and len(seen) > 1
-        return pruner.for_views(tokens, [self.information(view) for view in seen] if by_information else [])
+        found = pruner.for_views(tokens, [self.information(view) for view in seen] if by_information else [])
+        return [replace(own, max_tokens=max(1, own.max_tokens - own.class_tokens)) for own in found]
 
     def _one(self, left: Left, seen: Seen, pruner: Pruner, grouped: bool, with_class: bool) -> Left:
         """What one more pruner leaves of a view."""

@@ -174,7 +174,7 @@ def test_the_class_token_scores(checkpoints: Path, budget: int) -> None:
     assert found.keep.tolist() == keep.tolist()
     assert relative_error(found.embeds, projected[1:][keep]) < 1e-4
     if budget > 1:
-        grouped = ppexport.PruneSID(budget, "llava", order="reference")
+        grouped = ppexport.PruneSID(budget - 1, "llava", order="reference")
         keep = ppexport.select_tokens(mine["hidden"], grouped, mine["score"]).keep
         found = pipe.encode(image, ppexport.PruneSID(budget, order="reference"))
         assert found.keep.tolist() == keep.tolist()

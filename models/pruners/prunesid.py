@@ -70,7 +70,7 @@ class PruneSID:
 
     def idle(self, tokens: int) -> str:
         """See Pruner."""
-        if not self.dynamic and tokens <= self.max_tokens - self.class_tokens:
+        if not self.dynamic and tokens <= self.max_tokens:
             return f"{tokens} token{'s' * (tokens != 1)}, within the budget of {self.max_tokens}"
         if tokens > MOST_TOKENS:
             raise RequestError(
@@ -81,7 +81,7 @@ class PruneSID:
 
     @property
     def class_tokens(self) -> bool:
-        """Does the class token go before the others, as in the authors' code?"""
+        """Does the class token go before the others and count in the budget, as in the authors' code?"""
         return self.variant == "llava" and self.order == "reference"
 
     @property
@@ -94,7 +94,7 @@ class PruneSID:
         """See Pruner. ``information``: in millionths, 0 for a fixed budget."""
         return {
             "directions": range(self.directions),
-            "budget": max(1, self.max_tokens - self.class_tokens),
+            "budget": self.max_tokens,
             "grouped": int(self.order == "reference"),
             "information": round(self.information * MILLIONTHS) if self.dynamic else 0,
         }
