@@ -59,6 +59,8 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/selector.py -o build/bench/selector.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python bench/prunesid.py -o build/bench/prunesid.json $(if $(PRUNESID),--reference $(PRUNESID))
+	$(BIN)/python bench/first_token_llava.py -o build/bench/first_token_llava_300m.json \
+		$(if $(PRUNESID),--reference $(PRUNESID))
 	$(BIN)/python bench/noise.py -o build/bench/noise.json
 	$(BIN)/python bench/help.py -o build/bench/help.json
 	$(BIN)/python bench/build.py -o build/bench/build.json

@@ -62,13 +62,18 @@ def main(
     found = _selections(images, prune, bundle, frames, sizes)  # of all, before anything is written
     if overlay is not None and len(images) > 1:
         _make_folder(Path(overlay))
-    for image, selection, picture in zip(images, found, pictures, strict=True):
+    for image, views, picture in zip(images, found, pictures, strict=True):
         if picture:
-            write_overlay(image, selection, picture)
+            write_overlay(image, views, picture)
         if not as_json:
-            click.echo("\n".join(lines(image, selection) + ([f"overlay {picture}"] if picture else [])))
+            told = [line for selection in views for line in lines(image, selection)]
+            click.echo("\n".join(told + ([f"overlay {picture}"] if picture else [])))
     if as_json:
-        named = [{"image": shown(image), **as_dict(s)} for image, s in zip(images, found, strict=True)]
+        named = [
+            {"image": shown(image), **as_dict(selection)}
+            for image, views in zip(images, found, strict=True)
+            for selection in views
+        ]
         click.echo(json.dumps(named))
     elif len(found) > 1:
         click.echo(together(found))
@@ -76,17 +81,18 @@ def main(
 
 def _selections(
     images: Sequence[str], prune: PruneLike, bundle: str | None, frames: bool, sizes: dict[str, int]
-) -> list[Selection]:
+) -> list[tuple[Selection, ...]]:
+    """Of each image, of each of its views."""
     if bundle is not None:
         from .runtime.pipeline import load  # pixels alone need no model
 
         limits = (sizes.get("min_pixels"), sizes.get("max_pixels"))
         with load(bundle, "auto", *limits) as pipe:
-            return [pipe.encode(image, prune).selection for image in images]
+            return [pipe.encode(image, prune).selections for image in images]
     assert isinstance(prune, PixelPrune)
     if frames:
-        return list(select_frames(images, prune, **sizes))
-    return [select(image, prune, **sizes) for image in images]
+        return [(found,) for found in select_frames(images, prune, **sizes)]
+    return [(select(image, prune, **sizes),) for image in images]
 
 
 def mode_of(prune: PixelPrune) -> str:
@@ -102,6 +108,7 @@ def as_dict(selection: Selection) -> dict[str, object]:
         setting = {"method": prune.method, "metric": prune.metric, "tau": prune.tau, "mode": mode_of(prune)}
         setting |= {"max_tokens": prune.max_tokens, "seed": prune.seed}
     return {
+        "view": selection.number,
         "prune": setting,
         "width": selection.width,
         "height": selection.height,
@@ -123,9 +130,12 @@ def lines(image: str, selection: Selection) -> list[str]:
     if prune is not None and prune.max_tokens is not None and not s.reason:
         why = f", tau {prune.tau:.4g}"
     each = [f"dropped {d.tokens} by {d.pruner}{f', {d.reason}' if d.reason else ''}" for d in s.dropped]
+    of_view = f", view {s.number + 1}" if s.number else ""
+    around = s.rows * s.cols - s.total
+    beside = f", {around} of them beside the image" if around else ""
     return [
-        f"image   {image}: {s.width} x {s.height} pixels after resizing",
-        f"grid    {s.rows} x {s.cols} = {s.total} tokens",
+        f"image   {image}{of_view}: {s.width} x {s.height} pixels after resizing",
+        f"grid    {s.rows} x {s.cols} = {s.rows * s.cols} tokens{beside}",
         f"kept    {s.kept} ({s.share:.1%}){why}",
         *(each if len(each) > 1 else []),
     ]
@@ -209,8 +219,11 @@ def plot(shares: Shares, path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def write_overlay(image: ImageLike, selection: Selection, path: str | Path) -> None:
-    """Draw and save the overlay; the format follows the file name. Raises ImageError if it cannot be written."""
+def write_overlay(image: ImageLike, selection: Selection | Sequence[Selection], path: str | Path) -> None:
+    """Draw and save the overlay, of an image in several views all of them; the format follows the file name.
+
+    Raises ImageError if it cannot be written.
+    """
     target = check_picture(path, [image])
     _write(target, lambda partial: drawn(image, selection).save(partial))
 
@@ -274,9 +287,10 @@ def _write(target: Path, save: Callable[[Path], object]) -> None:
         raise ImageError(f"{target}: the picture cannot be written: {err}") from err
 
 
-def together(found: Sequence[Selection]) -> str:
+def together(found: Sequence[Sequence[Selection]]) -> str:
     """A line about several images."""
-    kept = sum(s.kept for s in found)
-    total = sum(s.total for s in found)
-    shares = np.array([s.share for s in found])
-    return f"all     {len(found)} images: kept {kept} of {total} ({kept / total:.1%}), median {np.median(shares):.1%}"
+    kept = [sum(selection.kept for selection in views) for views in found]
+    total = [sum(selection.total for selection in views) for views in found]
+    median = np.median([a / b for a, b in zip(kept, total, strict=True)])
+    share = sum(kept) / sum(total)
+    return f"all     {len(found)} images: kept {sum(kept)} of {sum(total)} ({share:.1%}), median {median:.1%}"

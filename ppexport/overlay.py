@@ -3,30 +3,58 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .models.pruners.pixelprune import PREDICTORS
-from .runtime.image import ImageLike, read
+from .runtime.image import ImageLike, framed, read
 from .runtime.prune import Selection
 
-KEPT, BESIDE, ABOVE, OTHERWISE, BY_MEANING = range(5)
+KEPT, BESIDE, ABOVE, OTHERWISE, BY_MEANING, AROUND = range(6)
 TINTS = {BESIDE: (255, 0, 110), ABOVE: (30, 110, 255), OTHERWISE: (250, 150, 0)}
 EDGE = (0, 200, 90)  # outline around what is kept
 MEANING = (120, 120, 120)  # in the legend, for the colours of all groups
+GAP = 14  # pixels between the first view and the others
 GOLDEN_ANGLE = 0.381966  # of a full turn
 
 
-def overlay(image: ImageLike, selection: Selection) -> Image.Image:
+def overlay(image: ImageLike, selection: Selection | Sequence[Selection]) -> Image.Image:
     """The image as the model sees it: dropped blocks faded under a tint, kept regions untouched in a green outline.
 
     The tint says what a block was predicted from. Where PruneSID chose, every block that the vision tower saw has the
     colour of its group, strong where it was dropped. A line underneath says what the colours mean and how much is kept.
+    Of an image that is shown in several views, all: the first on the left, the others beside it where they lie.
     """
-    source = read(image).resize((selection.width, selection.height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(source)
+    views = [selection] if isinstance(selection, Selection) else list(selection)
+    source = read(image)
+    drawn = [_drawn(_pixels_of(source, view), view) for view in views]
+    if len(views) == 1:
+        return _with_legend(drawn[0][0], views, [drawn[0][1]])
+    first = drawn[0][0]
+    places = [(0, 0)]
+    for view in views[1:]:
+        assert view.view is not None
+        places.append((first.width + GAP + view.view.box[1], view.view.box[0]))
+    width = max(x + picture.width for (x, _), (picture, _) in zip(places, drawn, strict=True))
+    height = max(y + picture.height for (_, y), (picture, _) in zip(places, drawn, strict=True))
+    together = Image.new("RGB", (width, height), "white")
+    for place, (picture, _) in zip(places, drawn, strict=True):
+        together.paste(picture, place)
+    return _with_legend(together, views, [where for _, where in drawn])
+
+
+def _pixels_of(source: Image.Image, selection: Selection) -> np.ndarray:
+    """What a selection was made of, uint8 [H, W, 3]."""
+    if selection.frame is None or selection.view is None:
+        return np.asarray(source.resize((selection.width, selection.height), Image.Resampling.BICUBIC))
+    top, left, height, width = selection.view.box
+    return framed(source, selection.frame)[top : top + height, left : left + width]
+
+
+def _drawn(pixels: np.ndarray, selection: Selection) -> tuple[Image.Image, np.ndarray]:
+    """The picture without its legend, and ``sources``."""
     where = sources(pixels, selection)
     block = selection.width // selection.cols
     large = np.repeat(np.repeat(where, block, axis=0), block, axis=1)
@@ -38,7 +66,7 @@ def overlay(image: ImageLike, selection: Selection) -> Image.Image:
         picture = _by_group(picture, selection)
     made = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
     _outline(ImageDraw.Draw(made), where == KEPT, block)
-    return _with_legend(made, selection, where)
+    return made, where
 
 
 def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
@@ -55,6 +83,9 @@ def sources(pixels: np.ndarray, selection: Selection) -> np.ndarray:
     seen = selection.keep if selection.groups is None else selection.groups.seen
     found[seen] = KEPT
     found[np.setdiff1d(seen, selection.keep)] = BY_MEANING
+    if selection.view is not None and selection.view.wanted is not None:
+        whole = np.arange(rows * cols, dtype=np.int32)
+        found[np.setdiff1d(whole, selection.view.rows_wanted(whole))] = AROUND
     if prune is None or prune.method not in PREDICTORS or len(seen) == selection.total:
         return found.reshape(rows, cols)
     block = selection.width // cols
@@ -139,17 +170,22 @@ def _outline(draw: ImageDraw.ImageDraw, grid: np.ndarray, block: int) -> None:
             draw.line((right, y, right, bottom), EDGE, width)
 
 
-def _with_legend(picture: Image.Image, selection: Selection, where: np.ndarray) -> Image.Image:
+def _with_legend(
+    picture: Image.Image, views: Sequence[Selection], grids: Sequence[np.ndarray]
+) -> Image.Image:
     """The picture over a line (or more, where it is narrow) with each colour, its meaning and its tokens."""
     size = max(14, min(picture.height // 45, picture.width // 60))
     font = ImageFont.load_default(size)
-    entries = [(EDGE, f"kept {selection.kept} of {selection.total} tokens ({selection.share:.1%})")]
+    kept = sum(view.kept for view in views)
+    total = sum(view.total for view in views)
+    entries = [(EDGE, f"kept {kept} of {total} tokens ({kept / total:.1%})")]
     for kind in TINTS:
-        if count := int((where == kind).sum()):
-            entries.append((TINTS[kind], f"dropped, {_label(kind, selection)}: {count}"))
-    if selection.groups is not None:
-        dropped = len(selection.groups.seen) - selection.kept
-        count = len(np.unique(selection.groups.group))
+        if count := sum(int((where == kind).sum()) for where in grids):
+            entries.append((TINTS[kind], f"dropped, {_label(kind, views[0])}: {count}"))
+    grouped = [(view, view.groups) for view in views if view.groups is not None]
+    if grouped:
+        dropped = sum(len(groups.seen) - view.kept for view, groups in grouped)
+        count = sum(len(np.unique(groups.group)) for _, groups in grouped)
         entries.append((MEANING, f"dropped, by meaning: {dropped} (a colour for each of {count} groups)"))
     widths = [int(size * 2.4 + font.getlength(label)) for _, label in entries]
     across = max(picture.width, max(widths) + size // 2)

@@ -70,7 +70,7 @@ def run(
             out.end()
         asked.append((prompt, answer.stats))
         if overlay:
-            write_overlay(images[0], answer.stats.images[0], overlay)
+            write_overlay(images[0], answer.stats.views_of(0), overlay)
             overlay = None
         if as_json:
             found = {"answer": answer.text(), "device": pipe.chosen, **as_dict(answer.stats)}
@@ -96,6 +96,7 @@ def as_dict(stats: Stats) -> dict[str, Any]:
     """The statistics as plain JSON types, the images without their indices."""
     images = [
         {
+            "view": s.number,
             "width": s.width,
             "height": s.height,
             "tokens": s.total,
@@ -117,7 +118,10 @@ def summary(stats: Stats) -> list[str]:
         several = [f"{each.pruner} dropped {each.tokens}" for each in s.dropped if len(s.dropped) > 1]
         notes = [*several, *dict.fromkeys(filter(None, [s.reason, *(each.reason for each in s.dropped)]))]
         why = f" ({'; '.join(notes)})" if notes else ""
-        lines.append(f"image   {s.width} x {s.height}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}")
+        of_view = f", view {s.number + 1}" if s.number else ""
+        lines.append(
+            f"image   {s.width} x {s.height}{of_view}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}"
+        )
     pruned = stats.prompt_tokens_full - stats.prompt_tokens
     but = f"{pruned} pruned" + (f", {stats.reused_tokens} reused" if stats.reused_tokens else "")
     lines.append(

@@ -389,20 +389,10 @@ def _of_view(selection: Selection, number: int, shown: Views) -> Selection:
     """Without the tokens that show what was put around the image, and where the view lies in it."""
     view = shown.views[number]
     keep = selection.keep[view.rows_wanted(selection.keep)]
-    whole = np.arange(view.total, dtype=np.int32)
-    padding = view.total - len(view.rows_wanted(whole))
-    dropped = selection.dropped
-    if padding and dropped:
-        dropped = (replace(dropped[0], tokens=view.total - padding - len(keep)),)
-    return replace(
-        selection,
-        keep=keep,
-        dropped=dropped,
-        padding=padding,
-        view=number,
-        frame=shown.frames[view.frame],
-        box=view.box,
-    )
+    found = replace(selection, keep=keep, number=number, frame=shown.frames[view.frame], view=view)
+    if view.wanted is not None and selection.dropped:
+        found = replace(found, dropped=(replace(selection.dropped[0], tokens=found.total - len(keep)),))
+    return found
 
 
 def _pruned(selection: Selection, left: Left, pruners: Several[Pruner]) -> Selection:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..models.checks import integer
 from ..models.errors import RequestError
-from ..models.family import Box, Frame, Kept, View, Views
+from ..models.family import Frame, Kept, View, Views
 from ..models.pruners import Pruner
 from ..models.pruners.pixelprune import PixelPrune, prune_file
 from ..models.pruners.prunesid import INFORMATION, PruneSID
@@ -52,17 +52,16 @@ class Selection:
     others: tuple[Pruner, ...] = ()  # further pruners that were used
     dropped: tuple[Dropped, ...] = ()  # by each pruner, in the order that they ran
     groups: Groups | None = None  # where PruneSID chose
-    padding: int = (
-        0  # tokens of the grid that show what was put around the image; they are not kept, and do not count
-    )
-    view: int = 0  # which view of its image, counted from 0
-    frame: Frame | None = None  # what the view is cut from, and where; None: the whole image, resized
-    box: Box | None = None
+    number: int = 0  # of the view, counted from 0 for each image
+    frame: Frame | None = None  # what the view is cut from; None: the whole image, resized
+    view: View | None = None  # where
 
     @property
     def total(self) -> int:
-        """N, the tokens of the full grid that show the image."""
-        return self.rows * self.cols - self.padding
+        """N, the tokens of the full grid; of a view, those that show the image and not what was put around it."""
+        if self.view is None or self.view.wanted is None:
+            return self.rows * self.cols
+        return self.view.wanted[2] * self.view.wanted[3]
 
     @property
     def kept(self) -> int:

@@ -31,7 +31,7 @@ class Span(NamedTuple):
 class Stats:
     """What a request did and how long it took. Grows while the request runs."""
 
-    images: tuple[Selection, ...] = ()
+    images: tuple[Selection, ...] = ()  # of each image, or each view of one that is shown in several
     spans: list[Span] = field(default_factory=list)
     prompt_tokens: int = 0  # after pruning
     prompt_tokens_full: int = 0  # before pruning
@@ -48,6 +48,11 @@ class Stats:
     def total(self) -> int:
         """Image tokens of the full grids."""
         return sum(image.total for image in self.images)
+
+    def views_of(self, image: int) -> list[Selection]:
+        """Those of one image, counted from 0."""
+        starts = [i for i, view in enumerate(self.images) if not view.number]
+        return list(self.images[starts[image] : (*starts, None)[image + 1]])
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -84,7 +89,7 @@ def log_request(stats: Stats) -> None:
     """The event "request", with ``fields`` for structured logs (ppexport/logs.py)."""
     if LOG.isEnabledFor(logging.INFO):
         fields = {
-            "images": len(stats.images),
+            "images": sum(not view.number for view in stats.images),
             "kept": stats.kept,
             "total": stats.total,
             "prompt_tokens": stats.prompt_tokens,

@@ -340,8 +340,7 @@ def _pictures(pipe: Pipeline, questions: Several[Question], plan: Plan) -> Itera
     for item, question in enumerate(questions[:PICTURES]):
         for tau in plan.taus:
             if tau is not None:
-                selection = pipe.encode(question.image, _prune(pipe, tau)).selection
-                made = overlay(question.image, selection)
+                made = overlay(question.image, pipe.encode(question.image, _prune(pipe, tau)).selections)
                 made.thumbnail((WIDTH, 4 * WIDTH))
                 written = io.BytesIO()
                 made.save(written, "webp", quality=60)
