@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +41,21 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traces(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Graphs by what they were traced from: that takes most of a build. Clear it to trace anew."""
-    traced: dict[str, Any] = {}
+def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What was traced (traced.Traces), by any process of this run; None where there is no exporter."""
     if request.config.getoption("--bundles"):
-        yield traced
+        yield None
         return
+    from traced import Traces
+
     from ppexport.exporters import graphs
 
-    def once(trace: Callable[..., Any]) -> Callable[..., Any]:
-        def traced_once(config: Any, *given: Any) -> Any:
-            settled = [sorted(value) if isinstance(value, Set) else value for value in given]
-            key = repr((trace.__name__, config, settled))
-            if key not in traced:
-                traced[key] = trace(config, *given)
-            return traced[key].clone()
-
-        return traced_once
-
+    base = tmp_path_factory.getbasetemp()
+    found = Traces((base.parent if hasattr(request.config, "workerinput") else base) / "traces")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("trace_vision", "trace_language"):
-            patch.setattr(graphs, name, once(getattr(graphs, name)))
-        yield traced
+            patch.setattr(graphs, name, found.once(getattr(graphs, name)))
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from conftest import GOLDEN, IMAGES
 from invariants import relative_error
+from traced import Traces
 
 import ppexport
 from ppexport.build_bundle import build
@@ -231,8 +232,8 @@ def test_bundle_says_where_it_comes_from(golden_bundle: Path) -> None:
     assert manifest.stop_tokens == (2,)
 
 
-def test_builds_are_repeatable(golden_bundle: Path, tmp_path: Path, traces: dict[str, ir.Model]) -> None:
-    traces.clear()
+def test_builds_are_repeatable(golden_bundle: Path, tmp_path: Path, traces: Traces) -> None:
+    traces.anew()
     again = build(GOLDEN / "e2e" / "model", tmp_path / "bundle")
     first, second = (ppexport.load(path).manifest.files for path in (golden_bundle, again))
     assert first == second

@@ -110,17 +110,17 @@ def pair(seed: int, planted: Mapping[str, float] | None = None, tolerance: float
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_became_a_fifth_slower_is_found_and_named(stage: str) -> None:
     found = 0
-    for seed in range(100):
+    for seed in range(40):
         named = {v.metric.partition(".")[0] for v in pair(seed, {stage: 1.2}).of(judge.REGRESSED)} & set(
             STAGES
         )
         found += named == {stage}
-    assert found >= 95
+    assert found >= 38
 
 
 def test_no_change_is_no_regression_and_mostly_the_same() -> None:
-    assert sum(pair(seed).exit_code == 1 for seed in range(100)) <= 5
-    assert sum(pair(seed, tolerance=0.1).exit_code == 0 for seed in range(50)) >= 25
+    assert sum(pair(seed).exit_code == 1 for seed in range(60)) <= 3
+    assert sum(pair(seed, tolerance=0.1).exit_code == 0 for seed in range(30)) >= 15
 
 
 def still(factor: float = 1.0, rounds: int = 24) -> np.ndarray:

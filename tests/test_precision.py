@@ -176,7 +176,7 @@ def test_a_cpu_that_saturates_is_refused(
 @pytest.mark.parametrize("stored", ["int8", "int4"])
 def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
-    options = Options(capacity=256, max_pixels=65536)
+    options = Options(capacity=256, max_pixels=65536, compute_capabilities=("8.9",))
     path = build(POCKET, tmp_path / "bundle", stored, dialect, ["tensorrt-rtx"], None, options)
     _, manifest = open_bundle(path)
     record = engine_record.read(path, manifest, "tensorrt-rtx")
