@@ -1,4 +1,4 @@
-"""Traced graphs, kept in memory and in a folder that the processes of a test run share: tracing takes most of a build."""
+"""Traced graphs, in memory and in a folder that the processes of a run share: tracing takes most of a build."""
 
 from __future__ import annotations
 
