@@ -3,7 +3,8 @@
     python bench/first_token_llava.py -o bench/results/first_token_llava_300m.json [--reference PATH_OF_PRUNESID]
 
 Random weights of a shape (--shape: "300m" or "7b"), LLaVA-1.5 (576 tokens, budgets 64, 128, 192) and LLaVA-NeXT (a
-picture in five views, 2880 tokens; 160, 320, 640). The other side is transformers' model in torch with the selection
+picture in five views, 2880 tokens; 160, 320, 640); and a desktop with PixelPrune before the tower, alone and with the
+smallest budget after it. The other side is transformers' model in torch with the selection
 out of the authors' checkout, from pixels to the first token's logits, as their own code runs it. In turns.
 """
 
@@ -34,6 +35,7 @@ import ppexport
 BUDGETS = {"llava": (192, 128, 64), "llava_next": (640, 320, 160)}
 SIDES = {"llava": 336, "llava_next": 672}  # of the picture, in pixels
 QUESTION = 30  # tokens of text
+DESKTOP = Path(__file__).parent.parent / "ppexport" / "bench" / "images" / "gui_mousepad.png"
 
 
 class Theirs:
@@ -81,7 +83,7 @@ def measured(family: str, shape: str, precisions: list[str], reference: Path | N
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = random_checkpoint(shape, Path(folder), family)
-        runners: dict[tuple[str, int | None], Callable[[], dict[str, float]]] = {}
+        runners: dict[tuple[str, int | str | None], Callable[[], dict[str, float]]] = {}
         for precision in precisions:
             pipe = ppexport.load(build(checkpoint, Path(folder), precision), reuse=0)
             rng = np.random.default_rng(1)
@@ -97,6 +99,20 @@ def measured(family: str, shape: str, precisions: list[str], reference: Path | N
                     return {"first": stats.ttft, "prompt": stats.prompt_tokens, **stats.milliseconds}
 
                 runners[precision, budget] = ours
+            several = BUDGETS[family][-1]
+            for what, prune in (
+                ("all", None),
+                ("pixels", ppexport.PixelPrune()),
+                ("both", [ppexport.PixelPrune(), ppexport.PruneSID(several)]),
+            ):
+
+                def desktop(pipe: Any = pipe, prune: Any = prune) -> dict[str, float]:
+                    answer = pipe.generate("What is this?", [DESKTOP], prune, max_new_tokens=1)
+                    answer.text()
+                    found = answer.stats
+                    return {"first": found.ttft, "prompt": found.prompt_tokens, **found.milliseconds}
+
+                runners[f"{precision}, a desktop", what] = desktop
         if reference:
             theirs = Theirs(family, checkpoint, reference, torch.bfloat16)
             count = len(pipe.pixels(image)[1].views)
@@ -109,7 +125,7 @@ def measured(family: str, shape: str, precisions: list[str], reference: Path | N
                     return {"first": (time.perf_counter() - begin) * 1e3}
 
                 runners["authors, bfloat16", budget] = run
-        found: dict[tuple[str, int | None], list[dict[str, float]]] = {key: [] for key in runners}
+        found: dict[tuple[str, int | str | None], list[dict[str, float]]] = {key: [] for key in runners}
         for i in range(runs + 1):  # the first one warms up
             for key, runner in runners.items():
                 once = runner()
@@ -119,7 +135,9 @@ def measured(family: str, shape: str, precisions: list[str], reference: Path | N
             row: dict[str, Any] = {"family": family, "what": what, "budget": budget}
             row |= {name: round(median(each[name] for each in several), 1) for name in several[0]}
             row["times_as_fast"] = round(
-                median(each["first"] for each in found[what, None]) / max(row["first"], 1e-9), 2
+                median(each["first"] for each in found.get((what, None)) or found[what, "all"])
+                / max(row["first"], 1e-9),
+                2,
             )
             rows.append(row)
             click.echo(json.dumps(row))

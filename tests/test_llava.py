@@ -14,7 +14,9 @@ import pytest
 import torch
 from conftest import write_json
 from invariants import relative_error
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from terminal import runner
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -22,12 +24,14 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 import ppexport
 from ppexport.build_bundle import build
+from ppexport.cli import main
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
 from ppexport.models.errors import CheckpointError, RequestError
 from ppexport.models.families import FAMILIES
 from ppexport.models.family import Kept
 from ppexport.models.pruners.prunesid import shared_out
+from ppexport.overlay import GAP, overlay
 from ppexport.runtime.image import frames_of
 
 SIDE = 84
@@ -227,6 +231,59 @@ def test_both_pruners_and_several_images(pipe: ppexport.Pipeline) -> None:
     assert again.text() == said
     assert again.stats.reused_tokens > 0
     assert alone.text() == pipe.generate("And?", images[:1], None, max_new_tokens=3).text()
+
+
+def test_pictures_of_all_views(checkpoints: Path, tmp_path: Path) -> None:
+    """Side by side, as the model sees them; what was put around the image is neither kept nor dropped."""
+    target = checkpoints / "llava_next.bundle"
+    pipe = ppexport.load(target if target.exists() else build(checkpoints / "llava_next", target))
+    image = np.full((130, 168, 3), 90, np.uint8)
+    image[40:80, 30:90] = picture(40, 60)
+    found = pipe.encode(image, [ppexport.PixelPrune(), ppexport.PruneSID(20)])
+    drawn = np.asarray(overlay(image, found.selections))
+    assert drawn.shape[1] >= SIDE + GAP + 2 * SIDE  # or as wide as its legend
+    assert drawn.shape[0] > 2 * SIDE  # and a legend
+    assert (drawn[:10, SIDE + GAP : 3 * SIDE + GAP] == 0).all()  # the padding above the tiles
+    assert sum(s.total for s in found.selections) < 5 * GRID * GRID
+    for selection in found.selections:
+        assert sum(each.tokens for each in selection.dropped) == selection.total - selection.kept
+    file = tmp_path / "image.png"
+    Image.fromarray(image).save(file)
+    shown = runner().invoke(
+        main,
+        [
+            "inspect",
+            str(file),
+            "--bundle",
+            str(target),
+            "--prunesid",
+            "20",
+            "--overlay",
+            str(tmp_path / "o.png"),
+        ],
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "view 5: 84 x 84 pixels" in shown.output
+    assert "beside the image" in shown.output
+    ran = runner().invoke(
+        main,
+        [
+            "run",
+            str(target),
+            "Hi",
+            "-i",
+            str(file),
+            "-n",
+            "2",
+            "--overlay",
+            str(tmp_path / "r.png"),
+            "--json",
+        ],
+    )
+    assert ran.exit_code == 0, ran.output
+    assert [view["view"] for view in json.loads(ran.stdout)["images"]] == [0, 1, 2, 3, 4]
+    with Image.open(tmp_path / "r.png") as one, Image.open(tmp_path / "o.png") as other:
+        assert min(one.width, other.width) >= 3 * SIDE + GAP
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
