@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 
 import click
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe
@@ -24,7 +23,7 @@ from machine import describe
 import ppexport
 from ppexport.exporters.random_checkpoint import random_config
 from ppexport.models.families import FAMILIES
-from ppexport.runtime.image import frames_of
+from ppexport.runtime.image import cut, frames_of
 from ppexport.runtime.selector import packaged_selector
 
 IMAGES = Path(__file__).parent.parent / "ppexport" / "bench" / "images"
@@ -44,11 +43,7 @@ def main(images: tuple[Path, ...], output: Path, runs: int) -> None:
             model = family.parse(random_config(name, "7b"))
             frames, shown = frames_of(image, partial(family.views, model, family.preprocessing))
             selector = packaged_selector(model.vision.block)
-            views = []
-            for view in shown.views:
-                top, left, height, width = view.box
-                cut = np.ascontiguousarray(frames[view.frame][top : top + height, left : left + width])
-                views.append(selector.backend.upload(cut))
+            views = [selector.backend.upload(cut(frames, view)) for view in shown.views]
             times = []
             for _ in range(runs):
                 begin = time.perf_counter()

@@ -55,6 +55,9 @@ class Profiles:
     prune: tuple[Profile, ...]
     vision: tuple[Profile, ...]
     prefill: tuple[Profile, ...]
+    information: float | None = (
+        None  # what the images have on average, for PruneSID(dynamic=True, information=...)
+    )
 
 
 def defaults(model: ModelConfig, context: int, max_pixels: int, capacity: int) -> Profiles:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .models.config import ModelConfig
-from .runtime.image import frames_of, images_in
+from .runtime.image import cut, frames_of, images_in
 from .runtime.prune import kept_of
 from .runtime.selector import packaged_selector
 from .runtime.text import Text
@@ -56,8 +56,7 @@ class Calibration:
             looks = []
             keeps = []
             for view in shown.views:
-                top, left, height, width = view.box
-                pixels = np.ascontiguousarray(frames[view.frame][top : top + height, left : left + width])
+                pixels = cut(frames, view)
                 keep = selector.select(selector.backend.upload(pixels), plan.prune)[1].keep
                 keeps.append(keep[view.rows_wanted(keep)])
                 if len(keeps[-1]):

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ from .models.precision import BITS, BYTES, Wanted
 from .models.pruners.pixelprune import MOST_SEED, PRUNE_METHODS
 from .models.version import __version__
 from .options import (
+    budget_of,
     calibration_of,
     device_option,
     engine_options,
@@ -135,8 +137,8 @@ def build(
     wanted = weights_of(options)
     calibration = calibration_of(options)
     settings, no_prune = prune_settings(options)
-    prunesid = options.pop("prunesid")
-    given = calibration or settings or no_prune or prunesid or revision
+    budget = budget_of(options)
+    given = calibration or settings or no_prune or budget or revision
     changes = wanted != Wanted() or dialect != "auto" or given
     if output is None and (not targets or changes):
         raise click.UsageError("-o names the bundle to make; without it, a BUNDLE and --target are expected")
@@ -152,7 +154,7 @@ def build(
 
             def prune(own: Sequence[Pruner]) -> Sequence[Pruner]:
                 found = changed(own, settings) if settings else own
-                return () if no_prune else with_budget(found, prunesid) if prunesid else found
+                return () if no_prune else with_budget(found, **budget) if budget else found
 
             build_bundle(
                 source,
@@ -216,10 +218,10 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
     from .run import run as run_bundle
 
     settings, no_prune = prune_settings(options)
-    prunesid = options.pop("prunesid")
+    budget = budget_of(options)
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
-    run_bundle(bundle, prompts, images, lambda: prune_for(bundle, settings, no_prune, prunesid), **options)
+    run_bundle(bundle, prompts, images, lambda: prune_for(bundle, settings, no_prune, budget), **options)
 
 
 @main.command("eval")
@@ -249,7 +251,8 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
     """Accuracy of BUNDLE on held-out synthetic screens or your own questions, with confidence intervals."""
     from .eval import main as run_eval
 
-    run_eval(bundle, workload, skills.split(",") if skills else None, **options)
+    budget = budget_of(options)
+    run_eval(bundle, workload, skills.split(",") if skills else None, budget=budget, **options)
 
 
 @main.command()
@@ -271,12 +274,21 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 @click.option(
     "--merge", type=click.IntRange(1), help="Patches per token side.  [default: the bundle's, else 2]"
 )
-def plan(images: tuple[str, ...], output: str, bundle: str | None, **sizes: Any) -> None:
+@click.option(
+    "--information",
+    is_flag=True,
+    help="With --bundle: run its vision tower on the images, for budgets of PruneSID by --dynamic.",
+)
+def plan(images: tuple[str, ...], output: str, bundle: str | None, information: bool, **sizes: Any) -> None:
     """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
     from . import plan as planner
     from .models import profiles
     from .models.pruners.pixelprune import PixelPrune
 
+    if information and bundle is None:
+        raise click.UsageError(
+            "--information looks at features: --bundle names the bundle that computes them"
+        )
     settings, no_prune = prune_settings(sizes)
     given = {name: value for name, value in sizes.items() if value is not None}
     if bundle is not None:
@@ -286,12 +298,21 @@ def plan(images: tuple[str, ...], output: str, bundle: str | None, **sizes: Any)
     target = profiles.writable(output)
     with click.progressbar(length=len(images), label="select", file=sys.stderr) as bar:
         made = planner.plan(images, prune, progress=lambda done, total: bar.update(1), **given)
+    written = made.profiles
+    if bundle is not None and information:
+        with click.progressbar(length=len(images), label="vision", file=sys.stderr) as bar:
+            found = planner.information(bundle, images, prune, lambda done, total: bar.update(1))
+        written = replace(written, information=round(found, 6))
     try:
-        profiles.write(made.profiles, target)
+        profiles.write(written, target)
     except OSError as err:
         raise SpaceError(f"{output}: cannot be written: {err}") from err
     for line in planner.report(made):
         click.echo(line)
+    if written.information is not None:
+        click.echo(
+            f"information {written.information:.4f} on average; --dynamic {output} shares budgets by it"
+        )
     click.echo(f"wrote {output}")
 
 
@@ -327,18 +348,18 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
     from .models.pruners.pixelprune import PixelPrune
 
     bundle = options["bundle"]
-    prunesid = options.pop("prunesid")
-    _check_inspect(options, prunesid)
+    budget = budget_of(options)
+    _check_inspect(options, budget)
     if prune_seed is not None and options["method"] not in ("random", "conncomp"):
         raise click.UsageError("--prune-seed is for --method random or conncomp")
     settings = prune_settings(options)[0]
     if prune_seed is not None:
         settings["seed"] = prune_seed
-    prune = PixelPrune(**settings) if bundle is None else prune_for(bundle, settings, False, prunesid)
+    prune = PixelPrune(**settings) if bundle is None else prune_for(bundle, settings, False, budget)
     view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
 
 
-def _check_inspect(options: dict[str, Any], prunesid: int | None) -> None:
+def _check_inspect(options: dict[str, Any], budget: dict[str, Any]) -> None:
     """Raise UsageError for options of ``inspect`` that exclude each other."""
 
     def given(*names: str) -> str:
@@ -349,7 +370,7 @@ def _check_inspect(options: dict[str, Any], prunesid: int | None) -> None:
         raise click.UsageError(f"--sweep goes with --metric and --mode only, found --{other}")
     if options["bundle"] is not None and (other := given("patch", "merge", "frames", "sweep")):
         raise click.UsageError(f"--bundle goes without --{other}")
-    if options["bundle"] is None and prunesid:
+    if options["bundle"] is None and budget:
         raise click.UsageError("--prunesid looks at features: --bundle names the bundle that computes them")
 
 
@@ -391,8 +412,8 @@ def verify(bundles: tuple[str, ...], checkpoint: str, images: tuple[str, ...], *
     from .verify import main as run_verify
 
     settings, no_prune = prune_settings(options)
-    prunesid = options.pop("prunesid")
-    prunes = [prune_for(bundle, settings, no_prune, prunesid) for bundle in bundles]
+    budget = budget_of(options)
+    prunes = [prune_for(bundle, settings, no_prune, budget) for bundle in bundles]
     sys.exit(run_verify(bundles, checkpoint, images, prunes=prunes, **options))
 
 

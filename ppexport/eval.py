@@ -126,12 +126,16 @@ def _bootstrap(scores: Sequence[float], weights: Sequence[int]) -> tuple[float, 
 
 
 def settings(
-    pipe: Pipeline, taus: Sequence[float], no_prune: bool, method: str | None, prunesid: int | None = None
+    pipe: Pipeline,
+    taus: Sequence[float],
+    no_prune: bool,
+    method: str | None,
+    budget: dict[str, Any] | None = None,
 ) -> list[PruneLike]:
-    """The prune settings asked for: that of the bundle if none is named. ``prunesid``: a budget for all that prune."""
+    """The prune settings asked for: the bundle's if none is named. ``budget``: of PruneSID, for all that prune."""
     chosen: list[PruneLike] = [None] if no_prune else []
     given = {} if method is None else {"method": method}
-    own = with_budget(pipe.prune, prunesid) if prunesid else pipe.prune
+    own = with_budget(pipe.prune, **budget) if budget else pipe.prune
     if not taus and not no_prune:
         chosen.append(changed(own, given) if given else own)
     return chosen + [changed(own, {**given, "tau": tau}) for tau in taus]
@@ -160,7 +164,7 @@ def main(
     device: str,
     count: int | None,
     as_json: bool,
-    prunesid: int | None = None,
+    budget: dict[str, Any] | None = None,
 ) -> None:
     """Print a table, or JSON with every answer."""
     unknown = sorted(set(skills or ()) - set(SKILLS)) if workload == SCREENS else []
@@ -174,7 +178,7 @@ def main(
             f"{'skill':<12}{'pruning':<24}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}"
         )
     for r in _results(
-        pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method, prunesid), count or COUNT
+        pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method, budget), count or COUNT
     ):
         found.append(asdict(r))
         if not as_json:

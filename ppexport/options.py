@@ -49,14 +49,53 @@ def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def feature_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The option that says how to prune behind the vision tower."""
-    return click.option(
-        "--prunesid",
-        type=click.IntRange(1, MOST_BUDGET),
-        metavar="N",
-        help="Of an image: keep at most N tokens of what the vision tower makes of it, a few of every semantic group "
-        "(PruneSID). Default: what the bundle says, else all.",
-    )(command)
+    """The options that say how to prune behind the vision tower."""
+    for option in (
+        click.option(
+            "--dynamic",
+            metavar="FILE|NUMBER",
+            help="With --prunesid: N is a mean, and images whose tokens resemble each other less get more. "
+            "The file that 'ppexport plan --information' wrote of yours, or its number.",
+        ),
+        click.option(
+            "--prunesid",
+            type=click.IntRange(1, MOST_BUDGET),
+            metavar="N",
+            help="Of an image: keep at most N tokens of what the tower makes of it, a few of every semantic group "
+            "(PruneSID). Default: what the bundle says, else all.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def budget_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Take --prunesid and --dynamic out of ``options``: the settings of PruneSID, none where neither is given.
+
+    Raises UsageError for --dynamic alone, RequestError for what is no number and no file of 'ppexport plan'.
+    """
+    tokens = options.pop("prunesid")
+    dynamic = options.pop("dynamic")
+    if tokens is None:
+        if dynamic is not None:
+            raise click.UsageError("--dynamic goes with --prunesid N, the mean budget")
+        return {}
+    if dynamic is None:
+        return {"max_tokens": tokens}
+    try:
+        information = float(dynamic)
+    except ValueError:
+        from .models.errors import RequestError
+        from .models.profiles import read
+
+        found = read(dynamic).information
+        if found is None:
+            raise RequestError(
+                f"{dynamic}: holds no information of images; write it with: ppexport plan IMAGES --bundle BUNDLE "
+                "--information -o FILE"
+            ) from None
+        information = found
+    return {"max_tokens": tokens, "dynamic": True, "information": information}
 
 
 def size_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,16 +132,18 @@ def prune_settings(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     return given, no_prune
 
 
-def prune_for(bundle: str, settings: dict[str, Any], no_prune: bool, prunesid: int | None = None) -> Any:
+def prune_for(
+    bundle: str, settings: dict[str, Any], no_prune: bool, budget: dict[str, Any] | None = None
+) -> Any:
     """What to ask a bundle for: its own pruners, with the settings that were given; None with ``no_prune``."""
-    if no_prune or not (settings or prunesid):
+    if no_prune or not (settings or budget):
         return None if no_prune else "default"
     from .models.pruners import changed, pruners_of, with_budget
     from .runtime.bundle import open_bundle
 
     own = pruners_of(open_bundle(bundle)[1].prune)
     found = changed(own, settings) if settings else own
-    return with_budget(found, prunesid) if prunesid else found
+    return with_budget(found, **budget) if budget else found
 
 
 revision_option = click.option(

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .models import profiles
+from .models.checks import integer
 from .models.errors import RequestError
+from .models.families import FAMILIES
+from .models.family import Frame, View, Views
 from .models.profiles import Profile, Profiles
 from .models.pruners import Pruner, listed, pruners_of
 from .models.pruners.pixelprune import PixelPrune
+from .models.resize import smart_resize
 from .runtime.bundle import open_bundle
-from .runtime.prune import Selection
-from .runtime.selector import select
+from .runtime.image import cut, frames_of
+from .runtime.pipeline import load
+from .runtime.selector import packaged_selector
 
 PruneLike = Pruner | Sequence[Pruner] | None
 APART = 1.5  # a further bucket pays where it is at least this much larger than the one before
@@ -28,8 +34,8 @@ class Plan:
 
     profiles: Profiles
     kept: tuple[int, ...]  # kept tokens of each image
-    total: tuple[int, ...]  # tokens of each image's full grid
-    served: tuple[float, ...]  # share of the images that each vision profile is the first to hold
+    total: tuple[int, ...]  # tokens of each image before pruning
+    served: tuple[float, ...]  # share of the views that each vision profile is the first to hold
 
 
 def plan(
@@ -42,14 +48,15 @@ def plan(
     capacity: int = profiles.CAPACITY["standard"],
     text_tokens: int = 256,
     compiled: str = PixelPrune().graph,
+    views_of: Callable[[int, int], Views] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Select on every image and place the sizes of the engines.
 
     Sizes from 1 to those of the largest image are covered even where nothing of it could be pruned; what differs is
-    where the engines are fastest. ``text_tokens``: of the longest question; ``compiled``: the graph that the
-    engines prune with. Raises ImageError, RequestError (also for
-    a method that engines do not have).
+    where the engines are fastest. ``text_tokens``: of the longest question; ``compiled``: the graph that the engines
+    prune with; ``views_of``: how a model shows images of a height and width (None: whole, by ``patch``, ``merge`` and
+    the limits). Raises ImageError, RequestError (also for a method that engines do not have).
     """
     pruners = listed(prune)
     for pruner in pruners:
@@ -57,48 +64,75 @@ def plan(
             raise RequestError(
                 f"engines prune with {compiled} only, found {pruner.graph}; plan with a bundle that prunes so"
             )
-    selections = []
+    selector = packaged_selector(integer("patch", patch, 1) * integer("merge", merge, 1))
+    block = selector.block
+
+    def whole(height: int, width: int) -> Views:
+        H, W = smart_resize(height, width, block, min_pixels, max_pixels)
+        grid = (H // block, W // block)
+        return Views((Frame(H, W),), (View((0, 0, H, W), grid),), grid[0] * grid[1])
+
+    looked: list[tuple[View, int]] = []  # each view, and how many tokens of it are kept
+    kept = []
+    total = []
     for i, image in enumerate(images):
-        selections.append(select(image, pruners, patch, merge, min_pixels, max_pixels))
+        frames, shown = frames_of(image, views_of or whole)
+        found = [
+            selector.select(selector.backend.upload(cut(frames, view)), pruners)[1] for view in shown.views
+        ]
+        looked += [(view, each.kept) for view, each in zip(shown.views, found, strict=True)]
+        wanted = [len(view.rows_wanted(each.keep)) for view, each in zip(shown.views, found, strict=True)]
+        beside = shown.placeholders - sum(len(v.rows_wanted(np.arange(v.total))) for v in shown.views)
+        kept.append(sum(wanted) + beside)  # ends of rows are there as long as anything of theirs is
+        total.append(shown.placeholders)
         progress(i + 1, len(images))
-    kept = tuple(s.kept for s in selections)
-    largest = max(s.total for s in selections)
+    largest = max(total)
     if largest + text_tokens > capacity:
         raise RequestError(
             f"an unpruned image of {largest} tokens and {text_tokens} of text do not fit a capacity of {capacity}; "
             f"expected at least {largest + text_tokens}, or a lower max_pixels"
         )
     sides: Profile = {
-        "H": _sides(selections, "height", patch * merge),
-        "W": _sides(selections, "width", patch * merge),
+        "H": _sides([view.box[2] for view, _ in looked], block, views_of is not None),
+        "W": _sides([view.box[3] for view, _ in looked], block, views_of is not None),
     }
-    edges = bucket_edges(kept, largest)
     vision = []
-    prefill = []
     served = []
+    of_views = [n for _, n in looked]
+    for edge, usual, share in _buckets(of_views, max(view.total for view, _ in looked)):
+        vision.append({**sides, "K": (1, usual, edge)})
+        served.append(share)
+    prefill = []
+    edges = _buckets(kept, largest)
+    for edge, usual, _ in edges:
+        longest = edge + text_tokens if edge != edges[-1][0] else capacity
+        images_of_prompt = edge if edge != edges[-1][0] else capacity
+        prefill.append({"S": (1, min(usual + 64, longest), longest), "K": (1, usual, images_of_prompt)})
+    sizes = Profiles(profiles.SCHEMA, max_pixels, capacity, ({**sides},), tuple(vision), tuple(prefill))
+    return Plan(sizes, tuple(kept), tuple(total), tuple(served))
+
+
+def _buckets(kept: Sequence[int], largest: int) -> list[tuple[int, int, float]]:
+    """Of each bucket: how many tokens it holds, the usual number, which share of all it is the first to hold."""
+    found = []
     left = sorted(kept)
-    for edge in edges:
+    for edge in bucket_edges(kept, largest):
         inside = [n for n in left if n <= edge]
         left = left[len(inside) :]
-        usual = int(np.median(inside)) if inside else edge
-        vision.append({**sides, "K": (1, usual, edge)})
-        longest = edge + text_tokens if edge != edges[-1] else capacity
-        images_of_prompt = edge if edge != edges[-1] else capacity
-        prefill.append({"S": (1, min(usual + 64, longest), longest), "K": (1, usual, images_of_prompt)})
-        served.append(len(inside) / len(kept))
-    sizes = Profiles(profiles.SCHEMA, max_pixels, capacity, ({**sides},), tuple(vision), tuple(prefill))
-    return Plan(sizes, kept, tuple(s.total for s in selections), tuple(served))
+        found.append((edge, int(np.median(inside)) if inside else edge, len(inside) / len(kept)))
+    return found
 
 
 def as_bundle(
     bundle: str | Path, prune: PruneLike | Literal["default"], sizes: dict[str, Any]
 ) -> tuple[PruneLike, dict[str, Any]]:
-    """How a bundle prunes and resizes: pruners, and the arguments of ``plan`` that ``sizes`` does not give.
+    """How a bundle prunes pixels and resizes: pruners, and the arguments of ``plan`` that ``sizes`` does not give.
 
     Raises BundleError.
     """
     _, manifest = open_bundle(bundle)
     vision = manifest.model.vision
+    family = FAMILIES[manifest.family]
     own = {
         "patch": vision.patch,
         "merge": vision.merge,
@@ -106,7 +140,15 @@ def as_bundle(
         "max_pixels": min(profiles.MAX_PIXELS["standard"], manifest.preprocessing.max_pixels),
         "compiled": manifest.graphs["prune"].file.removesuffix(".onnx"),
     }
-    return pruners_of(manifest.prune) if prune == "default" else prune, {**own, **sizes}
+    if vision.side:
+        if {"patch", "merge", "min_pixels", "max_pixels"} & set(sizes):
+            raise RequestError(
+                f"sizes of images are given, expected none: a {manifest.family} model looks at views of {vision.side} "
+                f"x {vision.side} pixels"
+            )
+        own["views_of"] = partial(family.views, manifest.model, manifest.preprocessing)
+    found = pruners_of(manifest.prune) if prune == "default" else listed(prune)
+    return [pruner for pruner in found if pruner.after == "image"], {**own, **sizes}
 
 
 def bucket_edges(kept: Sequence[int], largest: int) -> list[int]:
@@ -134,14 +176,33 @@ def report(made: Plan) -> list[str]:
         lines.append(
             f"  {int(low):>6} to {int(high):<6} {'#' * round(40 * count / counts.max()):<40} {count}"
         )
+    what = "images" if max(made.total) <= made.profiles.vision[-1]["K"][2] else "views"
     for profile, served in zip(made.profiles.vision, made.served, strict=True):
         _, usual, most = profile["K"]
         lines.append(
-            f"bucket  up to {most} kept tokens, fastest at {usual}: serves {served:.0%} of the images"
+            f"bucket  up to {most} kept tokens, fastest at {usual}: serves {served:.0%} of the {what}"
         )
     return lines
 
 
-def _sides(selections: Sequence[Selection], name: str, block: int) -> tuple[int, int, int]:
-    values = sorted(getattr(s, name) for s in selections)
-    return block, values[len(values) // 2], values[-1]
+def _sides(found: Sequence[int], block: int, one_size: bool) -> tuple[int, int, int]:
+    values = sorted(found)
+    return values[0] if one_size else block, values[len(values) // 2], values[-1]
+
+
+def information(
+    bundle: str | Path,
+    images: Sequence[str],
+    prune: PruneLike | Literal["default"],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """How little the tokens of the images resemble each other on average, by the bundle's own vision tower.
+
+    What budgets of ``PruneSID(dynamic=True)`` are shares of. Raises BundleError, ImageError, RequestError.
+    """
+    found = []
+    with load(bundle, "cpu", reuse=0) as pipe:
+        for i, image in enumerate(images):
+            found.append(pipe.information(image, prune))
+            progress(i + 1, len(images))
+    return float(np.mean(found))

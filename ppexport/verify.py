@@ -22,6 +22,7 @@ from .models.pruners.prunesid import PruneSID
 from .progress import Bar
 from .runtime.answer import Step, Steps
 from .runtime.bundle import open_bundle
+from .runtime.image import cut
 from .runtime.pipeline import WORTH, Pipeline, load
 from .runtime.prune import Selection
 from .runtime.sequence import PruneLike
@@ -183,8 +184,7 @@ def _looks(pipe: Pipeline, image: str, before: Sequence[Pruner]) -> tuple[Look, 
     frames, shown = pipe.pixels(image)
     found = []
     for view in shown.views:
-        top, left, height, width = view.box
-        pixels = np.ascontiguousarray(frames[view.frame][top : top + height, left : left + width])
+        pixels = cut(frames, view)
         keep = pipe.selector.select(pipe.backend.upload(pixels), before, WORTH)[1].keep
         if len(view.rows_wanted(keep)):
             found.append(Look(pixels, view, keep))

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..models.errors import ImageError, RequestError
-from ..models.family import Frame, Views
+from ..models.family import Frame, View, Views
 from ..models.resize import MAX_PIXELS as MAX_SOURCE_PIXELS
 from ..models.resize import MIN_SIDE, smart_resize
 
@@ -111,6 +111,12 @@ def framed(source: Image.Image, frame: Frame) -> np.ndarray:
     x = max(-left, 0)
     found[y : y + part.shape[0], x : x + part.shape[1]] = part
     return found
+
+
+def cut(frames: Sequence[np.ndarray], view: View) -> np.ndarray:
+    """What a view shows of the pictures of an image: uint8 [H, W, 3], contiguous."""
+    top, left, height, width = view.box
+    return np.ascontiguousarray(frames[view.frame][top : top + height, left : left + width])
 
 
 def read(image: ImageLike) -> Image.Image:

@@ -25,7 +25,7 @@ from .backends.devices import open_device
 from .backends.session import Backend
 from .bundle import open_bundle
 from .engine import TOGETHER, Engine
-from .image import ImageLike, frames_of
+from .image import ImageLike, cut, frames_of
 from .language import Language
 from .messages import PromptLike, images_of, with_images
 from .prune import FeaturePruners, Groups, Left, Selection, kept_of
@@ -257,6 +257,17 @@ class Pipeline:
             if pruner.after == "vision":
                 self.feature_pruners.graphs.session(pruner.graph)
 
+    def information(self, image: ImageLike, prune: PruneLike = "default") -> float:
+        """How little the tokens of an image resemble each other: 1 - their mean cosine, over its views the mean.
+
+        Of the tokens that the pruners before the vision tower keep. What ``PruneSID(dynamic=True)`` shares budgets by.
+        """
+        before = [pruner for pruner in self.pruners_of(prune) if pruner.after == "image"]
+        (picture,) = self._pictures([image], before, Stats())
+        with self.engine.lock:
+            found = [self.feature_pruners.information(view) for view in self.engine.seen(picture)]
+        return float(np.mean(found))
+
     def pixels(self, image: ImageLike) -> tuple[list[np.ndarray], Views]:
         """The pictures that an image becomes, uint8 [H, W, 3], and how the model looks at them.
 
@@ -288,12 +299,7 @@ class Pipeline:
         model = self.manifest.model
         with stats.stage("image"):
             frames, shown_as = self.pixels(image)
-            buffers = []
-            for view in shown_as.views:
-                top, left, height, width = view.box
-                buffers.append(
-                    self.backend.upload(frames[view.frame][top : top + height, left : left + width])
-                )
+            buffers = [self.backend.upload(cut(frames, view)) for view in shown_as.views]
         with stats.stage("prune"):
             shown = []
             selections = []

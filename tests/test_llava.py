@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_json
+from conftest import IMAGES, write_json
 from invariants import relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,15 +23,18 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 import ppexport
+from ppexport import plan as planner
 from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
+from ppexport.models import profiles
 from ppexport.models.errors import CheckpointError, RequestError
 from ppexport.models.families import FAMILIES
 from ppexport.models.family import Kept
 from ppexport.models.pruners.prunesid import shared_out
 from ppexport.overlay import GAP, overlay
+from ppexport.runtime.bundle import open_bundle
 from ppexport.runtime.image import frames_of
 
 SIDE = 84
@@ -284,6 +287,25 @@ def test_pictures_of_all_views(checkpoints: Path, tmp_path: Path) -> None:
     assert [view["view"] for view in json.loads(ran.stdout)["images"]] == [0, 1, 2, 3, 4]
     with Image.open(tmp_path / "r.png") as one, Image.open(tmp_path / "o.png") as other:
         assert min(one.width, other.width) >= 3 * SIDE + GAP
+
+
+def test_sizes_for_engines_are_those_of_views(checkpoints: Path) -> None:
+    """The tower's of a view, the decoder's of a whole image."""
+    target = checkpoints / "llava_next.bundle"
+    if not target.exists():
+        build(checkpoints / "llava_next", target)
+    images = [str(IMAGES / "web_gnuplot.png")]
+    prune, given = planner.as_bundle(target, "default", {"capacity": 512})
+    made = planner.plan(images, prune, **given)
+    _, manifest = open_bundle(target)
+    profiles.check(made.profiles, manifest.model, manifest.context)
+    assert made.profiles.vision[0]["H"] == made.profiles.prune[0]["W"] == (SIDE, SIDE, SIDE)
+    assert made.profiles.vision[-1]["K"][2] == GRID * GRID
+    pipe = ppexport.load(target)
+    assert made.total == (pipe.pixels(images[0])[1].placeholders,)
+    assert made.kept == made.total
+    with pytest.raises(RequestError, match="sizes of images are given, expected none: a llava_next model"):
+        planner.as_bundle(target, "default", {"max_pixels": 4000})
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

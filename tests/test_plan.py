@@ -220,3 +220,80 @@ def test_doctor(tiny_bundle: Path, tmp_path: Path) -> None:
     assert json.dumps(lines)
     result = runner().invoke(main, ["doctor", str(tiny_bundle / "nothing")])
     assert result.exit_code == 1
+
+
+def test_information_goes_into_the_file_and_out_again(pocket_bundle: Path, tmp_path: Path) -> None:
+    """The mean over the images, which a dynamic budget is a share of."""
+    images = [str(IMAGES / name) for name in ("web_gnuplot.png", "pdf_gnuplot-020.png")]
+    file = tmp_path / "p.json"
+    done = runner().invoke(
+        main,
+        [
+            "plan",
+            *images,
+            "--bundle",
+            str(pocket_bundle),
+            "--max-pixels",
+            "200000",
+            "--information",
+            "-o",
+            str(file),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    found = profiles.read(file).information
+    assert found is not None
+    assert f"information {found:.4f} on average" in done.output
+    with ppexport.load(pocket_bundle, reuse=0) as pipe:
+        each = [pipe.information(image) for image in images]
+        assert found == pytest.approx(np.mean(each), abs=1e-5)
+        features = pipe.encode(images[0]).embeds.astype(np.float64)
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        n = len(unit)
+        assert each[0] == pytest.approx(1 - ((unit @ unit.T).sum() - n) / (n * (n - 1)), abs=1e-4)
+        prune = [ppexport.PixelPrune(), ppexport.PruneSID(40, dynamic=True, information=found)]
+        kept = [len(pipe.encode(image, prune).keep) for image in images]
+    assert [round(40 * one / found) for one in each] == kept
+    run = runner().invoke(
+        main,
+        [
+            "run",
+            str(pocket_bundle),
+            "What?",
+            "-i",
+            images[0],
+            "-n",
+            "1",
+            "--prunesid",
+            "40",
+            "--dynamic",
+            str(file),
+            "--json",
+        ],
+    )
+    assert json.loads(run.stdout)["kept"] == kept[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dynamic", "0.5"], "--dynamic goes with --prunesid N"),
+        (["--prunesid", "9", "--dynamic", "none.json"], "none.json: cannot be read as a profile file"),
+        (["--prunesid", "9", "--dynamic", "-1"], "information is -1.0, expected a number over 0"),
+    ],
+)
+def test_dynamic_budgets_that_cannot_be(pocket_bundle: Path, arguments: list[str], message: str) -> None:
+    done = runner().invoke(main, ["run", str(pocket_bundle), "What?", *arguments])
+    assert done.exit_code != 0
+    assert message in done.stderr
+
+
+def test_a_file_without_information(pocket_bundle: Path, tmp_path: Path, model: ModelConfig) -> None:
+    profiles.write(profiles.defaults(model, 4096, 65536, 4096), tmp_path / "p.json")
+    arguments = ["--prunesid", "9", "--dynamic", str(tmp_path / "p.json")]
+    done = runner().invoke(main, ["run", str(pocket_bundle), "What?", *arguments])
+    assert "holds no information of images; write it with: ppexport plan" in done.stderr
+    alone = runner().invoke(
+        main, ["plan", str(IMAGES / "web_gnuplot.png"), "--information", "-o", str(tmp_path / "q")]
+    )
+    assert "--bundle names the bundle that computes them" in alone.stderr

@@ -77,13 +77,16 @@ def changed(pruners: Iterable[Pruner], settings: Mapping[str, Any]) -> tuple[Pru
     return tuple(found)
 
 
-def with_budget(pruners: Iterable[Pruner], tokens: int) -> tuple[Pruner, ...]:
-    """The same pruners with PruneSID at a budget of so many tokens an image; it is added where it is not among them."""
+def with_budget(pruners: Iterable[Pruner], max_tokens: int, **settings: Any) -> tuple[Pruner, ...]:
+    """The same pruners with PruneSID at a budget of so many tokens an image; it is added where it is not among them.
+
+    ``settings``: further ones of PruneSID.
+    """
     found = list(pruners)
     at = next((i for i, pruner in enumerate(found) if isinstance(pruner, PruneSID)), None)
     if at is None:
-        return (*found, PruneSID(tokens))
-    found[at] = replace(found[at], max_tokens=tokens)  # type: ignore[type-var]
+        return (*found, PruneSID(max_tokens, **settings))
+    found[at] = replace(found[at], max_tokens=max_tokens, **settings)  # type: ignore[type-var]
     return tuple(found)
 
 
