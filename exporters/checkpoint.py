@@ -287,6 +287,8 @@ def _check(entries: Mapping[str, Entry], family: Family, config: ModelConfig) ->
                 "; if the embedding table is the output head, set tie_word_embeddings to true at the top of "
             )
             hint += "config.json"
+        if any(name.startswith("model.mm_projector.") for name in entries):
+            hint = "; its names are those of the original LLaVA code: convert it (convert_llava_weights_to_hf.py)"
         raise CheckpointError(
             f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'{hint}"
         )

@@ -109,6 +109,8 @@ def decoder_numbers(
     r.expect("hidden_act", "silu")
     context = r.get("max_position_embeddings", int)
     rope = r.decoder_rope()
+    if head_dim % 2:
+        r.fail(f"heads are {head_dim} wide, expected an even number, halves of which are turned")
     sections: tuple[int, ...] = (head_dim // 2,)
     if mrope is not None:
         sections = rope.integers("mrope_section", list(mrope))

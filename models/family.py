@@ -77,7 +77,7 @@ class Kept:
     keep: np.ndarray
     shown: Views
     grouped: bool = False  # within a view, they are in the order of a pruner's groups
-    class_tokens: bool = False  # the class token of every view goes before its others
+    class_tokens: bool = False  # the class token of every view that keeps anything goes before its others
 
     def by_view(self) -> list[np.ndarray]:
         """``keep`` of each view, counted from its beginning."""

@@ -164,6 +164,8 @@ class Reader:
             if not value or any(side != value[0] for side in value) or type(value[0]) is not int:
                 self.fail(f"'{key}' is {value!r}, expected one size for both sides")
             value = value[0]
+        if value < 1:
+            self.fail(f"'{key}' is {value}, expected at least 1")
         return int(value)
 
     def section(

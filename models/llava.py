@@ -6,6 +6,7 @@ Llama, Mistral or Qwen2. Source: transformers ``models/llava`` and ``models/clip
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from .family import Frame, Kept, Placed, Prompt, View, Views
 from .hfconfig import HARMLESS, Reader, defaults_of
 from .layout import lay_out, one_after_the_other
 from .pruners import Pruner
-from .resize import check_sides, within_limit
+from .resize import MAX_PIXELS, check_sides, within_limit
 
 VISION = "model.vision_tower"
 PROJECTOR = "model.multi_modal_projector"
@@ -172,7 +173,7 @@ class Llava:
 
     def place(self, image: Kept) -> Placed:
         """What is kept, one after the other."""
-        n = len(image.keep) + len(image.shown.views) * image.class_tokens
+        n = len(image.keep) + image.class_tokens
         return one_after_the_other(np.arange(n), n)
 
     def tower_inputs(self, model: ModelConfig, view: View, keep: np.ndarray) -> dict[str, np.ndarray]:
@@ -208,6 +209,13 @@ class Llava:
         heads = r.get("num_attention_heads", int)
         side = r.side("image_size")
         patch = r.side("patch_size")
+        pinpoints = self.pinpoints(top)
+        for grid in pinpoints:
+            if any(n % side for n in grid) or math.prod(grid) > MAX_PIXELS:
+                top.fail(
+                    f"image_grid_pinpoints holds {list(grid)}, expected multiples of the {side} pixels of a view, "
+                    f"and at most {MAX_PIXELS} pixels"
+                )
         if width % heads or side % patch:
             r.fail(
                 f"hidden_size {width} over {heads} heads and image_size {side} over patches of {patch}, expected "
@@ -229,7 +237,7 @@ class Llava:
             side=side,
             class_token=True,
             projector_bias=top.get("multimodal_projector_bias", bool),
-            pinpoints=self.pinpoints(top),
+            pinpoints=pinpoints,
         )
 
 
@@ -267,8 +275,8 @@ def _parse_text(r: Reader, tied: bool) -> TextConfig:
     if kind == "qwen2":
         refuse_sliding_window(r, config.layers)
     elif kind == "mistral":
-        window = r.raw.get("sliding_window", (r.defaults or {}).get("sliding_window"))
-        r.seen.add("sliding_window")
+        default = None if "sliding_window" in r.raw else (r.defaults or {}).get("sliding_window")
+        window = r.get("sliding_window", int, default)
         if window is not None and window < config.context:
             r.fail(
                 f"sliding_window is {window!r:.80}, expected null: every layer sees all {config.context} tokens of the "

@@ -69,7 +69,7 @@ class LlavaNext(Llava):
         In the order of groups: view after view, without ends of rows. The last row of the features is the row's end.
         """
         keeps = image.by_view()
-        own = [len(keep) + image.class_tokens for keep in keeps]
+        own = [len(keep) + (image.class_tokens and len(keep) > 0) for keep in keeps]
         count = sum(own) + 1
         if image.grouped:
             return one_after_the_other(np.arange(sum(own)), count)
@@ -82,6 +82,8 @@ class LlavaNext(Llava):
             patch = view.box[2] // grid
             rows = begin + np.arange(len(keep))
             tokens.append(np.stack([row + view.box[0] // patch, column + view.box[1] // patch, rows]))
+        if len(keeps) == 1:  # so narrow that rows of tiles have an end and nothing else
+            found.append(np.full(image.shown.placeholders - grid * grid, count - 1))
         if tokens:
             row, column, rows = np.concatenate(tokens, axis=1)
             ends = np.unique(row)

@@ -119,6 +119,8 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
                     raise RequestError(
                         f"{name}.{axis} goes to {profile[axis][2]}, expected at most {profiles.capacity} (capacity)"
                     )
+            if graph in ("prune", "vision"):
+                _check_side(profile, name, model.vision.side)
             if graph == "vision" and profile["K"][2] > (
                 most := profile["H"][2] * profile["W"][2] // block**2
             ):
@@ -126,6 +128,16 @@ def check(profiles: Profiles, model: ModelConfig, context: int) -> Profiles:
                     f"{name}.K goes to {profile['K'][2]}, expected at most {most}, what H and W hold"
                 )
     return profiles
+
+
+def _check_side(profile: Profile, name: str, side: int) -> None:
+    """Raise RequestError for other sizes than those of a model with views of one size."""
+    for axis in "HW" if side else "":
+        if tuple(profile[axis]) != (side, side, side):
+            raise RequestError(
+                f"{name}.{axis} is {list(profile[axis])}, expected {[side] * 3}: the model looks at views of {side} x "
+                f"{side} pixels"
+            )
 
 
 def engine_profiles(

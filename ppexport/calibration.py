@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .models.config import ModelConfig
-from .runtime.image import cut, frames_of, images_in
+from .runtime.image import frames_of, images_in
 from .runtime.prune import kept_of
 from .runtime.selector import packaged_selector
 from .runtime.text import Text
@@ -55,12 +55,11 @@ class Calibration:
             frames, shown = frames_of(file, partial(family.views, model, plan.preprocessing))
             looks = []
             keeps = []
-            for view in shown.views:
-                pixels = cut(frames, view)
-                keep = selector.select(selector.backend.upload(pixels), plan.prune)[1].keep
-                keeps.append(keep[view.rows_wanted(keep)])
+            made = selector.looks(frames, shown, plan.prune)
+            for view, (pixels, _, selection) in zip(shown.views, made, strict=True):
+                keeps.append(selection.keep[view.rows_wanted(selection.keep)])
                 if len(keeps[-1]):
-                    looks.append(Look(pixels, view, keep))
+                    looks.append(Look(selector.backend.download(pixels), view, selection.keep))
             ids = prompt_ids(text, model, self.question, [shown.placeholders])
             prompt = family.layout(model, ids, [kept_of(keeps, shown)])
             found.append(Sample(tuple(looks), prompt.ids, prompt.feature_rows, prompt.positions))

@@ -20,7 +20,7 @@ from .models.pruners import Pruner, listed, pruners_of
 from .models.pruners.pixelprune import PixelPrune
 from .models.resize import smart_resize
 from .runtime.bundle import open_bundle
-from .runtime.image import cut, frames_of
+from .runtime.image import frames_of
 from .runtime.pipeline import load
 from .runtime.selector import packaged_selector
 
@@ -77,9 +77,7 @@ def plan(
     total = []
     for i, image in enumerate(images):
         frames, shown = frames_of(image, views_of or whole)
-        found = [
-            selector.select(selector.backend.upload(cut(frames, view)), pruners)[1] for view in shown.views
-        ]
+        found = [selection for *_, selection in selector.looks(frames, shown, pruners)]
         looked += [(view, each.kept) for view, each in zip(shown.views, found, strict=True)]
         wanted = [len(view.rows_wanted(each.keep)) for view, each in zip(shown.views, found, strict=True)]
         beside = shown.placeholders - sum(len(v.rows_wanted(np.arange(v.total))) for v in shown.views)

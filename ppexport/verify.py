@@ -22,7 +22,6 @@ from .models.pruners.prunesid import PruneSID
 from .progress import Bar
 from .runtime.answer import Step, Steps
 from .runtime.bundle import open_bundle
-from .runtime.image import cut
 from .runtime.pipeline import WORTH, Pipeline, load
 from .runtime.prune import Selection
 from .runtime.sequence import PruneLike
@@ -183,11 +182,10 @@ def _looks(pipe: Pipeline, image: str, before: Sequence[Pruner]) -> tuple[Look, 
 
     frames, shown = pipe.pixels(image)
     found = []
-    for view in shown.views:
-        pixels = cut(frames, view)
-        keep = pipe.selector.select(pipe.backend.upload(pixels), before, WORTH)[1].keep
-        if len(view.rows_wanted(keep)):
-            found.append(Look(pixels, view, keep))
+    made = pipe.selector.looks(frames, shown, before, WORTH)
+    for view, (pixels, _, selection) in zip(shown.views, made, strict=True):
+        if len(view.rows_wanted(selection.keep)):
+            found.append(Look(pipe.backend.download(pixels).copy(), view, selection.keep))
     return tuple(found)
 
 

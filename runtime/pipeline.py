@@ -25,7 +25,7 @@ from .backends.devices import open_device
 from .backends.session import Backend
 from .bundle import open_bundle
 from .engine import TOGETHER, Engine
-from .image import ImageLike, cut, frames_of
+from .image import ImageLike, frames_of
 from .language import Language
 from .messages import PromptLike, images_of, with_images
 from .prune import FeaturePruners, Groups, Left, Selection, kept_of
@@ -299,22 +299,23 @@ class Pipeline:
         model = self.manifest.model
         with stats.stage("image"):
             frames, shown_as = self.pixels(image)
-            buffers = [self.backend.upload(cut(frames, view)) for view in shown_as.views]
         with stats.stage("prune"):
             shown = []
             selections = []
-            for i, (view, buffer) in enumerate(zip(shown_as.views, buffers, strict=True)):
-                keep, selection = self.selector.select(buffer, pruners, WORTH)
-                others = self.family.tower_inputs(model, view, selection.keep)
+            seen = []  # by the tower
+            looks = self.selector.looks(frames, shown_as, pruners, WORTH)
+            for i, (buffer, keep, selection) in enumerate(looks):
                 selections.append(_of_view(selection, i, shown_as))
                 if selections[-1].kept:
+                    others = self.family.tower_inputs(model, shown_as.views[i], selection.keep)
                     given = {name: self.backend.upload(x) for name, x in others.items()}
                     shown.append(Shown(buffer, keep, given))
+                    seen.append(selection.keep)
             kept = kept_of([selection.keep for selection in selections], shown_as)
         key = b""
         if self.reuse:
             with stats.stage("reuse"):
-                key = digest(frames, kept.keep)
+                key = digest(frames, [*seen, kept.keep])
         return Picture(tuple(shown), tuple(selections), kept, key)
 
     def _pruned_later(self, picture: Picture, pruners: Several[Pruner], stats: Stats) -> Picture:
@@ -397,7 +398,10 @@ def _of_view(selection: Selection, number: int, shown: Views) -> Selection:
     keep = selection.keep[view.rows_wanted(selection.keep)]
     found = replace(selection, keep=keep, number=number, frame=shown.frames[view.frame], view=view)
     if view.wanted is not None and selection.dropped:
-        found = replace(found, dropped=(replace(selection.dropped[0], tokens=found.total - len(keep)),))
+        first = selection.dropped[0]
+        dropped = found.total - len(keep)
+        reason = first.reason or ("" if dropped else "only what was put around the image could be dropped")
+        found = replace(found, dropped=(replace(first, tokens=dropped, reason=reason),))
     return found
 
 

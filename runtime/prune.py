@@ -172,7 +172,7 @@ class FeaturePruners:
             return [pruner] * len(seen)
         by_information = pruner.share == "information" and len(seen) > 1
         found = pruner.for_views(tokens, [self.information(view) for view in seen] if by_information else [])
-        return [replace(own, max_tokens=max(1, own.max_tokens - own.class_tokens)) for own in found]
+        return [replace(own, max_tokens=own.max_tokens - own.class_tokens) for own in found]
 
     def _one(self, left: Left, seen: Seen, pruner: Pruner, grouped: bool, with_class: bool) -> Left:
         """What one more pruner leaves of a view."""

@@ -15,13 +15,15 @@ from .vision import Seen
 FEATURES = 8  # one part in this many of the memory is for features, which are small
 
 
-def digest(frames: Iterable[np.ndarray], keep: np.ndarray) -> bytes:
-    """Stands for the pictures of an image, uint8 [H, W, 3], and which of its tokens are kept, int32 [K]."""
+def digest(frames: Iterable[np.ndarray], keeps: Iterable[np.ndarray]) -> bytes:
+    """Stands for the pictures of an image, uint8 [H, W, 3], and which of its tokens are seen and kept, int32 each."""
     found = hashlib.sha256()
     for frame in frames:
         found.update(repr(frame.shape).encode())
         found.update(np.ascontiguousarray(frame).data)
-    found.update(np.ascontiguousarray(keep).data)
+    for keep in keeps:
+        found.update(repr(keep.shape).encode())
+        found.update(np.ascontiguousarray(keep).data)
     return found.digest()
 
 

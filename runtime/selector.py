@@ -13,10 +13,11 @@ from PIL import Image
 
 from ..models.checks import integer
 from ..models.errors import RequestError
+from ..models.family import Views
 from ..models.pruners import Pruner, listed
 from ..models.pruners.pixelprune import PREDICTORS, SELECTOR_BLOCKS, PixelPrune, graph_name
 from .backends.session import Backend, Buffer, Session, run
-from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare, smart_resize
+from .image import MAX_PIXELS, MIN_PIXELS, ImageLike, cut, prepare, smart_resize
 from .prune import Dropped, PruningGraphs, Selection
 
 # values of tau that max_tokens chooses from: multiples of 1 / LEVELS
@@ -85,6 +86,30 @@ class Selector:
             reason = f"only {dropped} of {total} tokens could be dropped, which saves nothing"
             found = replace(found, order=self._all(total), count=total, reason=reason)
         return self._selection(image, found, others)
+
+    def looks(
+        self,
+        frames: Sequence[np.ndarray],
+        shown: Views,
+        prune: Pruner | Sequence[Pruner] | None,
+        worth: float = 0.0,
+    ) -> list[tuple[Buffer, Buffer, Selection]]:
+        """``select`` for every view of an image: its pixels and its keep indices on the backend, and what was decided.
+
+        ``keep`` of a selection holds what the tower sees, padding of the view included. Raises RequestError for
+        max_tokens where there are several views.
+        """
+        for pruner in listed(prune):
+            if isinstance(pruner, PixelPrune) and pruner.max_tokens is not None and len(shown.views) > 1:
+                raise RequestError(
+                    f"max_tokens of PixelPrune (--max-tokens) is {pruner.max_tokens}, expected none for an image in "
+                    f"{len(shown.views)} views; PruneSID (--prunesid) shares a budget among them"
+                )
+        found = []
+        for view in shown.views:
+            pixels = self.backend.upload(cut(frames, view))
+            found.append((pixels, *self.select(pixels, prune, worth)))
+        return found
 
     def _both(self, image: Buffer, found: Found, others: Sequence[Pruner]) -> Found:
         """What is kept already and by all the others."""

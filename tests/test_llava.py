@@ -53,7 +53,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
 def pipe(request: pytest.FixtureRequest, checkpoints: Path) -> ppexport.Pipeline:
-    return ppexport.load(build(checkpoints / request.param, checkpoints / f"{request.param}.bundle"))
+    return loaded(checkpoints, request.param)
+
+
+def loaded(checkpoints: Path, family: str) -> ppexport.Pipeline:
+    target = checkpoints / f"{family}.bundle"
+    return ppexport.load(target if target.exists() else build(checkpoints / family, target))
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -131,7 +136,47 @@ def test_rows_of_tiles_end_where_they_keep_anything() -> None:
     assert placed.positions.tolist() == [list(range(9))]
     assert (placed.advance, placed.count) == (9, 7)
     grouped = FAMILIES["llava_next"].place(Kept(np.array(keep, np.int32), shown, True, True))  # type: ignore[attr-defined]
-    assert (grouped.rows.tolist(), grouped.count) == (list(range(11)), 12)
+    assert (grouped.rows.tolist(), grouped.count) == (list(range(10)), 11)  # one view keeps nothing
+
+
+def test_a_view_that_keeps_nothing_has_no_class_token(checkpoints: Path) -> None:
+    """PixelPrune may keep only what was put around the image in a tile; then features and places still agree."""
+    pipe = loaded(checkpoints, "llava_next")
+    image = np.zeros((120, 168, 3), np.uint8)
+    image[-30:, -40:] = picture(30, 40)
+    prune = [ppexport.PixelPrune(), ppexport.PruneSID(20, order="reference")]
+    token = pipe.manifest.model.image_token
+    run = [token] * pipe.pixels(image)[1].placeholders
+    sequence = pipe.prepare_tokens([5, *run, 6, *run, 7], [image, image], prune)
+    assert min(selection.kept for selection in sequence.pictures[0].selections) == 0
+    counts = [pipe.engine.features(each).shape[1] for each in sequence.pictures]
+    rows = sequence.prompt.feature_rows
+    assert sequence.prompt.first_rows.tolist() == [0, counts[0]]
+    assert rows.max() < sum(counts)
+    assert counts[0] - 1 not in rows  # the end of a row
+    assert (rows >= 0).sum() <= 40
+
+
+def test_what_the_tower_saw_counts_for_reuse(checkpoints: Path) -> None:
+    """PixelPrune may drop nothing but padding: the same tokens, seen otherwise."""
+    image = picture(100, 140)
+    pipe = loaded(checkpoints, "llava_next")
+    alone = pipe.encode(image, ppexport.PixelPrune()).features
+    pipe.engine.forget()
+    whole = pipe.encode(image, None).features
+    after = pipe.encode(image, ppexport.PixelPrune()).features
+    assert (after == alone).all()
+    if whole.shape == alone.shape:
+        assert (whole != alone).any()
+
+
+def test_rows_without_columns_end_all_the_same() -> None:
+    """As in transformers, where an image is so narrow that its tiles keep no column."""
+    shown = views_of("llava_next", 5000, 30)
+    grid = GRID * GRID
+    assert (len(shown.views), shown.placeholders) == (1, grid + 18)
+    placed = FAMILIES["llava_next"].place(Kept(np.arange(grid, dtype=np.int32), shown))  # type: ignore[attr-defined]
+    assert placed.rows.tolist() == [*range(grid), *[grid] * 18]
 
 
 def test_text_goes_on_right_after_what_is_kept(pipe: ppexport.Pipeline) -> None:
@@ -153,8 +198,7 @@ def test_the_class_token_scores(checkpoints: Path, budget: int) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(
         checkpoints / "llava", attn_implementation="eager", dtype=torch.float32
     ).eval()
-    target = checkpoints / "llava.bundle"
-    pipe = ppexport.load(target if target.exists() else build(checkpoints / "llava", target))
+    pipe = loaded(checkpoints, "llava")
     pre = pipe.manifest.preprocessing
     image = picture(150, 100, 4)
     processor = LlavaImageProcessorPil(
@@ -191,8 +235,7 @@ def test_the_class_token_scores(checkpoints: Path, budget: int) -> None:
 
 @pytest.mark.parametrize("share", ["even", "information", "each"])
 def test_budgets_of_views(checkpoints: Path, share: str) -> None:
-    target = checkpoints / "llava_next.bundle"
-    pipe = ppexport.load(target if target.exists() else build(checkpoints / "llava_next", target))
+    pipe = loaded(checkpoints, "llava_next")
     image = np.full((168, 168, 3), 255, np.uint8)
     image[:84, :84] = picture(84, 84)  # one tile shows something
     found = pipe.encode(image, ppexport.PruneSID(60, share=share))
@@ -238,8 +281,7 @@ def test_both_pruners_and_several_images(pipe: ppexport.Pipeline) -> None:
 
 def test_pictures_of_all_views(checkpoints: Path, tmp_path: Path) -> None:
     """Side by side, as the model sees them; what was put around the image is neither kept nor dropped."""
-    target = checkpoints / "llava_next.bundle"
-    pipe = ppexport.load(target if target.exists() else build(checkpoints / "llava_next", target))
+    pipe = loaded(checkpoints, "llava_next")
     image = np.full((130, 168, 3), 90, np.uint8)
     image[40:80, 30:90] = picture(40, 60)
     found = pipe.encode(image, [ppexport.PixelPrune(), ppexport.PruneSID(20)])
@@ -258,7 +300,7 @@ def test_pictures_of_all_views(checkpoints: Path, tmp_path: Path) -> None:
             "inspect",
             str(file),
             "--bundle",
-            str(target),
+            str(checkpoints / "llava_next.bundle"),
             "--prunesid",
             "20",
             "--overlay",
@@ -272,7 +314,7 @@ def test_pictures_of_all_views(checkpoints: Path, tmp_path: Path) -> None:
         main,
         [
             "run",
-            str(target),
+            str(checkpoints / "llava_next.bundle"),
             "Hi",
             "-i",
             str(file),
@@ -348,6 +390,12 @@ def test_names_of_published_checkpoints(checkpoints: Path, tmp_path: Path) -> No
         ("llava", {"projector_hidden_act": "relu"}, "'projector_hidden_act' is 'relu', expected 'gelu'"),
         ("llava", {"text_config": {"model_type": "gemma"}}, "model_type is 'gemma', expected one of: llama"),
         ("llava", {"vision_config": {"model_type": "siglip_vision_model"}}, "expected 'clip_vision_model'"),
+        (
+            "llava_next",
+            {"image_grid_pinpoints": [[100, 168]]},
+            r"holds \[100, 168\], expected multiples of the 84",
+        ),
+        ("llava_next", {"sliding_window": "x"}, "'sliding_window' is 'x', expected int"),
         ("llava_next", {"image_grid_pinpoints": [[3]]}, "expected pairs of a height and a width"),
         ("llava_next", {"sliding_window": 4096}, "sliding_window is 4096, expected null"),
         ("llava_next", {"mlp_bias": True}, "'mlp_bias' is ignored|mlp_bias"),
@@ -390,8 +438,15 @@ def test_sizes_and_budgets_that_cannot_be(pipe: ppexport.Pipeline, checkpoints: 
         ppexport.load(checkpoints / f"{family}.bundle", max_pixels=4000)
     if family == "llava_next":
         with pytest.raises(
-            RequestError, match="max_tokens is 4, expected at least 5: the image is shown in 5"
+            RequestError,
+            match=r"max_tokens \(--prunesid\) is 4, expected at least 5: the image is shown in 5",
         ):
             pipe.encode(picture(168, 168), ppexport.PruneSID(4))
+        with pytest.raises(
+            RequestError, match=r"max_tokens of PixelPrune .* is 9, expected none for an image in 5"
+        ):
+            pipe.encode(picture(168, 168), ppexport.PixelPrune(max_tokens=9))
+    with pytest.raises(RequestError, match=r"is 1, expected at least \d+.* and the class token counts"):
+        pipe.encode(picture(168, 168), ppexport.PruneSID(1, order="reference", share="each"))
     with pytest.raises(ppexport.ImageError, match="an aspect ratio of 300"):
         pipe.encode(picture(2, 600), None)

@@ -278,9 +278,13 @@ def test_positions_count_too() -> None:
 
 def test_digests_tell_images_and_selections_apart() -> None:
     image, keep = np.zeros((32, 64, 3), np.uint8), np.array([0], np.int32)
-    assert digest(image, keep) == digest(image.copy(), keep.copy())
-    others = {digest(image + 1, keep), digest(image.reshape(64, 32, 3), keep), digest(image, keep + 1)}
-    assert len(others | {digest(image, keep)}) == 4
+    assert digest([image], [keep]) == digest([image.copy()], [keep.copy()])
+    others = {
+        digest([image + 1], [keep]),
+        digest([image.reshape(64, 32, 3)], [keep]),
+        digest([image], [keep + 1]),
+    }
+    assert len(others | {digest([image], [keep])}) == 4
 
 
 def test_further_questions_on_the_command_line(tiny_bundle: Path) -> None:

@@ -105,14 +105,17 @@ class PruneSID:
         ``information`` is looked at only where ``share`` says so. Raises RequestError for a budget that has not a token
         for each.
         """
-        if self.share == "each" or len(tokens) < 2:
-            return [self] * len(tokens)
+        alone = self.share == "each" or len(tokens) < 2
         least = 1 + self.class_tokens
-        if self.max_tokens < least * len(tokens):
+        needed = least if alone else least * len(tokens)
+        if self.max_tokens < needed:
+            views = "" if len(tokens) < 2 else f": the image is shown in {len(tokens)} views"
+            what = " and the class token counts" if self.class_tokens else ""
             raise RequestError(
-                f"max_tokens is {self.max_tokens}, expected at least {least * len(tokens)}: the image is shown in "
-                f"{len(tokens)} views"
+                f"max_tokens (--prunesid) is {self.max_tokens}, expected at least {needed}{views}{what}"
             )
+        if alone:
+            return [self] * len(tokens)
         weights = information if self.share == "information" else [1.0] * len(tokens)
         most = [n + self.class_tokens for n in tokens]
         if self.dynamic:  # it is a mean, which a view may exceed
