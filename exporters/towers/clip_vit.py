@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...models.config import ModelConfig, Preprocessing, VisionConfig
 from ..layers import LayerNorm, Linear
 from ..lowering import ops
-from .patches import kept_patches
+from .patches import kept_patches, pixel_constants
 
 
 class Block(nn.Module):
@@ -134,10 +134,4 @@ def other_inputs(c: VisionConfig) -> dict[str, tuple[int | str, ...]]:
 
 def constants(model: ModelConfig, pre: Preprocessing) -> dict[str, np.ndarray]:
     """Values of the tower's buffers, float32: pixel scale and shift (mean and std folded)."""
-    c = model.vision
-    mean = np.array(pre.mean)
-    std = np.array(pre.std)
-    return {
-        "scale": np.tile(1 / (255 * std), c.patch * c.patch).astype(np.float32),
-        "shift": np.tile(-mean / std, c.patch * c.patch).astype(np.float32),
-    }
+    return pixel_constants(model.vision, pre)

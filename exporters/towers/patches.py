@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.config import VisionConfig
+from ...models.config import Preprocessing, VisionConfig
 
 
 def kept_patches(
@@ -25,3 +26,13 @@ def kept_patches(
     kept = segments.index_select(0, index.reshape(-1))
     kept = kept.reshape(-1, c.merge, c.patch, c.merge, c.patch * c.channels).transpose(2, 3)
     return kept.reshape(-1, c.patch * c.patch * c.channels).float()
+
+
+def pixel_constants(c: VisionConfig, pre: Preprocessing) -> dict[str, np.ndarray]:
+    """Scale and shift of a patch's pixels, mean and std folded: float32 [patch * patch * 3] each."""
+    mean = np.array(pre.mean)
+    std = np.array(pre.std)
+    return {
+        "scale": np.tile(1 / (255 * std), c.patch * c.patch).astype(np.float32),
+        "shift": np.tile(-mean / std, c.patch * c.patch).astype(np.float32),
+    }

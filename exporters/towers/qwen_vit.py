@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...models.config import ModelConfig, Preprocessing, VisionConfig
 from ..layers import NORMS, Linear
 from ..lowering import ops
-from .patches import kept_patches
+from .patches import kept_patches, pixel_constants
 
 
 @dataclass(frozen=True)
@@ -273,12 +273,9 @@ def other_inputs(c: VisionConfig) -> dict[str, tuple[int | str, ...]]:
 def constants(model: ModelConfig, pre: Preprocessing) -> dict[str, np.ndarray]:
     """Values of the tower's buffers, float32: pixel scale and shift (mean and std folded), rotary frequencies."""
     c = model.vision
-    mean = np.array(pre.mean)
-    std = np.array(pre.std)
     half = c.head_dim // 2
     return {
-        "scale": np.tile(1 / (255 * std), c.patch * c.patch).astype(np.float32),
-        "shift": np.tile(-mean / std, c.patch * c.patch).astype(np.float32),
+        **pixel_constants(c, pre),
         "inv_freq": (1.0 / c.rope_theta ** (np.arange(0, half, 2, dtype=np.float32) / half)).astype(
             np.float32
         ),
