@@ -152,6 +152,8 @@ def _check_model(model: ModelConfig) -> None:
     ):
         if size < 1:
             raise StrictError(f"model: {name} is {size}, expected at least 1")
+    if model.vision.side % model.vision.patch:
+        raise StrictError(f"model: side is {model.vision.side}, expected a multiple of patch")
     if 2 * sum(model.text.rope.sections) != model.text.rope.width:
         raise StrictError(
             f"model.text.rope: sections {model.text.rope.sections}, expected a sum of width / 2"

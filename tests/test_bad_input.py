@@ -65,8 +65,10 @@ def test_config_is_not_json(checkpoint: Path) -> None:
 
 
 def test_unknown_family(checkpoint: Path) -> None:
-    edit_config(checkpoint, lambda c: c.update(model_type="llava"))
-    check_refused(checkpoint, "model_type is 'llava', expected one of: qwen2_5_vl, qwen2_vl, qwen3_vl")
+    edit_config(checkpoint, lambda c: c.update(model_type="bert"))
+    check_refused(
+        checkpoint, "model_type is 'bert', expected one of: llava, llava_next, qwen2_5_vl, qwen2_vl, qwen3_vl"
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,10 +328,10 @@ def test_missing_and_short_files(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=6), "found schema version 6, expected 5; upgrade ppexport"),
+        (lambda m: m.update(schema=7), "found schema version 7, expected 6; upgrade ppexport"),
         (
             lambda m: m.update(schema=0),
-            "found schema version 0, expected 5; build it again: ppexport build CHECKPOINT -o",
+            "found schema version 0, expected 6; build it again: ppexport build CHECKPOINT -o",
         ),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m["model"]["states"].append(m["model"]["states"][0]), "expected each state once"),
@@ -340,7 +342,7 @@ def test_missing_and_short_files(bundle: Path) -> None:
         (lambda m: m["model"]["states"].pop(), "its states and those of bundle.json differ in 'value_"),
         (
             lambda m: m.update(family="nope"),
-            "family: found 'nope', expected one of: qwen2_vl, qwen2_5_vl, qwen3_vl",
+            "family: found 'nope', expected one of: llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl",
         ),
         (lambda m: m["model"]["vision"].update(merge=0), "merge is 0, expected at least 1"),
         (lambda m: m["model"]["text"]["rope"].update(sections=[3]), "expected a sum of width / 2"),
@@ -402,7 +404,7 @@ def test_answer_stops_at_the_context(golden_pipe: ppexport.Pipeline) -> None:
         ([1.5], "dtype float64"),
         ([1, 512], r"input_ids holds 1 ... 512, expected 0 ... 511"),
         ([-1], "input_ids holds -1"),
-        ([1, 500], r"runs of \[1\] tokens, expected \[\] \(the full grids of 0 images\)"),
+        ([1, 500], r"runs of \[1\] tokens, expected \[\] \(of 0 whole images\)"),
     ],
 )
 def test_wrong_ids(golden_pipe: ppexport.Pipeline, ids: list, message: str) -> None:

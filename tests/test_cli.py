@@ -47,6 +47,7 @@ def test_run_json_and_no_prune(tiny_bundle: Path) -> None:
     found = json.loads(out)
     assert found["images"] == [
         {
+            "view": 0,
             "width": 1024,
             "height": 768,
             "tokens": 768,

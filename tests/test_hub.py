@@ -123,7 +123,10 @@ def test_a_token_opens_a_private_one(hub: Hub, tmp_path: Path) -> None:
 def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
     done = ppexport(hub.url, tmp_path / "hf", "build", "a/bert", "-o", tmp_path / "bundle", "-q")
     assert done.returncode == 1
-    assert "model_type is 'bert', expected one of: qwen2_5_vl, qwen2_vl, qwen3_vl" in done.stderr
+    assert (
+        "model_type is 'bert', expected one of: llava, llava_next, qwen2_5_vl, qwen2_vl, qwen3_vl"
+        in done.stderr
+    )
     assert hub.files() == {"config.json"}
 
 

@@ -173,7 +173,7 @@ def test_adjacent_images_are_told_apart_by_their_sizes() -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([1, *[IMAGE] * 5, 2], r"runs of \[5\] tokens, expected \[6\] \(the full grids of 1 images\)"),
+        ([1, *[IMAGE] * 5, 2], r"runs of \[5\] tokens, expected \[6\] \(of 1 whole images\)"),
         ([1, 2], r"runs of \[\] tokens, expected \[6\]"),
         ([*[IMAGE] * 3, 1, *[IMAGE] * 3], r"runs of \[3, 3\] tokens, expected \[6\]"),
     ],

@@ -80,7 +80,7 @@ def test_random_keeps_as_many_as_pred_2d(screen: np.ndarray) -> None:
 
 
 def test_unknown_block_size(screen: np.ndarray) -> None:
-    with pytest.raises(ppexport.RequestError, match="patch \\* merge is 60, expected one of: 28, 32"):
+    with pytest.raises(ppexport.RequestError, match="patch \\* merge is 60, expected one of: 14, 28, 32"):
         ppexport.select(screen, patch=20, merge=3)
 
 
