@@ -63,6 +63,12 @@ class Views:
     views: tuple[View, ...]
     placeholders: int  # in a prompt, before anything is pruned
 
+    @classmethod
+    def whole(cls, height: int, width: int, block: int) -> Views:
+        """The image resized to these multiples of ``block`` pixels, as one view."""
+        view = View((0, 0, height, width), (height // block, width // block))
+        return cls((Frame(height, width),), (view,), view.total)
+
     @property
     def total(self) -> int:
         """N, the merged tokens of all full grids."""

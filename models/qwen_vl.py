@@ -23,7 +23,7 @@ from .attention_decoder import (
     norm,
 )
 from .config import ModelConfig, Preprocessing, TextConfig, VisionConfig, Weight
-from .family import Frame, Kept, Prompt, View, Views
+from .family import Kept, Prompt, View, Views
 from .hfconfig import HARMLESS, Reader, defaults_of, known_keys
 from .layout import lay_out, on_grid
 from .pruners import Pruner
@@ -141,9 +141,7 @@ class QwenVL:
     def views(self, model: ModelConfig, pre: Preprocessing, height: int, width: int) -> Views:
         """See family.Family; the whole image is one view."""
         block = model.vision.block
-        H, W = smart_resize(height, width, block, pre.min_pixels, pre.max_pixels)
-        grid = (H // block, W // block)
-        return Views((Frame(H, W),), (View((0, 0, H, W), grid),), grid[0] * grid[1])
+        return Views.whole(*smart_resize(height, width, block, pre.min_pixels, pre.max_pixels), block)
 
     def layout(self, model: ModelConfig, ids: np.ndarray, kept: Sequence[Kept]) -> Prompt:
         """See family.Family."""

@@ -14,7 +14,7 @@ from .models import profiles
 from .models.checks import integer
 from .models.errors import RequestError
 from .models.families import FAMILIES
-from .models.family import Frame, View, Views
+from .models.family import View, Views
 from .models.profiles import Profile, Profiles
 from .models.pruners import Pruner, listed, pruners_of
 from .models.pruners.pixelprune import PixelPrune
@@ -68,9 +68,7 @@ def plan(
     block = selector.block
 
     def whole(height: int, width: int) -> Views:
-        H, W = smart_resize(height, width, block, min_pixels, max_pixels)
-        grid = (H // block, W // block)
-        return Views((Frame(H, W),), (View((0, 0, H, W), grid),), grid[0] * grid[1])
+        return Views.whole(*smart_resize(height, width, block, min_pixels, max_pixels), block)
 
     looked: list[tuple[View, int]] = []  # each view, and how many tokens of it are kept
     kept = []

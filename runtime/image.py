@@ -70,7 +70,7 @@ def prepare(image: ImageLike, block: int, min_pixels: int, max_pixels: int) -> n
     """
 
     def whole(height: int, width: int) -> Views:
-        return Views((Frame(*smart_resize(height, width, block, min_pixels, max_pixels)),), (), 0)
+        return Views.whole(*smart_resize(height, width, block, min_pixels, max_pixels), block)
 
     return frames_of(image, whole)[0][0]
 

@@ -75,8 +75,7 @@ class Selection:
 
     def as_kept(self) -> Kept:
         """As of an image that is a single view of any size."""
-        view = View((0, 0, self.height, self.width), (self.rows, self.cols))
-        return Kept(self.keep, Views((Frame(self.height, self.width),), (view,), view.total))
+        return Kept(self.keep, Views.whole(self.height, self.width, self.width // self.cols))
 
 
 def kept_of(
