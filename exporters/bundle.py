@@ -162,13 +162,7 @@ def export(
         progress("trace", i + 1, 3)
         models[name] = build(config, dialect, plan.precision.base, kinds[name])
     progress("trace", 3, 3)
-    sizes = Sizes(
-        config.vision.block,
-        config.levels,
-        config.text.width,
-        graphs.PRECISIONS[plan.compute],
-        config.vision.width if config.vision.class_token else 0,
-    )
+    sizes = Sizes.of(config, graphs.PRECISIONS[plan.compute])
     for name, graph in pruning_graphs(sizes, dialect).items():
         ir.save(graph, directory / name)
     with tempfile.TemporaryDirectory(dir=directory) as moments_directory:

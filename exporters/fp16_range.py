@@ -25,7 +25,7 @@ from ..models.family import View
 from ..models.progress import Progress
 from .checkpoint import Checkpoint
 from .lowering import ops
-from .run_model import EagerModel, Look, Sample
+from .run_model import Asked, EagerModel, Look, Sample, joined
 
 LIMIT = 65504 / 8  # room for pictures that excite the model more than the ones tried here
 ALWAYS = ("norm", "positions")
@@ -83,9 +83,9 @@ def measure(
     with ops.watching(watcher):
         for tried in (_screens_and_text(checkpoint.config, screens), *samples):
             graph = "vision"
-            features = model.features(tried.looks)
+            asked = model.asked(tried)
             graph = "language"
-            model.logits(tried.ids, tried.feature_rows, np.ascontiguousarray(tried.positions), features, 1)
+            model.logits(asked.ids, asked.feature_rows, asked.positions, asked.features, 1)
     return {name: dict(kinds) for name, kinds in largest.items()}
 
 
@@ -100,7 +100,12 @@ def _screens_and_text(config: ModelConfig, image: np.ndarray) -> Sample:
     K = view.total
     keep = np.arange(K, dtype=np.int32)
     text = np.arange(TEXT, dtype=np.int32) * max(1, config.text.vocab // (TEXT + 1))
-    positions = np.broadcast_to(np.arange(K + TEXT, dtype=np.int32), (config.axes, K + TEXT))
+    positions = np.tile(np.arange(K + TEXT, dtype=np.int32), (config.axes, 1))
     ids = np.concatenate([np.zeros(K, np.int32), text])
     rows = np.concatenate([keep, np.full(TEXT, -1, np.int32)])
-    return Sample((Look(image, view, keep),), ids, rows, positions)
+
+    def lay_out(seen: Sequence[dict[str, np.ndarray]]) -> Asked:
+        features = joined([each["features"] for each in seen], seen)
+        return Asked(ids, rows, positions, features)
+
+    return Sample((Look(image, view, keep),), lay_out)

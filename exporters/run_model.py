@@ -37,13 +37,21 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What the decoder gets: a prompt, and the features that stand in it."""
+
+    ids: np.ndarray  # int32 [S] without the placeholders of dropped tokens
+    feature_rows: np.ndarray  # int32 [S], the row of the features that stands there, -1 for text
+    positions: np.ndarray  # int32 [A, S]
+    features: np.ndarray  # float32 [1 + L, K, D]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image and a prompt about it."""
 
     looks: tuple[Look, ...]
-    ids: np.ndarray  # int32 [S] without the placeholders of dropped tokens
-    feature_rows: np.ndarray  # int32 [S], the row of the features that stands there, -1 for text
-    positions: np.ndarray  # int32 [A, S]
+    lay_out: Callable[[Sequence[dict[str, np.ndarray]]], Asked]  # given what the tower made of each look
 
 
 class EagerModel:
@@ -67,10 +75,9 @@ class EagerModel:
         self.progress = progress
         self.on_input = on_input
 
-    def features(self, looks: Sequence[Look]) -> np.ndarray:
-        """All views of one image -> its features, float32 [1 + L, K, D]; what ends its rows, if there is that, last."""
-        seen = self.seen(looks)
-        return np.concatenate([*(view["features"] for view in seen), *newline_of(seen)], axis=1)
+    def asked(self, sample: Sample) -> Asked:
+        """Run the vision tower on a sample's image."""
+        return sample.lay_out(self.seen(sample.looks))
 
     @torch.no_grad()
     def seen(self, looks: Sequence[Look]) -> list[dict[str, np.ndarray]]:
@@ -155,6 +162,11 @@ class EagerModel:
             self.progress(f"{self.stage}: {phase}", done, total)
 
         return step
+
+
+def joined(features: Sequence[np.ndarray], seen: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+    """Features of all views of an image, float32 [1 + L, K, D]; what ends its rows, if there is that, last."""
+    return np.concatenate([*features, *newline_of(seen)], axis=1)
 
 
 def newline_of(seen: Sequence[dict[str, np.ndarray]]) -> list[np.ndarray]:

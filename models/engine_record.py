@@ -10,9 +10,12 @@ from . import profiles
 from .errors import BundleError
 from .manifest import GRAPHS, Manifest, sha256
 from .profiles import Profile, Profiles
+from .pruners import of_family, pruners_of
+from .pruners.pixelprune import prune_file
+from .pruners.prunesid import INFORMATION, PruneSID
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "record.json"
 TARGETS = ("tensorrt", "tensorrt-rtx")
 
@@ -43,7 +46,7 @@ class EngineRecord:
     flags: tuple[str, ...]  # builder flags and compatibility levels
     profiles: Profiles
     workspace: int | None  # bytes the compiler could use, None: no limit
-    engines: dict[str, Engine]  # "prune", "vision", "language"
+    engines: dict[str, Engine]  # as ``compiled_graphs`` names them
     graphs: dict[str, str]  # sha256 of each graph and weight file that was compiled
     build_seconds: float
     peak_memory: int  # bytes, of the building process
@@ -57,6 +60,17 @@ def folder(bundle: Path, target: str) -> Path:
 def rebuild(bundle: Path, target: str) -> str:
     """What to do about engines that do not fit, for an error."""
     return f"run: ppexport build {bundle} --target {target}"
+
+
+def compiled_graphs(manifest: Manifest) -> dict[str, str]:
+    """Name of an engine -> the graph's file: what every request runs, and the bundle's pruners of features."""
+    found = {graph: manifest.graphs[graph].file for graph in GRAPHS}
+    for pruner in of_family(pruners_of(manifest.prune), manifest.model.vision.class_token):
+        if pruner.after == "vision":
+            found[pruner.graph] = prune_file(pruner.graph)
+        if isinstance(pruner, PruneSID):
+            found[INFORMATION] = prune_file(INFORMATION)
+    return found
 
 
 def compiled_files(manifest: Manifest) -> dict[str, str]:
@@ -86,15 +100,13 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
         record = from_json(EngineRecord, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, StrictError) as err:
         raise BundleError(f"{path}: is damaged ({err}); {todo}") from err
-    if record.schema != SCHEMA or record.target != target or set(record.engines) != set(GRAPHS):
+    expected = set(compiled_graphs(manifest))
+    if record.schema != SCHEMA or record.target != target or set(record.engines) != expected:
         raise BundleError(f"{path}: found schema {record.schema}, target {record.target!r}; {todo}")
     if record.graphs != compiled_files(manifest):
         raise BundleError(f"{path}: the engines were compiled from other graphs than the bundle's; {todo}")
     for graph, engine in record.engines.items():
-        known = set(
-            profiles.AXES["prefill"] + ("B", "P", "M") if graph == "language" else profiles.AXES[graph]
-        )
-        known |= set(profiles.further_axes(manifest.model.vision)) if graph == "vision" else set()
+        known = set(profiles.engine_axes(graph, manifest.model))
         axes = {axis for names in engine.axes.values() for axis in names} - {""}
         if Path(engine.file).name != engine.file or not engine.profiles or not axes <= known:
             raise BundleError(

@@ -15,6 +15,7 @@ from .checks import integer
 from .config import ModelConfig, VisionConfig
 from .errors import RequestError
 from .files import write_whole
+from .pruners.prunesid import MOST_DIRECTIONS, MOST_TOKENS
 from .strict import StrictError, from_json, to_json
 
 SCHEMA = 2
@@ -35,13 +36,15 @@ MEANING = {
     "B": "sequences",
     "P": "positions with logits",
     "M": "tokens in the cache",
+    "p": "directions of features",
 }
 IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"
-FLAG = {**dict.fromkeys("HWKGU", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
+FLAG = {**dict.fromkeys("HWKGUp", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
 MOST_SIDE = 1 << 17
 MOST_PIXELS = 100_000_000
 # Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1, and G
-# (windows of a tower that has some) and U (what a view shows of its image) follow from the others.
+# (windows of a tower that has some) and U (what a view shows of its image) follow from the others; so do K and p of
+# graphs that prune features.
 AXES = {"prune": ("H", "W"), "vision": ("H", "W", "K"), "prefill": ("S", "K"), "decode": ()}
 
 
@@ -145,8 +148,11 @@ def engine_profiles(
 ) -> list[Profile]:
     """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode.
 
-    ``merged``: one that holds all of them.
+    ``graph``: as engine_record.compiled_graphs names it. ``merged``: one that holds all of them.
     """
+    if graph not in ("prune", "vision", "language"):
+        found = [_of_features(profile["K"]) for profile in profiles.vision]
+        return [_merge(found)] if merged else found
     if graph != "language":
         found = [dict(p) for p in getattr(profiles, graph)]
         for profile in found if graph == "vision" else ():
@@ -165,6 +171,21 @@ def engine_profiles(
     decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
     found = [*({**p, **start} for p in profiles.prefill), decode]
     return [_merge(found)] if merged else found
+
+
+def _of_features(kept: Range) -> Profile:
+    """For a graph that prunes the features of so many tokens, by as many directions as its budget asks for."""
+    low, best, high = (min(n, MOST_TOKENS) for n in kept)
+    return {"K": (low, best, high), "p": (1, MOST_DIRECTIONS, MOST_DIRECTIONS)}
+
+
+def engine_axes(graph: str, model: ModelConfig) -> tuple[str, ...]:
+    """The dynamic axes of an engine, by its name (engine_record.compiled_graphs)."""
+    if graph == "language":
+        return (*AXES["prefill"], "B", "P", "M")
+    if graph == "vision":
+        return (*AXES["vision"], *further_axes(model.vision))
+    return AXES.get(graph, ("K", "p"))
 
 
 def further_axes(c: VisionConfig) -> str:

@@ -1,7 +1,8 @@
-"""A user's images as calibration data: read, pruned as a bundle prunes pixels, and put into a prompt."""
+"""A user's images as calibration data: read, pruned as the bundle prunes, and put into a prompt."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +13,18 @@ import numpy as np
 from PIL import Image
 
 from .models.config import ModelConfig
+from .models.family import Family, Views
+from .models.pruners import Pruner, of_family
 from .runtime.image import frames_of, images_in
-from .runtime.prune import kept_of
-from .runtime.selector import packaged_selector
+from .runtime.prune import FeaturePruners, kept_of, order_of
+from .runtime.selector import Selector, packaged_selector
 from .runtime.text import Text
+from .runtime.vision import Seen
 from .workloads.screens import sample
 
 if TYPE_CHECKING:
     from .exporters.bundle import Plan
-    from .exporters.run_model import Sample
+    from .exporters.run_model import Asked, Sample
 
 QUESTION = "Describe this image in detail."
 SCREENS = (("transcribe", 1), ("locate", 2), ("yesno", 3))  # skill and seed, drawn at up to 640 x 480 pixels
@@ -42,28 +46,81 @@ class Calibration:
 
         Raises ImageError, RequestError, BackendError (pruning needs onnxruntime).
         """
-        from .exporters.run_model import Look, Sample
         from .exporters.text_files import special_tokens
 
         model = plan.checkpoint.config
-        family = plan.checkpoint.family
         has_text = (directory / "tokenizer.json").is_file()
         text = Text(directory, model.image_token, special_tokens(plan.checkpoint)) if has_text else None
-        selector = packaged_selector(model.vision.block)
+        stages = _Stages.of(plan)
         found = []
         for file in self.files():
-            frames, shown = frames_of(file, partial(family.views, model, plan.preprocessing))
-            looks = []
-            keeps = []
-            made = selector.looks(frames, shown, plan.prune)
-            for view, (pixels, _, selection) in zip(shown.views, made, strict=True):
-                keeps.append(selection.keep[view.rows_wanted(selection.keep)])
-                if len(keeps[-1]):
-                    looks.append(Look(selector.backend.download(pixels), view, selection.keep))
+            frames, shown = frames_of(file, partial(plan.checkpoint.family.views, model, plan.preprocessing))
             ids = prompt_ids(text, model, self.question, [shown.placeholders])
-            prompt = family.layout(model, ids, [kept_of(keeps, shown)])
-            found.append(Sample(tuple(looks), prompt.ids, prompt.feature_rows, prompt.positions))
+            found.append(stages.sample(frames, shown, ids))
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Stages:
+    """The pruners of a bundle that is being built, and how its family lays prompts out."""
+
+    family: Family
+    model: ModelConfig
+    pruners: tuple[Pruner, ...]
+    selector: Selector
+    of_features: FeaturePruners
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Stages:
+        """Raises BackendError without onnxruntime."""
+        import onnx_ir as ir
+
+        from .exporters.lowering.dialects import DIALECTS
+        from .exporters.pruners import Sizes, pruning_graphs
+
+        model = plan.checkpoint.config
+        selector = packaged_selector(model.vision.block)
+        pruners = of_family(plan.prune, model.vision.class_token)
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = Sizes.of(model, ir.DataType.FLOAT)
+            for name, graph in pruning_graphs(sizes, DIALECTS["ort"], ("vision",)).items():
+                ir.save(graph, Path(folder) / name)
+            of_features = FeaturePruners(selector.backend, Path(folder), model.vision.block)
+            of_features.load(pruners)
+        return cls(plan.checkpoint.family, model, pruners, selector, of_features)
+
+    def sample(self, frames: Sequence[np.ndarray], shown: Views, ids: np.ndarray) -> Sample:
+        """An image, and the tokens [S] of a prompt about it."""
+        from .exporters.run_model import Look, Sample
+
+        looks = []
+        keeps = []
+        made = self.selector.looks(frames, shown, self.pruners)
+        for view, (pixels, _, selection) in zip(shown.views, made, strict=True):
+            keeps.append(selection.keep[view.rows_wanted(selection.keep)])
+            if len(keeps[-1]):
+                looks.append(Look(self.selector.backend.download(pixels), view, selection.keep))
+        return Sample(tuple(looks), partial(self._lay_out, shown, keeps, ids))
+
+    def _lay_out(
+        self,
+        shown: Views,
+        keeps: Sequence[np.ndarray],
+        ids: np.ndarray,
+        seen: Sequence[dict[str, np.ndarray]],
+    ) -> Asked:
+        """The prompt once the tower has seen every view of which ``keeps`` keeps anything."""
+        from .exporters.run_model import Asked, joined
+
+        backend = self.selector.backend
+        later = [pruner for pruner in self.pruners if pruner.after == "vision"]
+        views = [{name: backend.upload(values) for name, values in view.items()} for view in seen]
+        left = self.of_features.prune([Seen(view.pop("features"), view) for view in views], later)
+        of_views = iter(left)
+        kept = [keep[next(of_views).rows] if len(keep) else keep for keep in keeps]
+        prompt = self.family.layout(self.model, ids, [kept_of(kept, shown, *order_of(left))])
+        features = joined([backend.download(view.features).copy() for view in left], seen)
+        return Asked(prompt.ids, prompt.feature_rows, np.ascontiguousarray(prompt.positions), features)
 
 
 def synthetic_screens(block: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from .models.precision import BITS, BYTES, Wanted
 from .models.pruners.pixelprune import MOST_SEED, PRUNE_METHODS
 from .models.version import __version__
 from .options import (
+    as_asked,
     budget_of,
     calibration_of,
     device_option,
@@ -95,7 +95,11 @@ main.params += logs.options()
 @weight_options
 @prune_options
 @feature_options
-@click.option("--no-prune", is_flag=True, help="Requests that do not say how to prune keep every token.")
+@click.option(
+    "--no-prune",
+    is_flag=True,
+    help="Requests that do not say how to prune keep every token, or with --prunesid every pixel.",
+)
 @click.option(
     "--dialect",
     type=click.Choice(["auto", "ort", "standard", "plain"]),
@@ -132,7 +136,6 @@ def build(
     from . import progress
     from .build_bundle import build as build_bundle
     from .build_bundle import compile_in_place
-    from .models.pruners import Pruner, changed, with_budget
 
     wanted = weights_of(options)
     calibration = calibration_of(options)
@@ -151,11 +154,6 @@ def build(
         if output is None:
             compile_in_place(source, targets, sizes, engine, bar.sizes, bar.update)
         else:
-
-            def prune(own: Sequence[Pruner]) -> Sequence[Pruner]:
-                found = changed(own, settings) if settings else own
-                return () if no_prune else with_budget(found, **budget) if budget else found
-
             build_bundle(
                 source,
                 output,
@@ -167,7 +165,7 @@ def build(
                 calibration,
                 bar.plan,
                 bar.update,
-                prune,
+                lambda own: as_asked(own, settings, no_prune, budget),
                 revision,
             )
     if not quiet:
@@ -183,7 +181,7 @@ def build(
 @prune_options
 @feature_options
 @size_options
-@click.option("--no-prune", is_flag=True, help="Keep every token.")
+@click.option("--no-prune", is_flag=True, help="Keep every token, or with --prunesid every pixel.")
 @device_option
 @click.option(
     "-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."
@@ -239,7 +237,11 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
 @click.option(
     "--tau", "taus", type=click.FloatRange(0, 1), multiple=True, help="Prune at this tau; may be repeated."
 )
-@click.option("--no-prune", is_flag=True, help="Keep every token; goes with --tau to compare.")
+@click.option(
+    "--no-prune",
+    is_flag=True,
+    help="Keep every token, or with --prunesid all pixels; goes with --tau.",
+)
 @click.option("--method", type=click.Choice(PRUNE_METHODS), help="How to prune. Default: as the bundle.")
 @feature_options
 @device_option
@@ -391,7 +393,7 @@ def _check_inspect(options: dict[str, Any], budget: dict[str, Any]) -> None:
 )
 @prune_options
 @feature_options
-@click.option("--no-prune", is_flag=True, help="Keep every token.")
+@click.option("--no-prune", is_flag=True, help="Keep every token, or with --prunesid every pixel.")
 @device_option
 @click.option(
     "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="To generate and compare."

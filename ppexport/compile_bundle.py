@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from .models import engine_record, profiles
@@ -58,15 +59,16 @@ def compile_bundle(
     begin = time.perf_counter()
     try:
         compiled = {}
-        for graph in GRAPHS:
+        for graph, name in engine_record.compiled_graphs(manifest).items():
             listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, options.merges(target))
-            model = (directory / manifest.graphs[graph].file).read_bytes()
+            source = directory / name
+            model = source.read_bytes()
             if graph == "language" and dialect == "standard":
                 model = set_axis(
                     model, "M", sizes.capacity
                 )  # TensorRT wants a fixed size for caches updated in place
-            source = directory / manifest.graphs[graph].file
-            blob, axes, seconds = compile_graph(trt, target, graph, model, source, listed, options, progress)
+            given = replace(options, tf32=graph in GRAPHS)  # what prunes features is to be exact
+            blob, axes, seconds = compile_graph(trt, target, graph, model, source, listed, given, progress)
             file = work / f"{graph}.engine"
             file.write_bytes(blob)
             size = file.stat().st_size
@@ -116,12 +118,12 @@ def check_dialect(dialects: set[str], compute: str, what: str) -> str:
 
 
 def check_pruners(pruners: Iterable[Pruner]) -> None:
-    """Raise RequestError for pruners of a bundle that are not compiled: one that looks at the image is."""
-    named = [pruner.name for pruner in pruners]
+    """Raise RequestError for pruners that look at the image and are not compiled."""
+    named = [pruner.name for pruner in pruners if pruner.after == "image"]
     if named not in ([], [PixelPrune.name]):
         raise RequestError(
-            f"the bundle prunes with {', '.join(named)}, expected {PixelPrune.name} alone or none: engines have no "
-            "others; name no other pruner, or build it without a target"
+            f"the bundle prunes images with {', '.join(named)}, expected {PixelPrune.name} alone or none: engines "
+            "have no others; name no other pruner, or build it without a target"
         )
 
 

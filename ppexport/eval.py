@@ -21,6 +21,7 @@ from .models.errors import RequestError
 from .models.pruners import Pruner, changed, listed, with_budget
 from .models.pruners.pixelprune import PixelPrune
 from .models.pruners.prunesid import PruneSID
+from .options import as_asked
 from .runtime.pipeline import Pipeline, load
 from .runtime.sequence import PruneLike
 from .workloads.own import read_tasks
@@ -132,8 +133,8 @@ def settings(
     method: str | None,
     budget: dict[str, Any] | None = None,
 ) -> list[PruneLike]:
-    """The prune settings asked for: the bundle's if none is named. ``budget``: of PruneSID, for all that prune."""
-    chosen: list[PruneLike] = [None] if no_prune else []
+    """The prune settings asked for: the bundle's if none is named. ``budget``: of PruneSID, for all."""
+    chosen: list[PruneLike] = [as_asked((), {}, True, budget)] if no_prune else []
     given = {} if method is None else {"method": method}
     own = with_budget(pipe.prune, **budget) if budget else pipe.prune
     if not taus and not no_prune:

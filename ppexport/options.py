@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .models.precision import BITS, BYTES, GROUP_SIZES, Wanted
 from .models.pruners.pixelprune import PRUNE_METHODS, PRUNE_METRICS
 from .models.pruners.prunesid import MOST_BUDGET
+
+if TYPE_CHECKING:
+    from .models.pruners import Pruner
 
 
 def prune_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,29 +123,43 @@ PRUNE = ("tau", "mode", "method", "metric", "max_tokens")
 def prune_settings(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """Take the prune options out of ``options``: the settings of PixelPrune that the user gave, and --no-prune.
 
-    Raises UsageError for both together, and for --no-prune with PruneSID.
+    Raises UsageError for both together; PruneSID goes with either (``prune_for``).
     """
     no_prune = options.pop("no_prune", False)
     given = {name: options.pop(name) for name in PRUNE if name in options}
     given = {name: value for name, value in given.items() if value is not None}
     if "mode" in given:
         given["anchored"] = given.pop("mode") == "anchored"
-    if no_prune and (given or options.get("prunesid")):
-        raise click.UsageError("--no-prune goes with no other option of pruning")
+    if no_prune and given:
+        raise click.UsageError("--no-prune goes with no other option of pruning but --prunesid")
     return given, no_prune
 
 
 def prune_for(
     bundle: str, settings: dict[str, Any], no_prune: bool, budget: dict[str, Any] | None = None
 ) -> Any:
-    """What to ask a bundle for: its own pruners, with the settings that were given; None with ``no_prune``."""
-    if no_prune or not (settings or budget):
+    """What to ask a bundle for: its own pruners, with the settings that were given.
+
+    With ``no_prune`` there are none but the PruneSID of ``budget``.
+    """
+    if not (settings or budget):
         return None if no_prune else "default"
-    from .models.pruners import changed, pruners_of, with_budget
+    from .models.pruners import pruners_of
     from .runtime.bundle import open_bundle
 
-    own = pruners_of(open_bundle(bundle)[1].prune)
-    found = changed(own, settings) if settings else own
+    own = () if no_prune else pruners_of(open_bundle(bundle)[1].prune)
+    return as_asked(own, settings, no_prune, budget)
+
+
+def as_asked(
+    own: Iterable[Pruner], settings: dict[str, Any], no_prune: bool, budget: dict[str, Any] | None = None
+) -> tuple[Pruner, ...]:
+    """``own`` pruners, none of them with ``no_prune``, with what was given of PixelPrune and of PruneSID."""
+    from .models.pruners import changed, with_budget
+
+    found = () if no_prune else tuple(own)
+    if settings:
+        found = changed(found, settings)
     return with_budget(found, **budget) if budget else found
 
 

@@ -33,6 +33,7 @@ class Options:
     ] = ()  # tensorrt-rtx: "8.9", ...; empty: all that it knows from 8.0 on
     timing_cache: Path | None = None  # tensorrt: reused between builds (RTX would need a GPU for it)
     separate_profiles: bool = False  # tensorrt-rtx: see merges
+    tf32: bool = True  # may products of float32 values be rounded to TF32?
 
     def merges(self, target: str) -> bool:
         """Is there one profile for all sizes? An engine of TensorRT-RTX holds all weights once more for each profile
@@ -172,6 +173,8 @@ def _profile(
 def _configure(trt: Any, target: str, config: Any, options: Options) -> None:
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:

@@ -117,7 +117,7 @@ def verify(
     """
     try:
         from .exporters.checkpoint import Checkpoint
-        from .exporters.run_model import EagerModel, newline_of
+        from .exporters.run_model import EagerModel, joined
     except ImportError as err:
         raise BackendError(
             f"{err.name} is not installed; verify needs: pip install 'ppexport[export]'"
@@ -148,7 +148,7 @@ def verify(
     L = model.levels
     seen = [reference.seen(of_image) for of_image in looks]
     nothing = np.zeros((1 + L, 1, D), np.float32)
-    whole_images = [np.concatenate([*(v["features"] for v in of), *newline_of(of)], axis=1) for of in seen]
+    whole_images = [joined([view["features"] for view in of], of) for of in seen]
     features = np.concatenate(whole_images, axis=1) if images else nothing
     mine = np.concatenate([each.features for each in encoded], axis=1) if images else features
     left = _left(looks, seen, stats.images) if images else nothing

@@ -28,7 +28,7 @@ from .engine import TOGETHER, Engine
 from .image import ImageLike, frames_of
 from .language import Language
 from .messages import PromptLike, images_of, with_images
-from .prune import FeaturePruners, Groups, Left, Selection, kept_of
+from .prune import FeaturePruners, Groups, Left, Selection, kept_of, order_of
 from .reuse import Reuse, digest
 from .sampling import Sampling
 from .selector import Selector
@@ -253,9 +253,7 @@ class Pipeline:
 
         Raises RequestError for what is no pruner, and where the bundle lacks a graph.
         """
-        for pruner in self.pruners_of(prune):
-            if pruner.after == "vision":
-                self.feature_pruners.graphs.session(pruner.graph)
+        self.feature_pruners.load(self.pruners_of(prune))
 
     def information(self, image: ImageLike, prune: PruneLike = "default") -> float:
         """How little the tokens of an image resemble each other: 1 - their mean cosine, over its views the mean.
@@ -334,12 +332,7 @@ class Pipeline:
             _pruned(selection, next(of_views), pruners) if selection.kept else selection
             for selection in picture.selections
         )
-        kept = kept_of(
-            [selection.keep for selection in selections],
-            picture.kept.shown,
-            any(view.grouped for view in left),
-            any(view.class_tokens for view in left),
-        )
+        kept = kept_of([selection.keep for selection in selections], picture.kept.shown, *order_of(left))
         key = hashlib.sha256(picture.digest + repr((pruners, kept.keep.tolist())).encode()).digest()
         return replace(
             picture,

@@ -87,6 +87,11 @@ def kept_of(
     return Kept(np.concatenate(counted).astype(np.int32), shown, grouped, class_tokens)
 
 
+def order_of(left: Sequence[Left]) -> tuple[bool, bool]:
+    """Of all views of an image: do tokens stand in the order of groups, and do class tokens stand before them?"""
+    return any(view.grouped for view in left), any(view.class_tokens for view in left)
+
+
 class PruningGraphs:
     """The graphs of a folder that prune, each loaded when it is first asked for. ``byte_max``: see prune_file."""
 
@@ -156,6 +161,14 @@ class FeaturePruners:
                 for view, of, own in zip(left, seen, settings, strict=True)
             ]
         return left
+
+    def load(self, pruners: Sequence[Pruner]) -> None:
+        """Load every graph that these may run. Raises RequestError where the folder lacks one."""
+        for pruner in pruners:
+            if pruner.after == "vision":
+                self.graphs.session(pruner.graph)
+            if isinstance(pruner, PruneSID) and pruner.share == "information":
+                self.graphs.session(INFORMATION)
 
     def information(self, view: Seen) -> float:
         """How little the tokens of a view resemble each other: 1 - their mean cosine."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 import ppexport
 from ppexport.runtime.backends.devices import saturates
+from ppexport.runtime.backends.ort import OrtCpu
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = (
@@ -42,10 +44,11 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """What was traced (traced.Traces), by any process of this run; None where there is no exporter."""
+    """What was traced (traced.Traces), by any process of this run or command that it starts; None without exporter."""
     if request.config.getoption("--bundles"):
         yield None
         return
+    import sitecustomize
     from traced import Traces
 
     from ppexport.exporters import graphs
@@ -53,9 +56,27 @@ def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     base = tmp_path_factory.getbasetemp()
     found = Traces((base.parent if hasattr(request.config, "workerinput") else base) / "traces")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("trace_vision", "trace_language"):
+        for name in Traces.SHARED:
             patch.setattr(graphs, name, found.once(getattr(graphs, name)))
+        patch.setenv(sitecustomize.FOLDER, str(found.folder))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         yield found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core_each(request: pytest.FixtureRequest, traces: Any) -> Iterator[None]:
+    """Tests that run side by side do not wait for each other's threads: one each where nobody asks for a number."""
+    if not hasattr(request.config, "workerinput"):
+        yield
+        return
+    if traces is not None:
+        import torch
+
+        torch.set_num_threads(1)
+    start = OrtCpu.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OrtCpu, "__init__", lambda backend, threads=0: start(backend, threads or 1))
+        yield
 
 
 @pytest.fixture(scope="session")

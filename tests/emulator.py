@@ -177,6 +177,7 @@ class IProgressMonitor:
 
 class BuilderFlag(enum.IntEnum):
     VERSION_COMPATIBLE = 1
+    TF32 = 2
 
 
 class HardwareCompatibilityLevel(enum.IntEnum):
@@ -295,6 +296,8 @@ class IBuilderConfig:
     def set_memory_pool_limit(self, pool: MemoryPoolType, size: int) -> None: ...
 
     def set_flag(self, flag: BuilderFlag) -> None: ...
+
+    def clear_flag(self, flag: BuilderFlag) -> None: ...
 
     def create_timing_cache(self, old: bytes) -> ITimingCache:
         return ITimingCache(old)

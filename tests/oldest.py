@@ -23,10 +23,8 @@ RUNTIME_TESTS = (
     "selector",
     "trace",
     "sampling",
-    "reuse",
     "engine",
     "cli",
-    "bench",
     "privacy",
     "prunesid",
 )

@@ -16,9 +16,13 @@ import ppexport
 from ppexport.build_bundle import build
 from ppexport.calibration import Calibration
 from ppexport.cli import main
+from ppexport.exporters.bundle import plan
+from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
+from ppexport.exporters.run_model import EagerModel
 from ppexport.exporters.weights.gptq import Moments, quantize_calibrated
 from ppexport.exporters.weights.quantize import dequantize, quantize
 from ppexport.models.precision import Wanted
+from ppexport.models.pruners import Pruner
 from ppexport.runtime.bundle import open_bundle
 from ppexport.workloads.screens import HELD_OUT, SKILLS, sample
 
@@ -93,6 +97,37 @@ def test_a_bundle_fitted_to_screens_is_closer_on_other_screens(tmp_path: Path) -
             errors[name] += float(np.square(pipes[name].encode(image).embeds - expected).mean())
     assert errors["fitted"] < 0.6 * errors["plain"]
     assert not [p for p in (tmp_path / "fitted").iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("family", "prune"),
+    [
+        ("qwen3_vl", [ppexport.PixelPrune(), ppexport.PruneSID(12)]),
+        ("llava_next", [ppexport.PruneSID(30, share="information")]),
+        ("llava_next", [ppexport.PixelPrune(), ppexport.PruneSID(24, order="reference")]),
+    ],
+    ids=["qwen3_vl", "llava_next", "llava_next-reference"],
+)
+def test_images_are_pruned_as_the_bundle_does(family: str, prune: list[Pruner], tmp_path: Path) -> None:
+    """What the layers are fitted to is the prompt, and are the features, that the bundle's decoder gets."""
+    checkpoint = tmp_path / "checkpoint"
+    write_random(random_config(family, "tiny"), checkpoint)
+    write_text_files(checkpoint, family)
+    image = tmp_path / "image.png"
+    sample(SKILLS[0], 5).image.resize((200, 140)).save(image)
+    made = plan(checkpoint, prune=lambda own: prune)
+    calibration = Calibration([image], "What is it?")
+    (found,) = calibration.samples(made, checkpoint)
+    asked = EagerModel(made.checkpoint, made.preprocessing, "test").asked(found)
+    pipe = ppexport.load(build(checkpoint, tmp_path / "bundle", prune=prune))
+    sequence = pipe.prepare(ppexport.Request("What is it?", [image]))
+    assert sequence.stats.kept < sequence.stats.images[0].total
+    assert any(each.pruner == "prunesid" and each.tokens for each in sequence.stats.images[0].dropped)
+    np.testing.assert_array_equal(asked.ids, sequence.prompt.ids)
+    np.testing.assert_array_equal(asked.feature_rows, sequence.prompt.feature_rows)
+    np.testing.assert_array_equal(asked.positions, sequence.prompt.positions)
+    expected = pipe.backend.download(pipe.engine.features(sequence.pictures[0]))
+    np.testing.assert_allclose(asked.features, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_calibration_without_a_tokenizer(tmp_path: Path) -> None:

@@ -603,7 +603,7 @@ def test_output_head(
 # ------------------------------------------------------------------------------------------------ odd but legal
 
 
-@pytest.mark.parametrize("width", [12, 20])
+@pytest.mark.parametrize("width", [12])
 def test_head_width_that_the_attention_of_onnxruntime_does_not_take(width: int, tmp_path: Path) -> None:
     """Refused where it would fail in every run; the way out that is named works."""
     config = Qwen3VLConfig(

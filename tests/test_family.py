@@ -77,7 +77,8 @@ def test_the_graph_is_the_model(pipe: ppexport.Pipeline, checkpoint: Path, scree
     prompt = opened.family.layout(opened.config, np.array(ids), [selection.as_kept()])
     assert prompt.positions.shape == (2, stats.prompt_tokens)
     frames, shown = pipe.pixels(screen)
-    features = reference.features([Look(frames[0], shown.views[0], selection.keep)])
+    (seen,) = reference.seen([Look(frames[0], shown.views[0], selection.keep)])
+    features = seen["features"]
     after = prompt.next_position + np.arange(len(tokens) - 1)
     whole = np.concatenate([prompt.ids, tokens[:-1]]).astype(np.int32)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1)]).astype(np.int32)

@@ -111,9 +111,9 @@ def test_a_bundle_carries_its_pruners(registered: None, tmp_path: Path) -> None:
 
 
 def test_what_engines_do_not_run(registered: None, tmp_path: Path) -> None:
-    pruners = [PixelPrune(), EverySecondFeature()]
+    pruners = [PixelPrune(), EverySecond()]
     with pytest.raises(
-        RequestError, match="prunes with pixelprune, every_second_feature, expected pixelprune alone"
+        RequestError, match="prunes images with pixelprune, every_second, expected pixelprune alone"
     ):
         build(POCKET, tmp_path / "engines", targets=["tensorrt-rtx"], prune=pruners)
     assert not (tmp_path / "engines").exists()

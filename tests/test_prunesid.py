@@ -240,8 +240,11 @@ def test_the_command_line(pocket_bundle: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "kept 30 of 143 tokens" in done.stderr
     assert "prunesid dropped 18" in done.stderr
-    done = runner().invoke(main, [*asked, "--prunesid", "30", "--no-prune"])
-    assert (done.exit_code, "--no-prune goes with no other option" in done.output) == (2, True)
+    done = runner().invoke(main, [*asked, "--prunesid", "30", "--no-prune", "--json"])
+    assert done.exit_code == 0, done.output
+    (image,) = json.loads(done.stdout)["images"]
+    assert image["kept"] == 30
+    assert [(each["pruner"], each["tokens"]) for each in image["dropped"]] == [("prunesid", 113)]
     done = runner().invoke(main, [*asked, "--prunesid", "0"])
     assert (done.exit_code, "0 is not in the range" in done.output) == (2, True)
     done = runner().invoke(

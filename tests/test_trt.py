@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import emulator
 import numpy as np
@@ -27,6 +28,7 @@ from ppexport.runtime.bundle import open_bundle
 from ppexport.trt_build import Options
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
+PRUNE = [ppexport.PixelPrune(), ppexport.PruneSID(60)]  # so both are compiled
 CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]
 
 
@@ -55,7 +57,8 @@ def bundle(kind: tuple[str, str], gpu: emulator.Cuda, tmp_path_factory: pytest.T
     """The golden model in fp16, "compiled"."""
     path = tmp_path_factory.mktemp("-".join(kind)) / "bundle"
     options = Options(max_pixels=E2E_PIXELS, capacity=1536)
-    build(GOLDEN / "e2e" / "model", path, "fp16", kind[1], targets=[kind[0]], options=options)
+    checkpoint = GOLDEN / "e2e" / "model"
+    build(checkpoint, path, "fp16", kind[1], targets=[kind[0]], options=options, prune=PRUNE)
     return path
 
 
@@ -133,10 +136,12 @@ def test_two_requests_in_turns_on_one_pipeline(pipe: ppexport.Pipeline, cpu: ppe
     ids = [np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"], [5, 6, 7, 8]]
     images = [[IMAGES / "web_gnuplot.png"], []]
     expected = [
-        [step.token for step in cpu.generate_tokens(i, p, max_new_tokens=8)]
+        [step.token for step in cpu.generate_tokens(i, p, PRUNE[:1], max_new_tokens=8)]
         for i, p in zip(ids, images, strict=True)
     ]
-    one, two = (pipe.generate_tokens(i, p, max_new_tokens=8) for i, p in zip(ids, images, strict=True))
+    one, two = (
+        pipe.generate_tokens(i, p, PRUNE[:1], max_new_tokens=8) for i, p in zip(ids, images, strict=True)
+    )
     found: list[list[int]] = [[], []]
     for turn in (0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1):
         found[turn].append(next((one, two)[turn]).token)
@@ -242,9 +247,56 @@ def test_an_unbound_input_is_an_error(pipe: ppexport.Pipeline) -> None:
 
 
 def test_engines_prune_with_one_method(pipe: ppexport.Pipeline) -> None:
-    message = r"pixelprune.raster.max.onnx is not compiled for .*: engines prune with pixelprune.pred_2d.max.onnx only"
+    message = (
+        r"pixelprune.raster.max.onnx is not compiled for .*: engines prune with pixelprune.pred_2d.max.onnx and "
+        "prunesid.qwen.onnx and prunesid.information.onnx only, which the bundle's own pruning names"
+    )
     with pytest.raises(ppexport.RequestError, match=message):
         pipe.encode(IMAGES / "web_gnuplot.png", ppexport.PixelPrune("raster"))
+
+
+@pytest.mark.parametrize("budget", [9, 60, 200])
+def test_pruning_of_features_equals_the_cpu(pipe: ppexport.Pipeline, budget: int) -> None:
+    """Whatever the budget, an engine keeps of its own features what the graph for CPUs keeps of them."""
+    image = IMAGES / "web_gnuplot.png"
+    seen = pipe.encode(image, ppexport.PixelPrune())
+    prune = ppexport.PruneSID(budget)
+    expected = ppexport.select_tokens(np.float32(seen.embeds), prune).keep
+    found = pipe.encode(image, [ppexport.PixelPrune(), prune])
+    np.testing.assert_array_equal(found.keep, seen.keep[expected])
+    np.testing.assert_array_equal(found.features, seen.features[:, expected])
+    if budget == 60:  # as the bundle has it
+        np.testing.assert_array_equal(pipe.encode(image).keep, found.keep)
+
+
+def test_information_equals_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
+    found, expected = (p.information(IMAGES / "web_gnuplot.png") for p in (pipe, cpu))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_graphs_that_prune_features_stay_exact(
+    bundle: Path, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 is off for them, and only for them."""
+    cleared: list[emulator.BuilderFlag] = []
+    compiled: list[int] = []
+    monkeypatch.setattr(emulator.IBuilderConfig, "clear_flag", lambda config, flag: cleared.append(flag))
+    whole = emulator.Builder.build_serialized_network
+
+    def build_serialized_network(builder: emulator.Builder, network: Any, config: Any) -> memoryview:
+        compiled.append(len(cleared))
+        return whole(builder, network, config)
+
+    monkeypatch.setattr(emulator.Builder, "build_serialized_network", build_serialized_network)
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    record = compile_bundle(copy, target, None, Options(max_pixels=E2E_PIXELS, capacity=1536))
+    names = ["prune", "vision", "language", "prunesid.qwen", "prunesid.information"]
+    assert list(record.engines) == names
+    assert compiled == [0, 0, 0, 1, 2]
+    assert set(cleared) == {emulator.BuilderFlag.TF32}
+    assert record.engines["prunesid.qwen"].profiles == (
+        {"K": record.profiles.vision[0]["K"], "p": (1, 72, 72)},
+    )
 
 
 def test_anchored_selection_equals_the_cpu(pipe: ppexport.Pipeline, cpu: ppexport.Pipeline) -> None:
@@ -337,7 +389,7 @@ def test_the_timing_cache_is_kept(bundle: Path, target: str, tmp_path: Path) -> 
         pytest.skip("has no timing cache")
     copy, cache = shutil.copytree(bundle, tmp_path / "copy"), tmp_path / "cache"
     compile_bundle(copy, target, None, Options(capacity=64, max_pixels=65536, timing_cache=cache))
-    assert cache.read_bytes() == b"timed" * 3
+    assert cache.read_bytes() == b"timed" * 5
     cache.write_bytes(b"of another GPU")
     with pytest.raises(ppexport.RequestError, match="cache: is no timing cache of this TensorRT on this GPU"):
         compile_bundle(copy, target, None, Options(capacity=64, max_pixels=65536, timing_cache=cache))

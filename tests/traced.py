@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 class Traces:
     """Graphs by what they were traced from; every use gets a copy."""
 
+    SHARED = ("trace_vision", "trace_language")  # of exporters/graphs.py
+
     def __init__(self, folder: Path):
         self.folder = folder
         self.reads = True  # graphs that other processes have traced

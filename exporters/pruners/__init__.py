@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from ...models.config import ModelConfig
 from ...models.pruners import PRUNERS
 from ...models.pruners.pixelprune import prune_file
 from ..lowering.dialects import Dialect
@@ -29,6 +30,12 @@ class Sizes:
     width: int = 1  # D
     dtype: ir.DataType = ir.DataType.FLOAT  # of the features
     hidden: int = 0  # C, of towers that give what the features are made of, and a score by their class token
+
+    @classmethod
+    def of(cls, model: ModelConfig, dtype: ir.DataType) -> Sizes:
+        """Of a model whose features have this dtype."""
+        hidden = model.vision.width if model.vision.class_token else 0
+        return cls(model.vision.block, model.levels, model.text.width, dtype, hidden)
 
 
 Graphs = Callable[[Sizes, Dialect], dict[str, ir.Model]]

@@ -72,10 +72,9 @@ def collect(
     model = EagerModel(checkpoint, pre, "calibrate", on_input=on_input)
     for i, sample in enumerate(samples):
         progress("calibrate", i, len(samples))
-        features = model.features(sample.looks)
+        asked = model.asked(sample)
         if "language" in graphs:
-            positions = np.ascontiguousarray(sample.positions)
-            model.logits(sample.ids, sample.feature_rows, positions, features, 1)
+            model.logits(asked.ids, asked.feature_rows, asked.positions, asked.features, 1)
     progress("calibrate", len(samples), len(samples))
     return moments
 

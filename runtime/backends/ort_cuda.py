@@ -37,7 +37,12 @@ class OrtCuda(GpuBackend):
         """See session.Backend. Raises BackendError quoting ONNX Runtime if it refuses the graph."""
         options = self.ort.SessionOptions()
         options.log_severity_level = 3  # errors only
-        provider = (PROVIDER, {"device_id": "0", "user_compute_stream": str(self.stream)})
+        settings = {
+            "device_id": "0",
+            "user_compute_stream": str(self.stream),
+            "use_tf32": "0",
+        }  # float32 as it says
+        provider = (PROVIDER, settings)
         file = utf8(path)
         try:
             session = self.ort.InferenceSession(file, options, providers=[provider, "CPUExecutionProvider"])

@@ -44,7 +44,7 @@ class TrtBackend(GpuBackend):
         self._directory = directory
         self._sessions: list[TrtSession] = []
         self._scratch: cuda.Block | None = None
-        self._graphs = {name: graph.file for name, graph in manifest.graphs.items()}
+        self._graphs = engine_record.compiled_graphs(manifest)
 
     def share_scratch(self, session: TrtSession) -> None:
         """Give all contexts the same activation memory, as large as any needs: on one stream they run one by one."""
@@ -70,8 +70,10 @@ class TrtBackend(GpuBackend):
         for graph, file in self._graphs.items():
             if file == path.name:
                 return TrtSession(self, graph, self.record.engines[graph], self._directory)
+        compiled = [file for graph, file in self._graphs.items() if graph not in ("vision", "language")]
         raise RequestError(
-            f"{path.name} is not compiled for {self.record.target}: engines prune with {self._graphs['prune']} only"
+            f"{path.name} is not compiled for {self.record.target}: engines prune with {' and '.join(compiled)} only, "
+            "which the bundle's own pruning names"
         )
 
 
