@@ -1,5 +1,6 @@
 # make demo   builds a bundle from the checkpoint in the repository and asks it about a screen
 # make test   linters, types and tests
+# make test-all   with every variant of families and dialects
 # make test-oldest   run-time tests with the oldest packages that are promised
 # Each sets up what it needs in .venv by itself. PYTHON chooses the interpreter (3.10 or later).
 
@@ -12,7 +13,7 @@ TORCH ?= torch==2.13.0
 EDITABLE := --config-settings editable_mode=strict
 OUT ?= demo-out
 
-.PHONY: demo test test-oldest lint links bench clean
+.PHONY: demo test test-all test-oldest lint links bench clean
 
 $(VENV)/runs:
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +39,10 @@ demo: $(VENV)/exports
 
 test: lint
 	$(BIN)/python -m pytest
+
+# also every variant that "make test" leaves out
+test-all: lint
+	$(BIN)/python -m pytest -m ""
 
 # with the lowest version of every run-time dependency; OLDEST_PYTHON: the interpreter, such as python3.10
 test-oldest: $(VENV)/tests

@@ -290,7 +290,7 @@ def _check(entries: Mapping[str, Entry], family: Family, config: ModelConfig) ->
         if any(name.startswith("model.mm_projector.") for name in entries):
             hint = "; its names are those of the original LLaVA code: convert it (convert_llava_weights_to_hf.py)"
         raise CheckpointError(
-            f"{len(missing)} weights are missing from the checkpoint, the first is '{missing[0]}'{hint}"
+            f"the checkpoint lacks weights that its configuration asks for ({len(missing)}), first '{missing[0]}'{hint}"
         )
     extra = sorted(set(entries) - set(table) - ({family.head} if config.text.tied_head else set()))
     if extra:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--bundles", type=Path, help="Bundles that tests/bundles.py built, where there is no exporter."
     )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process more than there are cores: tests that wait for commands or for time leave them to others."""
+    return (os.cpu_count() or 1) + 1
+
+
+def usual_and_slow(usual: Sequence[Any], every: Iterable[Any]) -> list[Any]:
+    """Parameters: those of every run, and the others marked as slow."""
+    return [*usual, *(pytest.param(each, marks=pytest.mark.slow) for each in every if each not in usual)]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -89,7 +89,7 @@ def main(python: str) -> None:
         "--bundles",
         "bundles",
         "-m",
-        "not newest",
+        "not newest and not slow",
         *tests,
     )
 

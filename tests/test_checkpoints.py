@@ -432,9 +432,7 @@ def test_image_processor_without_numbers_has_those_of_the_class(pocket: Path) ->
 # ----------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize(
-    ("value", "precision"), [(math.nan, "bf16"), (math.nan, "int4"), (math.inf, "w8a8"), (-math.inf, "bf16")]
-)
+@pytest.mark.parametrize(("value", "precision"), [(math.nan, "bf16"), (-math.inf, "w8a8")])
 def test_weight_that_is_not_finite(value: float, precision: str, pocket: Path, tmp_path: Path) -> None:
     name = "model.language_model.layers.3.mlp.up_proj.weight"
     edit_weights(pocket, lambda tensors: tensors[name].view(-1)[7:9].fill_(value))
@@ -562,7 +560,7 @@ def head(config: ModelConfig) -> str:
             None,
             True,
             None,
-            "1 weights are missing .*lm_head.weight'; .*set tie_word_embeddings to true at the top",
+            "lacks weights .*lm_head.weight'; .*set tie_word_embeddings to true at the top",
         ),
     ],
 )
@@ -630,7 +628,7 @@ def test_head_width_that_the_attention_of_onnxruntime_does_not_take(width: int, 
     np.testing.assert_allclose(step.logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(16, 64), (64, 16), (16, 16)])
+@pytest.mark.parametrize("size", [(64, 16), (16, 16)])
 def test_pictures_of_one_patch_without_merging(size: tuple[int, int], tmp_path: Path) -> None:
     """spatial_merge_size 1: a side of one patch has position 0, not 0 / 0."""
     raw = json.loads(json.dumps(POCKET_RAW))

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import IMAGES
+from conftest import IMAGES, usual_and_slow
 from terminal import runner
 
 import ppexport
@@ -145,7 +145,7 @@ def test_every_command_and_option_has_help() -> None:
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("sent", usual_and_slow([signal.SIGINT], [signal.SIGTERM, signal.SIGHUP]))
 def test_interrupted_build_leaves_nothing_and_the_next_works(
     tiny_checkpoint: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
@@ -207,6 +207,7 @@ print(plans[0].disk / used, plans[0].ram / peak)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.newest
 def test_estimates_are_near_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, which traces itself; the same at the 300M and 2B shapes is in bench/build.py."""

@@ -74,7 +74,7 @@ def several(manifest: Manifest) -> profiles.Profiles:
 
 @pytest.mark.parametrize(
     ("kind", "buckets"),
-    [*((kind, "one") for kind in KINDS), *((kind, several) for kind in KINDS[1:3] for several in BUCKETS)],
+    [*((kind, "one") for kind in KINDS), *zip(KINDS[1:3], BUCKETS, strict=True)],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_every_graph_compiles(

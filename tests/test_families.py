@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, usual_and_slow
 from terminal import runner
 
 import ppexport
@@ -25,7 +25,8 @@ OTHERS = sorted(set(FAMILIES) - {"qwen3_vl"})
 SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
 
 
-@pytest.fixture(scope="module", params=OTHERS)
+# those that have most of what the others have
+@pytest.fixture(scope="module", params=usual_and_slow(["qwen2_5_vl", "llava_next"], OTHERS))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp(request.param) / "checkpoint"
     write_random(random_config(request.param, "tiny"), directory)

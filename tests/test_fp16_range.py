@@ -118,6 +118,7 @@ def test_a_loud_model_compiles(loud: Path, tmp_path: Path) -> None:
         assert (path / "engines" / "tensorrt-rtx" / "vision.engine").stat().st_size > 100_000
 
 
+@pytest.mark.slow
 def test_a_user_s_images_are_tried_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing is fitted to them; they are named where the model is refused."""
     tried: list[int] = []

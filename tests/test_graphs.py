@@ -27,6 +27,17 @@ from ppexport.exporters.weights.attach import attach, cast_after_load
 from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.image import prepare
 
+# of which only the stored weights differ from others
+RARE = [
+    ("ort", "fp16"),
+    ("ort", "bf16"),
+    ("ort", "int8"),
+    ("plain", "fp32"),
+    ("plain", "bf16"),
+    ("plain", "int4"),
+]
+RARE += [("standard", "fp32"), ("standard", "fp16")]
+
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
@@ -285,9 +296,10 @@ for path in sys.argv[1:]:
 @pytest.mark.parametrize(
     ("dialect", "precision"),
     [
-        *(("ort", precision) for precision in ("fp32", "bf16", "int4", "w8a8")),
-        *(("plain", precision) for precision in ("fp32", "fp16")),
-        *(("standard", precision) for precision in ("fp16", "bf16", "int4")),
+        *(("ort", precision) for precision in ("fp32", "int4", "w8a8")),
+        ("plain", "fp16"),
+        *(("standard", precision) for precision in ("bf16", "int4")),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in RARE),
     ],
 )
 def test_every_graph_passes_the_checker_and_opens_without_a_warning(
