@@ -21,14 +21,17 @@ $(VENV)/runs:
 	touch $@
 
 # torch first and pinned: an open requirement would fetch gigabytes of CUDA libraries
-$(VENV)/exports: $(VENV)/runs setup.cfg
+$(VENV)/torch: $(VENV)/runs
 	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/exports: $(VENV)/torch setup.cfg
 	$(PIP) $(EDITABLE) -e '.[cpu,export]'
 	touch $@
 
-$(VENV)/tests: $(VENV)/exports setup.cfg
+$(VENV)/tests: $(VENV)/torch setup.cfg
 	$(PIP) $(EDITABLE) -e '.[cpu,export,rtx,dev]'
-	touch $@
+	touch $(VENV)/exports $@
 
 demo: $(VENV)/exports
 	rm -rf $(OUT) && mkdir -p $(OUT)

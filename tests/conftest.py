@@ -38,7 +38,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def usual_and_slow(usual: Sequence[Any], every: Iterable[Any]) -> list[Any]:
     """Parameters: those of every run, and the others marked as slow."""
-    return [*usual, *(pytest.param(each, marks=pytest.mark.slow) for each in every if each not in usual)]
+    others = [each for each in every if each not in usual]
+    marked = [each if isinstance(each, tuple) else (each,) for each in others]
+    return [*usual, *(pytest.param(*each, marks=pytest.mark.slow) for each in marked)]
 
 
 @pytest.hookimpl(wrapper=True)

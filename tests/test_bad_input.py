@@ -123,7 +123,8 @@ def test_wrong_config(checkpoint: Path, change: Callable[[dict], object], messag
 def test_missing_weight(checkpoint: Path) -> None:
     edit_weights(checkpoint, lambda t: t.pop("model.visual.merger.norm.bias"))
     check_refused(
-        checkpoint, "lacks weights that its configuration asks for (1), first 'model.visual.merger.norm.bias'"
+        checkpoint,
+        "lacks weights that its configuration asks for \\(1\\), first 'model.visual.merger.norm.bias'",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from conftest import usual_and_slow
 from terminal import runner
 
 import ppexport
@@ -30,7 +32,6 @@ pytest.importorskip(
 )
 RTX = "tensorrt-rtx"
 SMALL = Options(capacity=256, max_pixels=256 * 256, compute_capabilities=("8.9",))
-BUCKETS = ("several", "merged")
 KINDS = [(dialect, precision) for dialect in ("standard", "plain") for precision in ("bf16", "fp16")]
 
 
@@ -74,7 +75,10 @@ def several(manifest: Manifest) -> profiles.Profiles:
 
 @pytest.mark.parametrize(
     ("kind", "buckets"),
-    [*((kind, "one") for kind in KINDS), *zip(KINDS[1:3], BUCKETS, strict=True)],
+    usual_and_slow(
+        [(KINDS[0], "one"), (KINDS[1], "several"), (KINDS[2], "merged"), (KINDS[3], "one")],
+        itertools.product(KINDS, ("one", "several", "merged")),
+    ),
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_every_graph_compiles(
@@ -181,7 +185,7 @@ def test_graphs_that_are_not_for_tensorrt(
 ) -> None:
     bundle = build(tiny_checkpoint, tmp_path / "bundle", **kind)
     with pytest.raises(ppexport.BundleError, match=message):
-        compile_bundle(bundle, RTX)
+        compile_bundle(bundle, RTX, None, SMALL)
     with pytest.raises(ppexport.BundleError, match=message):
         build(tiny_checkpoint, tmp_path / "other", targets=[RTX], **kind)
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]

@@ -118,7 +118,9 @@ def test_every_command(built: Callable[..., Path], checkpoint: Path, tmp_path: P
     assert json.loads(result.read_text())["settings"]
 
 
-@pytest.mark.parametrize(("dialect", "precision"), [("standard", "bf16"), ("plain", "fp16")])
+@pytest.mark.parametrize(
+    ("dialect", "precision"), usual_and_slow([("plain", "fp16")], [("standard", "bf16")])
+)
 def test_engines_compile(checkpoint: Path, tmp_path: Path, dialect: str, precision: str) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     options = Options(capacity=256, max_pixels=65536, compute_capabilities=("8.9",))

@@ -118,6 +118,7 @@ def test_a_stage_that_became_a_fifth_slower_is_found_and_named(stage: str) -> No
     assert found >= 19
 
 
+@pytest.mark.slow
 def test_no_change_is_no_regression_and_mostly_the_same() -> None:
     assert sum(pair(seed).exit_code == 1 for seed in range(60)) <= 3
     assert sum(pair(seed, tolerance=0.1).exit_code == 0 for seed in range(30)) >= 15
@@ -312,6 +313,7 @@ def bundle(pocket_bundle: Path) -> Path:
     return pocket_bundle
 
 
+@pytest.mark.slow
 def test_a_sleep_in_the_vision_session_is_found(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

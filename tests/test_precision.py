@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import E2E_PIXELS, GOLDEN, IMAGES
+from conftest import E2E_PIXELS, GOLDEN, IMAGES, usual_and_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import relative_error
@@ -172,7 +173,10 @@ def test_a_cpu_that_saturates_is_refused(
         ppexport.load(path)
 
 
-@pytest.mark.parametrize(("dialect", "stored"), [("plain", "int8"), ("standard", "int4")])
+@pytest.mark.parametrize(
+    ("dialect", "stored"),
+    usual_and_slow([("standard", "int4")], itertools.product(("standard", "plain"), ("int4", "int8"))),
+)
 def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     options = Options(capacity=256, max_pixels=65536, compute_capabilities=("8.9",))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import GOLDEN, IMAGES
+from conftest import GOLDEN, IMAGES, usual_and_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_selection
@@ -215,7 +215,13 @@ def test_packaged_graphs_are_what_the_exporter_makes() -> None:
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plain"])
-@pytest.mark.parametrize("file", pruning_graphs(Sizes(32), DIALECTS["standard"], after=("image",)))
+@pytest.mark.parametrize(
+    "file",
+    usual_and_slow(
+        ["pixelprune.pred_2d.max.onnx", "pixelprune.unique.max.onnx"],
+        pruning_graphs(Sizes(32), DIALECTS["standard"], after=("image",)),
+    ),
+)
 def test_every_graph_on_pixels_compiles_for_tensorrt(dialect: str, file: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     log = trt_api.logger(trt)

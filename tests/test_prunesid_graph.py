@@ -63,10 +63,10 @@ def test_selection_equals_the_authors_in_index_and_order(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "dialect"),
     [
-        ("prunesid.qwen", "standard"),
         ("prunesid.qwen", "plain"),
         ("prunesid.llava", "standard"),
-        ("prunesid.llava", "plain"),
+        pytest.param("prunesid.qwen", "standard", marks=pytest.mark.slow),
+        pytest.param("prunesid.llava", "plain", marks=pytest.mark.slow),
         ("prunesid.information", "plain"),
     ],
 )

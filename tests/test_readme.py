@@ -44,7 +44,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(directory / ".venv", with_pip=True)
     (site,) = (directory / ".venv" / "lib").glob("python*/site-packages")
     (site / "packages_of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"], encoding="utf-8")
-    for stamp in ("runs", "exports", "tests"):
+    for stamp in ("runs", "torch", "exports", "tests"):
         (directory / ".venv" / stamp).touch()
     for command in [line for line in SHELL if line.startswith("pip install")][:2]:
         run(command, directory)

@@ -15,7 +15,7 @@ from typing import Any
 import emulator
 import numpy as np
 import pytest
-from conftest import E2E_PIXELS, GOLDEN, IMAGES, usual_and_slow
+from conftest import E2E_PIXELS, GOLDEN, IMAGES
 from terminal import runner
 
 import ppexport
@@ -35,7 +35,9 @@ CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]
 KINDS = [("tensorrt", "standard"), ("tensorrt", "plain"), ("tensorrt-rtx", "standard")]
 
 
-@pytest.fixture(scope="module", params=usual_and_slow([KINDS[1], KINDS[2]], KINDS), ids="-".join)
+@pytest.fixture(
+    scope="module", params=[*KINDS[1:], pytest.param(KINDS[0], marks=pytest.mark.slow)], ids="-".join
+)
 def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
     """Target and dialect."""
     return request.param
