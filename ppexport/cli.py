@@ -33,6 +33,7 @@ from .options import (
     weight_options,
     weights_of,
 )
+from .server.commands import serve
 
 
 class Group(click.Group):
@@ -439,6 +440,7 @@ def doctor(bundle: str | None) -> None:
 
 
 main.add_command(bench)
+main.add_command(serve)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -45,6 +45,12 @@ def overlay(image: ImageLike, selection: Selection | Sequence[Selection]) -> Ima
     return _with_legend(together, views, [where for _, where in drawn])
 
 
+def kinds(image: ImageLike, selections: Sequence[Selection]) -> list[np.ndarray]:
+    """Of each view of an image, what was done to its tokens and why (``sources``): uint8 [rows, cols]."""
+    source = read(image)
+    return [sources(_pixels_of(source, selection), selection) for selection in selections]
+
+
 def _pixels_of(source: Image.Image, selection: Selection) -> np.ndarray:
     """What a selection was made of, uint8 [H, W, 3]."""
     if selection.frame is None or selection.view is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,12 +61,55 @@ class Steps(Iterator[Step]):
         self.close()
 
 
+class Speech:
+    """Tokens in, text out. It ends before the first of ``until``, strings that the text must not hold.
+
+    With until = ["\\n\\n"] the pieces "a\\n" and "b" come out as "a" and "\\nb": what may be a beginning of it is held
+    back.
+    """
+
+    def __init__(self, text: Text, stop: frozenset[int], until: Several[str] = ()):
+        self.ended = False  # by one of ``until``
+        self._stream = text.stream()
+        self._stop = stop
+        self._until = until
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The text that a token completes, possibly empty."""
+        return self._said("" if token in self._stop else self._stream.push(token))
+
+    def finish(self) -> str:
+        """What is left at the end."""
+        if self.ended:
+            return ""
+        rest = self._said(self._stream.finish())
+        return rest if self.ended else rest + self._held
+
+    def _said(self, piece: str) -> str:
+        text = self._held + piece
+        found = [at for at in (text.find(end) for end in self._until) if at >= 0]
+        if found:
+            self.ended = True
+            self._held = ""
+            return text[: min(found)]
+        held = max((_overlap(text, end) for end in self._until), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, end: str) -> int:
+    """How many characters at the end of ``text`` are a beginning of ``end``."""
+    longest = min(len(text), len(end) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(end[:n])), 0)
+
+
 class Answer(Iterator[str]):
     """Iterate for pieces of text as they are generated; ``stats`` is complete when the iteration ends."""
 
-    def __init__(self, steps: Iterator[Step], text: Text, stats: Stats, stop: frozenset[int]):
+    def __init__(self, steps: Steps, speech: Speech, stats: Stats):
         self.stats = stats
-        self._pieces = _decode(steps, text, stop)
+        self._pieces = _decode(steps, speech, stats)
         self._text: list[str] = []
         self._error: Exception | None = None
 
@@ -92,12 +136,14 @@ class Answer(Iterator[str]):
         return "".join(self._text)
 
 
-def _decode(steps: Iterator[Step], text: Text, stop: frozenset[int]) -> Iterator[str]:
+def _decode(steps: Steps, speech: Speech, stats: Stats) -> Iterator[str]:
     """Holds no Answer, so that a dropped one ends at once and gives its cache back."""
-    stream = text.stream()
     for step in steps:
-        piece = "" if step.token in stop else stream.push(step.token)
+        piece = speech.push(step.token)
+        if speech.ended:
+            stats.finish = "stop"
+            steps.close()
         if piece:
             yield piece
-    if rest := stream.finish():
+    if rest := speech.finish():
         yield rest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
@@ -17,6 +16,7 @@ from .placement import Placement
 from .reuse import Reuse
 from .sequence import Picture, Sequence
 from .stats import log_request
+from .turns import Turns
 from .vision import Seen, Vision
 
 TOGETHER = 8  # sequences that run at once, if nothing else is asked for
@@ -38,11 +38,16 @@ class Engine:
         self.language = language
         self.vision = vision
         self.placement = Placement(language, reuse, context, together)
-        self.lock = threading.RLock()
+        self.lock = Turns()
         self._waiting: deque[Sequence] = deque()
         self._active: list[Sequence] = []
         self._dropped: deque[Sequence] = deque()  # cancelled, and not taken out yet
         self._closed = False
+
+    @property
+    def idle(self) -> bool:
+        """Is there nothing to run?"""
+        return not (self._waiting or self._active or self._dropped)
 
     @property
     def held_bytes(self) -> int:
@@ -308,14 +313,14 @@ class Engine:
         for sequence, row in zip(batch, logits, strict=True):
             stats = sequence.stats
             try:
-                token = sequence.sampling.choose(row, sequence.rng)
+                token, last = sequence.choose(row)
             except Exception as err:
                 self._fail([sequence], err)
                 continue
             sequence.token = token
             stats.generated_tokens += 1
             full = stats.generated_tokens == sequence.limit
-            stats.finish = "stop" if token in sequence.stop else sequence.limited_by if full else ""
+            stats.finish = "stop" if last else sequence.limited_by if full else ""
             sequence.pending.append(Step(token, row.copy() if sequence.keeps_logits else NO_LOGITS))
             if stats.finish:
                 sequence.finished = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -20,11 +21,12 @@ from ..models.families import FAMILIES
 from ..models.family import Views
 from ..models.manifest import Manifest
 from ..models.pruners import Pruner, listed, of_family, pruners_of
-from .answer import Answer, Steps
+from .answer import Answer, Speech, Steps
 from .backends.devices import open_device
 from .backends.session import Backend
 from .bundle import open_bundle
 from .engine import TOGETHER, Engine
+from .grammar import Grammars, SchemaLike
 from .image import ImageLike, frames_of
 from .language import Language
 from .messages import PromptLike, images_of, with_images
@@ -86,10 +88,12 @@ class Pipeline:
         chosen: str = "",
         reuse: int = REUSE,
         together: int = TOGETHER,
+        context: int | None = None,
     ):
         model = manifest.model
         dtype = BY_PRECISION[manifest.compute].name
         graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
+        self.directory = directory
         self.manifest = manifest
         self.backend = backend
         self.family = FAMILIES[manifest.family]
@@ -111,7 +115,8 @@ class Pipeline:
         self.language = Language(backend, graphs["language"], model, dtype, dialect)
         self.vision = Vision(backend, graphs["vision"], model, dtype)
         self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
-        self.context = min(manifest.context, backend.capacity or manifest.context)
+        most = min(manifest.context, backend.capacity or manifest.context)
+        self.context = most if context is None else integer("context", context, 2, most)
         self.engine = Engine(self.language, self.vision, self.reuse, self.context, together)
         self.text: Text | None = None
         if manifest.interface == "text":
@@ -138,18 +143,22 @@ class Pipeline:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
+        until: Several[str] = (),
+        schema: SchemaLike | None = None,
     ) -> Answer:
         """Answer a question about images; iterate over the result for text, then read its ``stats``.
 
         ``prompt``: a question, or chat messages; ``images``: those that the messages do not hold themselves
-        (messages.py says how they go together); ``prune``: "default" is what the bundle says, None keeps everything.
-        Images and prompt are checked before this returns. Raises ImageError, RequestError, and BundleError for a bundle
-        that only takes token ids.
+        (messages.py says how they go together); ``prune``: "default" is what the bundle says, None keeps everything;
+        ``until``: strings, before the first of which the answer ends; ``schema``: a JSON schema, as an object or as
+        text: the answer is JSON that matches it, as far as ``max_new_tokens`` reach. Images and prompt are checked
+        before this returns. Raises ImageError, RequestError, and BundleError for a bundle that only takes token ids.
         """
-        sequence = self.prepare(
-            Request(prompt, images, prune, max_new_tokens, temperature, top_p, top_k, seed)
+        request = Request(
+            prompt, images, prune, max_new_tokens, temperature, top_p, top_k, seed, until, schema
         )
-        return self._answer(sequence, Steps(self.engine, sequence))
+        sequence = self.prepare(request)
+        return self._answer(request, sequence, Steps(self.engine, sequence))
 
     def generate_batch(self, requests: Several[Request]) -> list[Answer]:
         """Answer several requests together, in the order of ``requests``; each answer is what it would be alone.
@@ -159,10 +168,14 @@ class Pipeline:
         """
         if isinstance(requests, (str, bytes, Request)) or not isinstance(requests, Iterable):
             raise RequestError(f"requests is {requests!r:.80}, expected a list of ppexport.Request(...)")
+        requests = list(requests)
         sequences = [self.prepare(request, ahead=None) for request in requests]
         for sequence in sequences:
             self.engine.add(sequence)
-        return [self._answer(sequence, Steps(self.engine, sequence, added=True)) for sequence in sequences]
+        return [
+            self._answer(request, sequence, Steps(self.engine, sequence, added=True))
+            for request, sequence in zip(requests, sequences, strict=True)
+        ]
 
     def generate_tokens(
         self,
@@ -187,10 +200,16 @@ class Pipeline:
         (picture,) = self._pictures([image], prune, Stats())
         return Encoded(self.backend.download(self.engine.features(picture)), picture.selections)
 
-    def prepare(self, request: Request, ahead: int | None = AHEAD) -> Sequence:
+    def select(self, image: ImageLike, prune: PruneLike = "default") -> tuple[Selection, ...]:
+        """What is kept of an image, of each view of it. The vision tower runs where a pruner looks at features."""
+        (picture,) = self._pictures([image], prune, Stats())
+        return picture.selections
+
+    def prepare(self, request: Request, ahead: int | None = AHEAD, keeps_logits: bool = False) -> Sequence:
         """Stages image, prune and text: what ``Engine.add`` takes.
 
-        ``ahead``: tokens that it may be ahead of its reader while others run; None: any number. Raises as ``generate``.
+        ``ahead``: tokens that it may be ahead of its reader while others run; None: any number. ``keeps_logits``: with
+        every token, its logits. Raises as ``generate``.
         """
         if self.text is None:
             raise BundleError(
@@ -200,13 +219,26 @@ class Pipeline:
         if not isinstance(request, Request):
             raise RequestError(f"the request is {request!r:.80}, expected ppexport.Request(...)")
         stats = Stats()
+        grammar = None if request.schema is None else self.grammars.grammar(request.schema)
         messages, shown = with_images(request.prompt, images_of(request.images))
         pictures = self._pictures(shown, request.prune, stats)
         with stats.stage("text"):
             ids = self.text.encode(messages, [picture.kept.shown.placeholders for picture in pictures])
-        return self._sequence(
-            ids, pictures, request.sampling, request.max_new_tokens, stats, None, ahead, False
-        )
+        limit = request.max_new_tokens
+        sequence = self._sequence(ids, pictures, request.sampling, limit, stats, None, ahead, keeps_logits)
+        sequence.grammar = grammar
+        return sequence
+
+    def speech(self, request: Request) -> Speech:
+        """What makes text of the tokens of its answer. Raises BundleError for a bundle without a tokenizer."""
+        assert self.text is not None
+        return Speech(self.text, frozenset(self.manifest.stop_tokens), request.until)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """For answers by a schema; made when the first one is asked for. Raises BackendError without llguidance."""
+        manifest = self.manifest
+        return Grammars(self.directory / "tokenizer.json", manifest.model.text.vocab, manifest.stop_tokens)
 
     def prepare_tokens(
         self,
@@ -274,9 +306,8 @@ class Pipeline:
         model = self.manifest.model
         return frames_of(image, lambda h, w: self.family.views(model, self.preprocessing, h, w))
 
-    def _answer(self, sequence: Sequence, steps: Steps) -> Answer:
-        assert self.text is not None
-        return Answer(steps, self.text, sequence.stats, frozenset(self.manifest.stop_tokens))
+    def _answer(self, request: Request, sequence: Sequence, steps: Steps) -> Answer:
+        return Answer(steps, self.speech(request), sequence.stats)
 
     def _pictures(self, images: Several[ImageLike], prune: PruneLike, stats: Stats) -> list[Picture]:
         """Stages image and prune: read, resize, upload, select."""
@@ -419,6 +450,7 @@ def load(
     verify: bool = False,
     reuse: int = REUSE,
     together: int = TOGETHER,
+    context: int | None = None,
 ) -> Pipeline:
     """Open a bundle on a device: "cpu" or "cuda" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto": one whose
     engines it has, if they run here, else the CPU. ``chosen`` of the result says which and why.
@@ -427,7 +459,8 @@ def load(
     for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files and of
     the engines too. ``reuse``: bytes for what past requests computed, 0 for none: a question about the same images, or
     the next turn of a conversation, then runs only what is new (runtime/reuse.py). ``together``: requests that run at
-    once; more wait for their turn. Raises BundleError, BackendError.
+    once; more wait for their turn. ``context``: tokens of prompt and answer together, None for as many as the model and
+    its engines take. Raises BundleError, BackendError.
     """
     integer("reuse", reuse)
     integer("together", together, 1)
@@ -446,7 +479,7 @@ def load(
     backend, chosen = open_device(device, directory, manifest, threads, verify)
     limit = backend.max_pixels or manifest.preprocessing.max_pixels
     max_pixels = min(limit, manifest.preprocessing.max_pixels) if max_pixels is None else max_pixels
-    pipe = Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse, together)
+    pipe = Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse, together, context)
     took = round((time.perf_counter() - begin) * 1e3, 3)
     LOG.info("loaded", extra={"fields": {"bundle": str(directory), "device": chosen, "milliseconds": took}})
     return pipe

@@ -11,10 +11,12 @@ from typing import Literal
 import numpy as np
 
 from ..models.checks import integer
+from ..models.errors import RequestError
 from ..models.family import Kept, Prompt
 from ..models.pruners import Pruner
 from .answer import Step
 from .backends.session import Buffer
+from .grammar import Grammar, SchemaLike
 from .image import ImageLike
 from .messages import PromptLike
 from .prune import Selection
@@ -37,10 +39,15 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    until: Several[str] = ()  # the answer ends before the first of these strings
+    schema: SchemaLike | None = None  # the answer is JSON that matches this JSON schema
 
     def __post_init__(self) -> None:
         integer("max_new_tokens", self.max_new_tokens, at_least=1)
         self.sampling  # noqa: B018 (raises)
+        listed = isinstance(self.until, (list, tuple))
+        if not listed or not all(isinstance(end, str) and end for end in self.until):
+            raise RequestError(f"until is {self.until!r:.80}, expected a list of strings that are not empty")
 
     @property
     def sampling(self) -> Sampling:
@@ -81,6 +88,7 @@ class Sequence:
     stop: Collection[int]  # tokens that end it
     ahead: int | None  # tokens that it may be ahead of its reader while others run; None: any number
     keeps_logits: bool  # does the reader want the logits of every token?
+    grammar: Grammar | None = None  # what the answer has to be
     pending: deque[Step] = field(default_factory=deque)  # tokens that were not read yet
     finished: bool = False
     error: BaseException | None = None
@@ -107,6 +115,14 @@ class Sequence:
     def decodes(self) -> bool:
         """Has its prompt been run?"""
         return self.rest is not None and self.done == len(self.rest.ids)
+
+    def choose(self, logits: np.ndarray) -> tuple[int, bool]:
+        """The next token from logits float32 [V], and whether the answer ends with it."""
+        allowed = logits if self.grammar is None else self.grammar.masked(logits)
+        token = self.sampling.choose(allowed, self.rng)
+        if token in self.stop:
+            return token, True
+        return token, self.grammar is not None and self.grammar.take(token)
 
     def fail(self, error: BaseException) -> None:
         """It ends, and this is what its reader hears."""

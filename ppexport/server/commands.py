@@ -1,0 +1,108 @@
+"""The command ``ppexport serve``. Heavy imports happen inside."""
+
+from __future__ import annotations
+
+import click
+
+from ..options import device_option
+
+
+@click.command()
+@click.argument("bundle", type=click.Path())
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: all of them."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free."
+)
+@click.option("--name", help="What clients call the model. Default: the bundle's directory.")
+@click.option(
+    "--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests that run together."
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0, 100_000),
+    default=32,
+    show_default=True,
+    help="Requests that may wait; more get 429.",
+)
+@click.option("--context", type=click.IntRange(2), help="Tokens of prompt and answer. Default: the model's.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Of an answer whose request does not say.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds for one request, waiting included.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that requests have to end after SIGTERM.",
+)
+@click.option("--api-key", metavar="KEY|@FILE", help="Clients have to send it; @FILE: its first line.")
+@click.option(
+    "--allow-remote",
+    "hosts",
+    multiple=True,
+    metavar="HOST",
+    help="Fetch images from this host, too; may be given several times. Default: data: URLs only.",
+)
+@click.option(
+    "--max-body",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="MiB of a request, images included.",
+)
+@click.option(
+    "--max-images", type=click.IntRange(0), default=16, show_default=True, help="Images of a request."
+)
+@device_option
+def serve(
+    bundle: str,
+    host: str,
+    port: int,
+    name: str | None,
+    slots: int,
+    queue: int,
+    context: int | None,
+    max_tokens: int,
+    timeout: float,
+    drain: float,
+    api_key: str | None,
+    hosts: tuple[str, ...],
+    max_body: int,
+    max_images: int,
+    device: str,
+) -> None:
+    """Answer requests with BUNDLE over HTTP, by OpenAI's API, and show a page to try it at /."""
+    from .images import ImageRules
+    from .serve import Address, read_key
+    from .serve import serve as run
+    from .service import Limits
+
+    def ready(url: str) -> None:
+        click.echo(f"serving {bundle} at {url}", err=True)
+
+    run(
+        bundle,
+        Address(host, port),
+        Limits(slots, queue, max_tokens, timeout),
+        ImageRules(max_images, max_body << 20, hosts),
+        device,
+        context,
+        name,
+        read_key(api_key),
+        max_body << 20,
+        drain,
+        ready,
+    )

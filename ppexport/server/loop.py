@@ -1,0 +1,124 @@
+"""One thread that steps the engine for all requests of a server, and hands tokens to those who wait for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+
+from ..runtime.answer import Step
+from ..runtime.engine import Engine
+from ..runtime.sequence import Sequence
+
+LOG = logging.getLogger(__name__)
+
+
+class Ticket:
+    """A sequence that runs, and a queue of what its reader has not seen yet; of one event loop."""
+
+    def __init__(self, sequence: Sequence):
+        self.sequence = sequence
+        self._events = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Step | BaseException | None] = asyncio.Queue()
+
+    def hand_over(self, found: list[Step | BaseException | None]) -> None:
+        """From any thread; None is the end."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            self._events.call_soon_threadsafe(self._put, found)
+
+    def _put(self, found: list[Step | BaseException | None]) -> None:
+        for each in found:
+            self._queue.put_nowait(each)
+
+    async def next(self, seconds: float) -> Step | None:
+        """The next token, None at the end. Raises asyncio.TimeoutError, and what ended the sequence early."""
+        found = await asyncio.wait_for(self._queue.get(), seconds)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+class Loop:
+    """Steps an engine as long as there is something to run. Start it once; ``add`` and ``cancel`` never wait."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.broken: BaseException | None = None  # what ended the thread
+        self._inbox: deque[Ticket] = deque()
+        self._tickets: dict[Sequence, Ticket] = {}
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="ppexport-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def add(self, sequence: Sequence) -> Ticket:
+        """Let a sequence run with the others. Raises what ended the thread, if it did not go on."""
+        if self.broken is not None:
+            raise self.broken
+        ticket = Ticket(sequence)
+        with self._wake:
+            self._inbox.append(ticket)
+            self._wake.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more."""
+        self.engine.cancel(ticket.sequence)
+        with self._wake:
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End the thread; what still runs is left where it is."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except BaseException as err:
+            LOG.exception("the engine's thread ended")
+            self.broken = err
+            for ticket in [*self._tickets.values(), *self._inbox]:
+                ticket.hand_over([err])
+
+    def _step(self) -> bool:
+        """Wait for something to run, and run it a step; False when the loop is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or self._inbox or not self.engine.idle)
+            if self._closing:
+                return False
+            added = list(self._inbox)
+            self._inbox.clear()
+        for ticket in added:
+            self._tickets[ticket.sequence] = ticket
+            if not ticket.sequence.cancelled:
+                self.engine.add(ticket.sequence)
+        for sequence in self.engine.step():
+            self._hand_over(sequence)
+        for sequence in [sequence for sequence in self._tickets if sequence.cancelled]:
+            self._hand_over(sequence)
+        return True
+
+    def _hand_over(self, sequence: Sequence) -> None:
+        """What is new of a sequence."""
+        ticket = self._tickets.get(sequence)
+        if ticket is None:  # somebody else's, or told already
+            return
+        found: list[Step | BaseException | None] = []
+        while sequence.pending:
+            found.append(sequence.pending.popleft())
+        if sequence.error is not None:
+            found.append(sequence.error)
+        elif sequence.finished or sequence.cancelled:
+            found.append(None)
+        if sequence.finished or sequence.cancelled:
+            del self._tickets[sequence]
+        ticket.hand_over(found)

@@ -1,0 +1,132 @@
+"""Answers that have to match a JSON schema: a mask on the logits before each token is chosen.
+
+What may come next is worked out by llguidance (derivatives of a grammar over the bytes of tokens), on the host and for
+every backend alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.checks import utf8
+from ..models.errors import BackendError, RequestError
+
+MOST_BYTES = 128 << 10  # of a schema as JSON
+MOST_DEPTH = 64  # of objects and lists inside of each other in a schema
+# between the parts of an answer: without an end a model could go on with it for ever
+WHITESPACE = r"\n {0,24}| ?"
+ANY_OBJECT = {"type": "object"}
+
+SchemaLike = Mapping[str, Any] | str
+
+
+class Grammars:
+    """What the tokens of a bundle are, for grammars. Raises BackendError where llguidance is not installed."""
+
+    def __init__(self, tokenizer: Path, vocab: int, stop: Collection[int]):
+        try:
+            import llguidance
+        except ImportError as err:
+            raise BackendError(
+                "llguidance is not installed, expected for answers by a schema; install it with: "
+                "pip install 'ppexport[schema]'"
+            ) from err
+        self._llguidance = llguidance
+        self.vocab = vocab
+        self._tokens = llguidance.LLTokenizer(
+            tokenizer.read_text(encoding="utf-8"), n_vocab=vocab, eos_token=sorted(stop)
+        )
+
+    def grammar(self, schema: SchemaLike) -> Grammar:
+        """For one answer. Raises RequestError for what is no schema, too large, or too hard to follow."""
+        text = as_json(schema)
+        matcher = self._llguidance.LLMatcher
+        try:
+            rules = matcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+        except ValueError as err:
+            raise RequestError(f"the schema cannot be followed: {err}") from err
+        found = matcher(self._tokens, rules, log_level=0)
+        if found.is_error():
+            raise RequestError(f"the schema cannot be followed: {found.get_error()[:500]}")
+        return Grammar(found, self.vocab)
+
+
+class Grammar:
+    """How far one answer is."""
+
+    def __init__(self, matcher: Any, vocab: int):
+        self._matcher = matcher
+        self._bits = np.zeros(-(-vocab // 32), np.uint32)
+
+    def masked(self, logits: np.ndarray) -> np.ndarray:
+        """Logits float32 [V] -> the same with -inf where a token must not come next. Raises BackendError."""
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        allowed = np.unpackbits(self._bits.view(np.uint8), count=len(logits), bitorder="little").view(bool)
+        return np.where(allowed, logits, np.float32(-np.inf))
+
+    def take(self, token: int) -> bool:
+        """The token was chosen; is the answer complete with it? Raises BackendError."""
+        self._matcher.consume_token(token)
+        self._check()
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise BackendError(
+                f"the schema cannot be followed any further: {self._matcher.get_error()[:500]}"
+            )
+
+
+def as_json(schema: SchemaLike) -> str:
+    """A schema as JSON. Raises RequestError for what is none, and for one that is too large."""
+    if isinstance(schema, str):
+        _check_size(len(schema.encode("utf-8", "replace")))
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as err:
+            raise RequestError(f"the schema is no JSON ({err}), expected a JSON schema") from err
+    if not isinstance(schema, Mapping):
+        raise RequestError(f"the schema is a {type(schema).__name__}, expected a JSON schema: an object")
+    _check_depth(schema)
+    try:
+        text = json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as err:
+        raise RequestError(f"the schema is no JSON ({err}), expected a JSON schema") from err
+    _check_size(len(text))
+    return text
+
+
+def read_schema(path: str | Path) -> str:
+    """The text of a file; raises RequestError if it cannot be read."""
+    try:
+        with open(utf8(Path(path)), "rb") as file:
+            found = file.read(MOST_BYTES + 1)
+        _check_size(len(found))
+        return found.decode("utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as err:
+        raise RequestError(f"{path}: cannot be read as a JSON schema: {err}") from err
+
+
+def _check_size(found: int) -> None:
+    if found > MOST_BYTES:
+        raise RequestError(f"the schema takes {found} bytes, expected up to {MOST_BYTES}")
+
+
+def _check_depth(schema: object) -> None:
+    level = [schema]
+    for _ in range(MOST_DEPTH):
+        inside: list[object] = []
+        for value in level:
+            inside += (
+                value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+            )
+        level = inside
+        if not level:
+            return
+    raise RequestError(f"the schema is nested more than {MOST_DEPTH} levels deep, expected less")
