@@ -198,6 +198,9 @@ def build(
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 means all tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
 @click.option(
+    "--schema", type=click.Path(), metavar="FILE", help="A JSON schema: the answers are JSON that matches it."
+)
+@click.option(
     "--threads",
     type=click.IntRange(0, 1024),
     default=0,
@@ -221,6 +224,35 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
     if options["overlay"] and not images:
         raise click.UsageError("--overlay needs an image (-i)")
     run_bundle(bundle, prompts, images, lambda: prune_for(bundle, settings, no_prune, budget), **options)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path())
+@click.option(
+    "-i", "--image", "images", multiple=True, type=click.Path(), help="Shown with the first question."
+)
+@prune_options
+@feature_options
+@size_options
+@click.option("--no-prune", is_flag=True, help="Keep every token, or with --prunesid every pixel.")
+@device_option
+@click.option(
+    "-n", "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."
+)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling.")
+@click.pass_context
+def chat(ctx: click.Context, bundle: str, images: tuple[str, ...], **options: Any) -> None:
+    """A conversation with BUNDLE in the terminal; /help lists what else it takes."""
+    from .chat import Chat
+    from .chat import main as talk
+    from .runtime.pipeline import load
+
+    settings, no_prune = prune_settings(options)
+    prune = prune_for(bundle, settings, no_prune, budget_of(options))
+    sizes = {name: options.pop(name) for name in ("min_pixels", "max_pixels")}
+    with load(bundle, options.pop("device"), **sizes) as pipe:
+        talk(Chat(pipe, prune=prune, waiting=list(images), **options), ctx.obj)
 
 
 @main.command("eval")
@@ -287,6 +319,7 @@ def plan(images: tuple[str, ...], output: str, bundle: str | None, information: 
     from . import plan as planner
     from .models import profiles
     from .models.pruners.pixelprune import PixelPrune
+    from .runtime.pdf import expanded
 
     if information and bundle is None:
         raise click.UsageError(
@@ -298,6 +331,7 @@ def plan(images: tuple[str, ...], output: str, bundle: str | None, information: 
         prune, given = planner.as_bundle(bundle, prune_for(bundle, settings, no_prune), given)
     else:
         prune = None if no_prune else PixelPrune(**settings)
+    images = tuple(page for image in images for page in expanded(image))
     target = profiles.writable(output)
     with click.progressbar(length=len(images), label="select", file=sys.stderr) as bar:
         made = planner.plan(images, prune, progress=lambda done, total: bar.update(1), **given)

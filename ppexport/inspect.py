@@ -20,6 +20,7 @@ from .models.files import write_whole
 from .models.pruners.pixelprune import PREDICTORS, PixelPrune
 from .overlay import overlay as drawn
 from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
+from .runtime.pdf import expanded
 from .runtime.prune import Selection
 from .runtime.selector import packaged_selector, select, select_frames
 
@@ -45,6 +46,7 @@ def main(
 
     ``bundle``: its pruners run, on its features, too; frames and sweeps are of pixels only.
     """
+    images = [page for image in images for page in expanded(image)]
     if sweep is not None:
         assert isinstance(prune, PixelPrune)
         target = check_picture(sweep, images, PLOTS)

@@ -15,7 +15,9 @@ from .logs import EndsLine
 from .models.checks import writable
 from .models.errors import RequestError
 from .models.manifest import FILE
+from .runtime.grammar import read_schema
 from .runtime.pipeline import REUSE, load
+from .runtime.prune import Selection
 from .runtime.sequence import PruneLike
 from .runtime.stats import Stats
 from .trace import write as write_trace
@@ -38,24 +40,17 @@ def run(
     trace: str | None = None,
     as_json: bool = False,
     quiet: bool = False,
+    schema: str | None = None,
     **generation: Any,
 ) -> None:
     """Load the bundle, stream answers to stdout, print the statistics to stderr (or all of it as JSON).
 
-    ``prune``: asked when everything else was checked.
+    ``prune``: asked when everything else was checked. ``schema``: a file with the JSON schema of the answers.
     """
-    if overlay:
-        check_picture(overlay, images)
-    if trace is not None:
-        writable(trace)
-    swapped = [
-        prompt for prompt in prompts if os.path.isfile(os.path.join(prompt, FILE))
-    ]  # a long one is no name
-    if swapped and not os.path.isdir(bundle):
-        raise RequestError(
-            f"found {bundle!r:.80} first and the bundle {swapped[0]!r:.80} after it, expected BUNDLE PROMPT"
-        )
+    _check(bundle, prompts, images, overlay, trace)
     prompts = [_as_utf8(prompt) for prompt in prompts]
+    if schema is not None:
+        generation["schema"] = read_schema(schema)
     asked: list[tuple[str, Stats]] = []
     pruners = prune()  # reads the bundle
     pipe = load(bundle, device, min_pixels, max_pixels, threads, verify, 0 if no_reuse else REUSE)
@@ -82,6 +77,23 @@ def run(
                 click.echo(line, err=True)
     if trace is not None:
         write_trace(asked, trace)
+
+
+def _check(
+    bundle: str, prompts: Sequence[str], images: Sequence[str], overlay: str | None, trace: str | None
+) -> None:
+    """Before anything is loaded. Raises RequestError."""
+    if overlay:
+        check_picture(overlay, images)
+    if trace is not None:
+        writable(trace)
+    swapped = [
+        prompt for prompt in prompts if os.path.isfile(os.path.join(prompt, FILE))
+    ]  # a long one is no name
+    if swapped and not os.path.isdir(bundle):
+        raise RequestError(
+            f"found {bundle!r:.80} first and the bundle {swapped[0]!r:.80} after it, expected BUNDLE PROMPT"
+        )
 
 
 def _as_utf8(argument: str) -> str:
@@ -111,17 +123,21 @@ def as_dict(stats: Stats) -> dict[str, Any]:
     return {"images": images, "kept": stats.kept, "tokens": stats.total, "ttft_ms": stats.ttft, **numbers}
 
 
+def kept_line(selection: Selection) -> str:
+    """How much is kept of a view, and why not more or less, for a person."""
+    dropped = selection.dropped
+    several = [f"{each.pruner} dropped {each.tokens}" for each in dropped if len(dropped) > 1]
+    reasons = dict.fromkeys(filter(None, [selection.reason, *(each.reason for each in dropped)]))
+    notes = [*several, *reasons]
+    why = f" ({'; '.join(notes)})" if notes else ""
+    of_view = f", view {selection.number + 1}" if selection.number else ""
+    size = f"{selection.width} x {selection.height}{of_view}"
+    return f"image   {size}: kept {selection.kept} of {selection.total} tokens, {selection.share:.1%}{why}"
+
+
 def summary(stats: Stats) -> list[str]:
     """The statistics in a few lines for a person."""
-    lines = []
-    for s in stats.images:
-        several = [f"{each.pruner} dropped {each.tokens}" for each in s.dropped if len(s.dropped) > 1]
-        notes = [*several, *dict.fromkeys(filter(None, [s.reason, *(each.reason for each in s.dropped)]))]
-        why = f" ({'; '.join(notes)})" if notes else ""
-        of_view = f", view {s.number + 1}" if s.number else ""
-        lines.append(
-            f"image   {s.width} x {s.height}{of_view}: kept {s.kept} of {s.total} tokens, {s.share:.1%}{why}"
-        )
+    lines = [kept_line(selection) for selection in stats.images]
     pruned = stats.prompt_tokens_full - stats.prompt_tokens
     but = f"{pruned} pruned" + (f", {stats.reused_tokens} reused" if stats.reused_tokens else "")
     lines.append(

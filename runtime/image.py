@@ -28,6 +28,7 @@ from ..models.errors import ImageError, RequestError
 from ..models.family import Frame, View, Views
 from ..models.resize import MAX_PIXELS as MAX_SOURCE_PIXELS
 from ..models.resize import MIN_SIDE, smart_resize
+from .pdf import Page, expanded, is_pdf, page_name
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -44,8 +45,9 @@ WARNINGS = threading.Lock()  # Python's filters of warnings belong to all thread
 def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
     """Files, and of folders every file with the suffix of an image, by name. Raises ImageError if there are none."""
     found = []
-    for path in map(Path, paths):
+    for path in [Path(page) for given in paths for page in expanded(given)]:
         try:
+            name = page_name(path)
             if path.is_dir():
                 files = sorted(
                     file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()
@@ -53,7 +55,7 @@ def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
                 if not files:
                     raise ImageError(f"{path}: holds no images, expected files such as {', '.join(SUFFIXES)}")
                 found += files
-            elif not path.exists():
+            elif not (path.exists() or (name and Path(name.document).exists())):
                 raise ImageError(f"{path}: no such file")
             else:
                 found.append(path)
@@ -80,7 +82,8 @@ def frames_of(image: ImageLike, views_of: Callable[[int, int], Views]) -> tuple[
 
     ``views_of``: height and width of an image -> how it is shown. Raises as ``prepare``.
     """
-    source = read(image)
+    page = _page(image)
+    source = page or read(image)
     width, height = source.size
     try:
         shown = views_of(height, width)
@@ -88,7 +91,29 @@ def frames_of(image: ImageLike, views_of: Callable[[int, int], Views]) -> tuple[
         raise ImageError(
             f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)
         ) from err
-    return [framed(source, frame) for frame in shown.frames], shown
+    return [framed(_at(source, frame), frame) for frame in shown.frames], shown
+
+
+def _at(source: Image.Image | Page, frame: Frame) -> Image.Image:
+    """An image as it is, a page of a document drawn at the size that a frame asks for."""
+    if isinstance(source, Image.Image):
+        return source
+    return source.draw(*source.size) if frame.square else source.draw(frame.width, frame.height)
+
+
+def _page(image: ImageLike) -> Page | None:
+    """The page of a PDF that an image is; None for other images."""
+    if isinstance(image, bytes):
+        return Page(image, 1, "the image") if is_pdf(image) else None
+    name = page_name(image)
+    if name is None:
+        return None
+    if name.first < name.last:
+        raise ImageError(f"{image!s:.200}: names several pages, expected one here")
+    inline = name.document[:5].lower() == "data:"
+    data = _data_of(name.document, "data") if inline else _file_bytes(Path(name.document))
+    said = f"{name.document[:40]}..." if inline else name.document
+    return Page(data, name.first, f"{said}#{name.first}")
 
 
 def framed(source: Image.Image, frame: Frame) -> np.ndarray:
@@ -120,7 +145,13 @@ def cut(frames: Sequence[np.ndarray], view: View) -> np.ndarray:
 
 
 def read(image: ImageLike) -> Image.Image:
-    """An RGB PIL image from a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3] or [H, W]."""
+    """An RGB PIL image from a path, the bytes of a file, a PIL image or a uint8 array [H, W, 3] or [H, W].
+
+    Of a PDF the page that is named (pdf.py), at a usual size.
+    """
+    page = _page(image) if isinstance(image, (str, os.PathLike, bytes)) else None
+    if page is not None:
+        return page.draw(*page.size)
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..models.errors import RequestError
 from .image import ImageLike
+from .pdf import expanded
 
 Message = Mapping[str, Any]
 PromptLike = str | Sequence[Message]
@@ -15,12 +16,15 @@ SUPPORTED = "expected {'type': 'text', 'text': ...} or {'type': 'image'}, which 
 
 
 def images_of(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """The images of a request: a list of them, or one by itself. Raises RequestError for something else."""
+    """The images of a request: a list of them, or one by itself; of "report.pdf#2-5" each page.
+
+    Raises RequestError for something else.
+    """
     if isinstance(images, ImageLike):
-        return [images]
+        return expanded(images)
     if not isinstance(images, (list, tuple)):
         raise RequestError(f"images is a {type(images).__name__}, expected a list of images, or one")
-    return list(images)
+    return [page for image in images for page in expanded(image)]
 
 
 def with_images(prompt: PromptLike, images: Sequence[ImageLike]) -> tuple[list[Message], list[ImageLike]]:
@@ -33,7 +37,7 @@ def with_images(prompt: PromptLike, images: Sequence[ImageLike]) -> tuple[list[M
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    messages = [_checked(message) for message in _listed(prompt)]
+    messages = [_page_by_page(_checked(message)) for message in _listed(prompt)]
     waiting = list(images)
     if waiting and not any(_is_image(part) for message in messages for part in _parts(message)):
         messages = _images_first(messages, len(waiting))
@@ -85,6 +89,19 @@ def _checked(message: Message) -> Message:
         if kind == "text" and not isinstance(part.get("text"), str):
             raise RequestError(f"a message holds the part {part!r:.80} without text, {SUPPORTED}")
     return message
+
+
+def _page_by_page(message: Message) -> Message:
+    """With an image part for each page, where one holds several of a PDF."""
+    pages = [
+        [{"type": "image", "image": page} for page in expanded(_own_image(part))]
+        if _is_image(part)
+        else [part]
+        for part in _parts(message)
+    ]
+    if all(len(each) == 1 for each in pages):
+        return message
+    return {**message, "content": [part for each in pages for part in each]}
 
 
 def _parts(message: Message) -> Sequence[Mapping[str, Any]]:

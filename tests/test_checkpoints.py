@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_json
+from conftest import usual_and_slow, write_json
 from known_keys import known_keys as keys_of_transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -358,6 +358,7 @@ def test_rotary_frequencies_equal_transformers(rope: dict[str, Any]) -> None:
         np.testing.assert_allclose(found.numpy(), expected[..., : found.shape[-1]].numpy(), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_yarn_runs_and_makes_room(pocket: Path, tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 2048}
     edit(pocket, lambda c: c["text_config"]["rope_scaling"].update(yarn))
@@ -432,7 +433,7 @@ def test_image_processor_without_numbers_has_those_of_the_class(pocket: Path) ->
 # ----------------------------------------------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize(("value", "precision"), [(math.nan, "bf16"), (-math.inf, "w8a8")])
+@pytest.mark.parametrize(("value", "precision"), usual_and_slow([(math.nan, "bf16")], [(-math.inf, "w8a8")]))
 def test_weight_that_is_not_finite(value: float, precision: str, pocket: Path, tmp_path: Path) -> None:
     name = "model.language_model.layers.3.mlp.up_proj.weight"
     edit_weights(pocket, lambda tensors: tensors[name].view(-1)[7:9].fill_(value))

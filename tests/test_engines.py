@@ -118,6 +118,7 @@ def test_every_graph_compiles(
     assert [p.name for p in (bundle / "engines").iterdir()] == [RTX]
 
 
+@pytest.mark.slow
 def test_profiles_are_merged_because_each_holds_the_weights(bundles: dict[tuple[str, str], Path]) -> None:
     """What TensorRT-RTX does today; if this fails, separate profiles may have become cheap."""
     sizes = {}
@@ -163,6 +164,7 @@ def test_profiles_from_a_file(bundle: Path, tmp_path: Path) -> None:
     assert "--capacity is in the profile file" in result.output
 
 
+@pytest.mark.slow
 def test_a_float32_checkpoint_is_compiled_in_bf16(tmp_path: Path) -> None:
     from conftest import GOLDEN
 

@@ -11,6 +11,7 @@ import made_up
 import numpy as np
 import pytest
 import torch
+from conftest import usual_and_slow
 from invariants import relative_error
 
 import ppexport
@@ -46,7 +47,7 @@ def checkpoint(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
     return directory
 
 
-@pytest.fixture(scope="module", params=["ort", "plain"])
+@pytest.fixture(scope="module", params=usual_and_slow(["ort"], ["plain"]))
 def bundle(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

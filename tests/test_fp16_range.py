@@ -57,6 +57,7 @@ def test_an_ordinary_model_needs_only_what_is_always_wide(tmp_path: Path) -> Non
     assert ppexport.load(path).manifest.float32_kinds == {"vision": always, "language": always}
 
 
+@pytest.mark.slow
 def test_float16_graphs_of_a_loud_model_stay_right(
     loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import onnx.shape_inference
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from conftest import GOLDEN, IMAGES
+from conftest import GOLDEN, IMAGES, usual_and_slow
 from invariants import relative_error
 from traced import Traces
 
@@ -113,8 +114,13 @@ def test_standard_vision_casts_the_image_first(checkpoint: Checkpoint) -> None:
     assert {user.op_type for user, _ in image.uses()} == {"Cast", "Shape"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("dialect", "precision"),
+    usual_and_slow(
+        [("ort", "fp32"), ("plain", "fp16"), ("standard", "bf16")],
+        itertools.product(DIALECTS, ("fp32", "fp16", "bf16")),
+    ),
+)
 def test_types_are_consistent(dialect: str, precision: str, tmp_path: Path) -> None:
     """Strict type inference accepts every graph, and what vision puts out is what language takes."""
     bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", precision=precision, dialect=dialect)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import prunesid_spec as spec
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, usual_and_slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,7 +26,7 @@ from ppexport.runtime.backends.ort import OrtCpu
 SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
 
 
-@pytest.mark.parametrize(("budget", "least"), [(64, 0.99), (128, 0.99), (192, 0.94)])
+@pytest.mark.parametrize(("budget", "least"), usual_and_slow([(64, 0.99), (192, 0.94)], [(128, 0.99)]))
 @pytest.mark.parametrize("variant", ["qwen", "llava"])
 def test_components_are_those_of_an_exact_decomposition(variant: str, budget: int, least: float) -> None:
     """By what they select; and the graph selects what the same steps in numpy do, index by index."""
