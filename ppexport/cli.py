@@ -362,6 +362,7 @@ def plan(images: tuple[str, ...], output: str, bundle: str | None, information: 
     "--prune-seed", type=click.IntRange(0, MOST_SEED), help="Of --method random and conncomp.  [default: 0]"
 )
 @click.option("--bundle", type=click.Path(), help="Prune as this bundle does, after its vision tower, too.")
+@click.option("--no-prune", is_flag=True, help="With --bundle and --prunesid: keep every pixel.")
 @click.option(
     "--frames", is_flag=True, help="IMAGES are frames of one recording: drop what stands still, too."
 )
@@ -389,10 +390,12 @@ def inspect(images: tuple[str, ...], prune_seed: int | None, **options: Any) -> 
     _check_inspect(options, budget)
     if prune_seed is not None and options["method"] not in ("random", "conncomp"):
         raise click.UsageError("--prune-seed is for --method random or conncomp")
-    settings = prune_settings(options)[0]
+    settings, no_prune = prune_settings(options)
+    if no_prune and not budget:
+        raise click.UsageError("--no-prune goes with --bundle and --prunesid: else there is nothing to show")
     if prune_seed is not None:
         settings["seed"] = prune_seed
-    prune = PixelPrune(**settings) if bundle is None else prune_for(bundle, settings, False, budget)
+    prune = PixelPrune(**settings) if bundle is None else prune_for(bundle, settings, no_prune, budget)
     view.main(images, prune, **{name: value for name, value in options.items() if value is not None})
 
 

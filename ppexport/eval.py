@@ -134,6 +134,8 @@ def settings(
     budget: dict[str, Any] | None = None,
 ) -> list[PruneLike]:
     """The prune settings asked for: the bundle's if none is named. ``budget``: of PruneSID, for all."""
+    if no_prune and method is not None and not taus:
+        raise RequestError("--method says how to prune, found --no-prune alone; leave it out, or add --tau")
     chosen: list[PruneLike] = [as_asked((), {}, True, budget)] if no_prune else []
     given = {} if method is None else {"method": method}
     own = with_budget(pipe.prune, **budget) if budget else pipe.prune
@@ -176,7 +178,7 @@ def main(
     pipe = load(bundle, device)
     if not as_json:
         click.echo(
-            f"{'skill':<12}{'pruning':<24}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}"
+            f"{'skill':<12}{'pruning':<32}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}"
         )
     for r in _results(
         pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method, budget), count or COUNT
@@ -208,4 +210,4 @@ def line(r: Result) -> str:
     """A row of the table."""
     interval = f"{r.low:.1%} .. {r.high:.1%}"
     each = r.seconds / r.n * 1e3
-    return f"{r.skill:<12}{r.setting:<24}{r.accuracy:>9.1%}{interval:>18}{r.kept_share:>8.1%}{r.n:>6}{each:>9.1f}"
+    return f"{r.skill:<12}{r.setting:<32}{r.accuracy:>9.1%}{interval:>18}{r.kept_share:>8.1%}{r.n:>6}{each:>9.1f}"

@@ -16,6 +16,7 @@ from .models.checks import writable
 from .models.errors import RequestError
 from .models.manifest import FILE
 from .runtime.grammar import read_schema
+from .runtime.pdf import expanded
 from .runtime.pipeline import REUSE, load
 from .runtime.prune import Selection
 from .runtime.sequence import PruneLike
@@ -47,6 +48,7 @@ def run(
 
     ``prune``: asked when everything else was checked. ``schema``: a file with the JSON schema of the answers.
     """
+    images = [page for image in images for page in expanded(image)]
     _check(bundle, prompts, images, overlay, trace)
     prompts = [_as_utf8(prompt) for prompt in prompts]
     if schema is not None:

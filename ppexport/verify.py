@@ -22,6 +22,7 @@ from .models.pruners.prunesid import PruneSID
 from .progress import Bar
 from .runtime.answer import Step, Steps
 from .runtime.bundle import open_bundle
+from .runtime.pdf import expanded
 from .runtime.pipeline import WORTH, Pipeline, load
 from .runtime.prune import Selection
 from .runtime.sequence import PruneLike
@@ -135,6 +136,7 @@ def verify(
         progress(f"{Path(bundle).name}", 0, 1)
         # features of what the vision tower sees; pruners after it take some of them
         before = [pruner for pruner in pipe.pruners_of(prune) if pruner.after == "image"]
+        images = [page for image in images for page in expanded(image)]
         encoded = [pipe.encode(image, before) for image in images]
         looks = [_looks(pipe, image, before) for image in images]
         ids = prompt_ids(pipe.text, model, question, [pipe.pixels(image)[1].placeholders for image in images])

@@ -81,21 +81,20 @@ class Speech:
 
     def finish(self) -> str:
         """What is left at the end."""
-        if self.ended:
-            return ""
-        rest = self._said(self._stream.finish())
-        return rest if self.ended else rest + self._held
+        return "" if self.ended else self._said(self._stream.finish(), last=True)
 
-    def _said(self, piece: str) -> str:
+    def _said(self, piece: str, last: bool = False) -> str:
         text = self._held + piece
-        found = [at for at in (text.find(end) for end in self._until) if at >= 0]
-        if found:
+        found = min((at for at in map(text.find, self._until) if at >= 0), default=len(text))
+        begun = len(text) - max((_overlap(text, end) for end in self._until), default=0)
+        if found < len(text) and (found <= begun or last):  # else what has begun before it may go on
             self.ended = True
             self._held = ""
-            return text[: min(found)]
-        held = max((_overlap(text, end) for end in self._until), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            return text[:found]
+        if last:
+            return text
+        self._held = text[begun:]
+        return text[:begun]
 
 
 def _overlap(text: str, end: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
@@ -16,7 +17,6 @@ from .placement import Placement
 from .reuse import Reuse
 from .sequence import Picture, Sequence
 from .stats import log_request
-from .turns import Turns
 from .vision import Seen, Vision
 
 TOGETHER = 8  # sequences that run at once, if nothing else is asked for
@@ -29,7 +29,8 @@ class Engine:
     """Runs sequences together. Any thread may call any method; ``cancel`` never waits.
 
     ``context``: tokens of the longest sequence; ``together``: sequences that run at once, others wait for their turn;
-    ``reuse``: None keeps nothing.
+    ``reuse``: None keeps nothing. ``lock`` belongs to whoever changes anything; who needs it between the steps of
+    others takes ``gate`` first and holds both: who steps again and again passes the gate each time, and so waits.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Engine:
         self.language = language
         self.vision = vision
         self.placement = Placement(language, reuse, context, together)
-        self.lock = Turns()
+        self.lock = threading.RLock()
+        self.gate = threading.Lock()
         self._waiting: deque[Sequence] = deque()
         self._active: list[Sequence] = []
         self._dropped: deque[Sequence] = deque()  # cancelled, and not taken out yet
@@ -79,6 +81,8 @@ class Engine:
         Raises what ended the sequence early.
         """
         while True:
+            with self.gate:
+                pass
             with self.lock:
                 if sequence.pending:
                     return sequence.pending.popleft()
@@ -320,9 +324,11 @@ class Engine:
             sequence.token = token
             stats.generated_tokens += 1
             full = stats.generated_tokens == sequence.limit
-            stats.finish = "stop" if last else sequence.limited_by if full else ""
+            finish = "stop" if last else sequence.limited_by if full else ""
+            if finish:  # else its reader may end it at this moment, and say why
+                stats.finish = finish
             sequence.pending.append(Step(token, row.copy() if sequence.keeps_logits else NO_LOGITS))
-            if stats.finish:
+            if finish:
                 sequence.finished = True
                 self._end(sequence)
                 log_request(stats)

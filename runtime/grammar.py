@@ -18,6 +18,7 @@ from ..models.errors import BackendError, RequestError
 
 MOST_BYTES = 128 << 10  # of a schema as JSON
 MOST_DEPTH = 64  # of objects and lists inside of each other in a schema
+MOST_PARTS = 100_000  # of its objects, lists and values
 # between the parts of an answer: without an end a model could go on with it for ever
 WHITESPACE = r"\n {0,24}| ?"
 ANY_OBJECT = {"type": "object"}
@@ -49,11 +50,10 @@ class Grammars:
         try:
             rules = matcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
         except ValueError as err:
-            raise RequestError(f"the schema cannot be followed: {err}") from err
-        found = matcher(self._tokens, rules, log_level=0)
-        if found.is_error():
-            raise RequestError(f"the schema cannot be followed: {found.get_error()[:500]}")
-        return Grammar(found, self.vocab)
+            raise RequestError(f"the schema cannot be followed: {_brief(err)}") from err
+        found = Grammar(matcher(self._tokens, rules, log_level=0), self.vocab)
+        found.masked(np.zeros(self.vocab, np.float32))  # before anything runs that would be for nothing
+        return found
 
 
 class Grammar:
@@ -64,23 +64,27 @@ class Grammar:
         self._bits = np.zeros(-(-vocab // 32), np.uint32)
 
     def masked(self, logits: np.ndarray) -> np.ndarray:
-        """Logits float32 [V] -> the same with -inf where a token must not come next. Raises BackendError."""
+        """Logits float32 [V] -> the same with -inf where a token must not come next. Raises RequestError."""
+        self._check()
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._check()
         allowed = np.unpackbits(self._bits.view(np.uint8), count=len(logits), bitorder="little").view(bool)
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def take(self, token: int) -> bool:
-        """The token was chosen; is the answer complete with it? Raises BackendError."""
+        """The token was chosen; is the answer complete with it? Raises RequestError."""
         self._matcher.consume_token(token)
         self._check()
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise BackendError(
-                f"the schema cannot be followed any further: {self._matcher.get_error()[:500]}"
-            )
+            raise RequestError(f"the schema cannot be followed: {_brief(self._matcher.get_error())}")
+
+
+def _brief(error: object) -> str:
+    """The first line of what llguidance says, without the state that it was in."""
+    return str(error).partition("<state>")[0].strip().partition("\n")[0][:300]
 
 
 def as_json(schema: SchemaLike) -> str:
@@ -105,10 +109,9 @@ def as_json(schema: SchemaLike) -> str:
 def read_schema(path: str | Path) -> str:
     """The text of a file; raises RequestError if it cannot be read."""
     try:
-        with open(utf8(Path(path)), "rb") as file:
-            found = file.read(MOST_BYTES + 1)
-        _check_size(len(found))
-        return found.decode("utf-8")
+        file = Path(utf8(Path(path)))
+        _check_size(file.stat().st_size)
+        return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as err:
         raise RequestError(f"{path}: cannot be read as a JSON schema: {err}") from err
 
@@ -129,4 +132,6 @@ def _check_depth(schema: object) -> None:
         level = inside
         if not level:
             return
+        if len(level) > MOST_PARTS:
+            raise RequestError(f"the schema has over {MOST_PARTS} parts, expected fewer")
     raise RequestError(f"the schema is nested more than {MOST_DEPTH} levels deep, expected less")

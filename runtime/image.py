@@ -82,16 +82,17 @@ def frames_of(image: ImageLike, views_of: Callable[[int, int], Views]) -> tuple[
 
     ``views_of``: height and width of an image -> how it is shown. Raises as ``prepare``.
     """
-    page = _page(image)
-    source = page or read(image)
-    width, height = source.size
-    try:
-        shown = views_of(height, width)
-    except ImageError as err:
-        raise ImageError(
-            f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)
-        ) from err
-    return [framed(_at(source, frame), frame) for frame in shown.frames], shown
+    with contextlib.ExitStack() as stack:
+        found = _opened(image)
+        source = stack.enter_context(found) if isinstance(found, Page) else found
+        width, height = source.size
+        try:
+            shown = views_of(height, width)
+        except ImageError as err:
+            raise ImageError(
+                f"{image!s:.200}: {err}" if isinstance(image, (str, os.PathLike)) else str(err)
+            ) from err
+        return [framed(_at(source, frame), frame) for frame in shown.frames], shown
 
 
 def _at(source: Image.Image | Page, frame: Frame) -> Image.Image:
@@ -99,21 +100,6 @@ def _at(source: Image.Image | Page, frame: Frame) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     return source.draw(*source.size) if frame.square else source.draw(frame.width, frame.height)
-
-
-def _page(image: ImageLike) -> Page | None:
-    """The page of a PDF that an image is; None for other images."""
-    if isinstance(image, bytes):
-        return Page(image, 1, "the image") if is_pdf(image) else None
-    name = page_name(image)
-    if name is None:
-        return None
-    if name.first < name.last:
-        raise ImageError(f"{image!s:.200}: names several pages, expected one here")
-    inline = name.document[:5].lower() == "data:"
-    data = _data_of(name.document, "data") if inline else _file_bytes(Path(name.document))
-    said = f"{name.document[:40]}..." if inline else name.document
-    return Page(data, name.first, f"{said}#{name.first}")
 
 
 def framed(source: Image.Image, frame: Frame) -> np.ndarray:
@@ -149,26 +135,46 @@ def read(image: ImageLike) -> Image.Image:
 
     Of a PDF the page that is named (pdf.py), at a usual size.
     """
-    page = _page(image) if isinstance(image, (str, os.PathLike, bytes)) else None
-    if page is not None:
+    found = _opened(image)
+    if isinstance(found, Image.Image):
+        return found
+    with found as page:
         return page.draw(*page.size)
+
+
+def _opened(image: ImageLike) -> Image.Image | Page:
+    """An image as read, or the page of a PDF that it is."""
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
         return _to_rgb(image, "the image")
     if isinstance(image, bytes):
-        return _decode(image, "the image")
-    if isinstance(image, str) and (scheme := SCHEME.match(image)):
+        return _from_file(image, "the image", None)
+    if not isinstance(image, (str, os.PathLike)):
+        raise RequestError(
+            f"an image is a {type(image).__name__}, expected a path, the bytes of a file, a PIL image or a uint8 array"
+        )
+    name = page_name(image)
+    if name is not None and name.first < name.last:
+        raise ImageError(f"{image!s:.200}: names several pages, expected one here")
+    place = image if name is None else name.document
+    number = None if name is None else name.first
+    if isinstance(place, str) and (scheme := SCHEME.match(place)):
         kind = (scheme[1] or scheme[2]).lower()
         if kind != "file":
-            return _decode(_data_of(image, kind), f"{image[:40]}...")
-        image = url2pathname(urlsplit(image).path)
-    if isinstance(image, (str, os.PathLike)):
-        path = Path(image)
-        return _decode(_file_bytes(path), f"{path!s:.200}")
-    raise RequestError(
-        f"an image is a {type(image).__name__}, expected a path, the bytes of a file, a PIL image or a uint8 array"
-    )
+            return _from_file(_data_of(place, kind), f"{place[:40]}...", number)
+        place = url2pathname(urlsplit(place).path)
+    path = Path(place)
+    return _from_file(_file_bytes(path), f"{path!s:.200}", number)
+
+
+def _from_file(data: bytes, name: str, number: int | None) -> Image.Image | Page:
+    """Of the bytes of a file; ``number``: of the page that was asked for, counted from 1."""
+    if is_pdf(data):
+        return Page(data, number or 1, name if number is None else f"{name}#{number}")
+    if number is not None:
+        raise ImageError(f"{name}#{number}: names a page of what is no PDF, expected a PDF")
+    return _decode(data, name)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -294,7 +294,7 @@ class Pipeline:
         """
         before = [pruner for pruner in self.pruners_of(prune) if pruner.after == "image"]
         (picture,) = self._pictures([image], before, Stats())
-        with self.engine.lock:
+        with self.engine.gate, self.engine.lock:
             found = [self.feature_pruners.information(view) for view in self.engine.seen(picture)]
         return float(np.mean(found))
 
@@ -349,7 +349,7 @@ class Pipeline:
 
     def _pruned_later(self, picture: Picture, pruners: Several[Pruner], stats: Stats) -> Picture:
         """Prune what the vision tower makes of an image: it runs now, since the prompt follows from what is kept."""
-        with self.engine.lock:
+        with self.engine.gate, self.engine.lock:
             with stats.stage("vision"):
                 seen = self.engine.seen(picture)
                 self.backend.wait()

@@ -37,7 +37,8 @@ class Stats:
     prompt_tokens_full: int = 0  # before pruning
     reused_tokens: int = 0  # of the prompt, whose cache entries an earlier request had computed
     generated_tokens: int = 0
-    finish: str = ""  # "stop" (a stop token), "length" (max_new_tokens) or "context" (the model's limit)
+    # "stop" (by itself, or as it was asked to), "length" (max_new_tokens) or "context" (the model's limit)
+    finish: str = ""
 
     @property
     def kept(self) -> int:

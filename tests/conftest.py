@@ -60,7 +60,7 @@ def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.config.getoption("--bundles"):
         yield None
         return
-    import sitecustomize
+    import share_traces
     from traced import Traces
 
     from ppexport.exporters import graphs
@@ -70,8 +70,8 @@ def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         for name in Traces.SHARED:
             patch.setattr(graphs, name, found.once(getattr(graphs, name)))
-        patch.setenv(sitecustomize.FOLDER, str(found.folder))
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv(share_traces.FOLDER, str(found.folder))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "shared_traces"), prepend=os.pathsep)
         yield found
 
 

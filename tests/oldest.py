@@ -1,4 +1,4 @@
-"""The run-time tests and commands with the lowest version of every run-time dependency that setup.cfg names.
+"""Run-time tests and commands with the lowest version of every run-time dependency that setup.cfg names.
 
     python tests/oldest.py [PYTHON]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "oldest"
-EXTRAS = ("cpu", "bench")  # beside what is always installed
+EXTRAS = ("cpu", "bench", "pdf", "serve")  # beside what is always installed
 RUNTIME_TESTS = (
     "golden_e2e",
     "text",
@@ -24,6 +24,10 @@ RUNTIME_TESTS = (
     "trace",
     "sampling",
     "engine",
+    "until",
+    "pdf",
+    "chat",
+    "server",
     "cli",
     "privacy",
     "prunesid",

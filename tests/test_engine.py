@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable
@@ -423,3 +424,24 @@ def test_token_ids_are_checked_before_they_are_cut_to_32_bits(pocket_bundle: Pat
     for stop in (5, [[1]], "ab"):
         with pytest.raises(ppexport.RequestError, match="stop is .* expected a list of token ids"):
             pipe.generate_tokens([1, 2], stop=stop)  # type: ignore[arg-type]
+
+
+def test_who_needs_the_engine_between_steps_does_not_wait_for_the_end(pocket_bundle: Path) -> None:
+    """A thread that steps again and again lets others have their turn."""
+    with ppexport.load(pocket_bundle) as pipe:
+        schema = {"type": "string", "minLength": 2500}
+        answer = pipe.generate("Go on.", schema=schema, max_new_tokens=1500)
+        first = next(answer)
+
+        def read() -> None:
+            with contextlib.suppress(ppexport.BackendError):  # the engine is closed before it has ended
+                answer.text()
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        for _ in range(3):
+            pipe.information(IMAGES / "gui_mousepad.png")
+        assert answer.stats.finish == ""
+        assert first
+        pipe.engine.close()
+        thread.join()

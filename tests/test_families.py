@@ -124,7 +124,10 @@ def test_every_command(built: Callable[..., Path], checkpoint: Path, tmp_path: P
 def test_engines_compile(checkpoint: Path, tmp_path: Path, dialect: str, precision: str) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     options = Options(capacity=256, max_pixels=65536, compute_capabilities=("8.9",))
-    path = build(checkpoint, tmp_path / "bundle", precision, dialect, ["tensorrt-rtx"], None, options)
+    prune = ppexport.PruneSID(16) if dialect == "standard" else "default"
+    path = build(
+        checkpoint, tmp_path / "bundle", precision, dialect, ["tensorrt-rtx"], None, options, prune=prune
+    )
     _, manifest = open_bundle(path)
     (profile,) = engine_record.read(path, manifest, "tensorrt-rtx").engines["vision"].profiles
     assert ("G" in profile) == (manifest.family == "qwen2_5_vl")

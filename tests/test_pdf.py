@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,8 @@ def test_a_page_has_the_size_that_is_asked_for(report: Path) -> None:
     assert usual.size == (1240, 1754)
     frames, _ = frames_of(f"{report}#2", lambda height, width: Views.whole(704, 512, 32))
     assert frames[0].shape == (704, 512, 3)
-    drawn = pdf.Page(report.read_bytes(), 2, "page").draw(512, 704)
+    with pdf.Page(report.read_bytes(), 2, "page") as page:
+        drawn = page.draw(512, 704)
     np.testing.assert_array_equal(frames[0], np.asarray(drawn))
     assert frames[0][0, 0].tolist() == [255, 255, 255]
     assert frames[0][95, 100].tolist() == [51, 102, 230]  # the bar, red before blue
@@ -82,6 +84,7 @@ def test_a_page_has_the_size_that_is_asked_for(report: Path) -> None:
 def test_names_of_pages(report: Path) -> None:
     assert pdf.expanded("a.png") == ["a.png"]
     assert pdf.expanded(str(report)) == [str(report)]
+    assert pdf.page_name("x.pdf") is None  # what it holds says what it is
     assert pdf.expanded("x.PDF#2-4") == ["x.PDF#2", "x.PDF#3", "x.PDF#4"]
     pages = [read(f"{report}#{number}") for number in (1, 2, 3)]
     assert len({page.tobytes() for page in pages}) == 3
@@ -106,24 +109,23 @@ def test_a_page_that_is_not_there(report: Path) -> None:
 
 
 def test_documents_that_are_broken(report: Path, tmp_path: Path) -> None:
-    whole = report.read_bytes()
-    for name, data in (
-        ("empty", b""),
-        ("text", b"hello"),
-        ("head", whole[:30]),
-        ("noise", b"%PDF-1.4\n" + bytes(500)),
+    pdf_wanted = "cannot be opened .*expected a PDF with pages"
+    for name, data, said in (
+        ("empty", b"", "is empty"),
+        ("text", b"hello", "is not an image that Pillow can read"),
+        ("head", report.read_bytes()[:30], pdf_wanted),
+        ("noise", b"%PDF-1.4\n" + bytes(500), pdf_wanted),
+        ("pages", document([]), pdf_wanted),
     ):
         path = tmp_path / f"{name}.pdf"
         path.write_bytes(data)
-        with pytest.raises(
-            ppexport.ImageError, match=rf"{name}.pdf#1: cannot be opened .*expected a PDF that"
-        ):
+        with pytest.raises(ppexport.ImageError, match=rf"{name}.pdf: {said}"):
             read(path)
     key = b"/Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O (" + b"o" * 32 + b") /U (" + b"u" * 32 + b") >>"
     locked = tmp_path / "locked.pdf"
     locked.write_bytes(document([content("x")], trailer=key + b" /ID [(a) (a)]"))
     with pytest.raises(
-        ppexport.ImageError, match=r"locked.pdf#1: cannot be opened .*expected one without a password"
+        ppexport.ImageError, match=r"locked.pdf: cannot be opened .*expected one without a password"
     ):
         read(locked)
 
@@ -137,12 +139,50 @@ def test_large_pages_are_drawn_smaller(size: tuple[float, float], tmp_path: Path
 
 
 def test_a_page_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pdf, "SECONDS", 0.2)
-    busy = b"\n".join(b"%d 0 0 rg 0 0 m 500 800 l 10 700 l h f" % (i % 2) for i in range(200_000))
+    busy = b"\n".join(b"%d 0 0 rg 0 0 m 500 800 l 10 700 l h f" % (i % 2) for i in range(400_000))
     path = tmp_path / "busy.pdf"
     path.write_bytes(document([busy]))
-    with pytest.raises(ppexport.ImageError, match=r"takes more than 0.2 s to draw"):
+    monkeypatch.setattr(pdf, "SECONDS", 0.5)
+    with pytest.raises(ppexport.ImageError, match=r"takes more than 0.5 s to draw"):
         read(path)
+
+
+def test_a_page_that_takes_too_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that unpacks to far more than it is; this process takes none of it."""
+    line = b"0 0 m 500 800 l 10 700 l h f\n"
+    packed = zlib.compress(line * 12_000_000, 1)
+    path = tmp_path / "bomb.pdf"
+    length = b"/Length %d >>" % len(packed)
+    path.write_bytes(document([packed]).replace(b"<< " + length, b"<< /Filter /FlateDecode " + length))
+    with pytest.raises(ppexport.ImageError, match="expected a simpler page"):
+        read(path)
+
+
+def test_names_that_only_look_like_pages(report: Path, tmp_path: Path) -> None:
+    """What a file holds says what it is, and a file of just that name goes first."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.pdf", "PNG")
+    assert read(tmp_path / "picture.pdf").size == (40, 30)
+    (tmp_path / "a.pdf#2").write_bytes((tmp_path / "picture.pdf").read_bytes())
+    assert read(tmp_path / "a.pdf#2").size == (40, 30)
+    with pytest.raises(ppexport.ImageError, match=r"picture.pdf#2: names a page of what is no PDF"):
+        read(f"{tmp_path / 'picture.pdf'}#2")
+    plain = tmp_path / "report"
+    plain.write_bytes(report.read_bytes())
+    expected = read(report).tobytes()
+    assert read(plain).tobytes() == read(f"file://{report}").tobytes() == expected
+    assert read(f"file://{report}#2").tobytes() == read(f"{report}#2").tobytes()
+    url = "data:application/octet-stream;base64," + base64.b64encode(report.read_bytes()).decode()
+    assert read(url).tobytes() == expected
+    with pytest.raises(ppexport.ImageError, match="is a URL, expected a file; nothing is fetched"):
+        read("https://example.org/b.pdf#2")
+
+
+def test_a_picture_never_replaces_the_document(report: Path) -> None:
+    before = report.read_bytes()
+    done = runner().invoke(main, ["inspect", f"{report}#2", "--overlay", str(report)])
+    assert done.exit_code == 1
+    assert "is one of the images" in done.stderr
+    assert report.read_bytes() == before
 
 
 def test_a_thousand_pages(tmp_path: Path) -> None:
@@ -158,6 +198,8 @@ def test_commands_take_pages(report: Path, pocket_bundle: Path, tmp_path: Path) 
     assert [each["image"] for each in found] == [f"{report}#2", f"{report}#3"]
     assert all(each["kept"] < 0.1 * each["tokens"] for each in found)  # margins are the same bytes everywhere
     profiles = str(tmp_path / "profiles.json")
+    task = {"image": "report.pdf#3", "question": "What is this?", "answer": "Quito"}
+    report.with_name("own.jsonl").write_text(json.dumps(task) + "\n")
     for arguments in (
         [
             "run",
@@ -171,6 +213,7 @@ def test_commands_take_pages(report: Path, pocket_bundle: Path, tmp_path: Path) 
             "4",
         ],
         ["plan", f"{report}#1-2", "--bundle", str(pocket_bundle), "-o", profiles],
+        ["eval", str(pocket_bundle), "--workload", str(report.with_name("own.jsonl"))],
     ):
         done = runner().invoke(main, arguments)
         assert done.exit_code == 0, (arguments, done.output, done.stderr)

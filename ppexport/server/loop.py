@@ -101,6 +101,8 @@ class Loop:
             self._tickets[ticket.sequence] = ticket
             if not ticket.sequence.cancelled:
                 self.engine.add(ticket.sequence)
+        with self.engine.gate:
+            pass
         for sequence in self.engine.step():
             self._hand_over(sequence)
         for sequence in [sequence for sequence in self._tickets if sequence.cancelled]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.errors import RequestError
+from ..runtime.pdf import page_name
 
 KEYS = ("image", "question", "answer")
 
@@ -56,7 +57,8 @@ def _task(line: str, where: str, folder: Path) -> Task:
             f"{where}: found {line.strip()!r:.80}, expected an object with texts: {', '.join(KEYS)}"
         )
     image = folder / value["image"]
-    if not image.is_file():
+    page = page_name(image)
+    if not (Path(page.document) if page else image).is_file():
         raise RequestError(
             f"{where}: the image {value['image']!r:.80} is missing, expected it beside the file"
         )

@@ -1,4 +1,4 @@
-"""On the path of commands that tests start (conftest.py): what they trace is shared with the tests, too."""
+"""Lets commands that tests start share what is traced with the tests (conftest.py)."""
 
 from __future__ import annotations
 
