@@ -70,6 +70,7 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/first_token_llava.py -o build/bench/first_token_llava_300m.json \
 		$(if $(PRUNESID),--reference $(PRUNESID))
 	$(BIN)/python bench/clip_blocks.py -o build/bench/clip_blocks.json
+	$(BIN)/python bench/tiles.py -o build/bench/tiles.json
 	$(BIN)/python bench/noise.py -o build/bench/noise.json
 	$(BIN)/python bench/help.py -o build/bench/help.json
 	$(BIN)/python bench/build.py -o build/bench/build.json

@@ -28,11 +28,12 @@ RUNTIME_TESTS = (
     "pdf",
     "chat",
     "server",
+    "grammar",
     "cli",
     "privacy",
     "prunesid",
 )
-TOOLS = ("pytest>=9,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7")
+TOOLS = ("pytest>=9,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7", "openai>=3.57,<4")
 
 
 def lowest(text: str) -> list[str]:
