@@ -255,6 +255,34 @@ def chat(ctx: click.Context, bundle: str, images: tuple[str, ...], **options: An
         talk(Chat(pipe, prune=prune, waiting=list(images), **options), ctx.obj)
 
 
+@main.command()
+@click.argument("bundle", type=click.Path())
+@click.argument("requests", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="A line for each answer, in order.")
+@click.option(
+    "--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests that run together."
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Of an answer whose request does not say.",
+)
+@click.option("--name", help="What requests call the model. Default: the bundle's directory.")
+@device_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def batch(bundle: str, requests: str, output: str, quiet: bool, **options: Any) -> None:
+    """Answer a file of REQUESTS with BUNDLE, a body of OpenAI's chat completions on each line.
+
+    Lines that cannot be answered are told in OUTPUT's errors (a.jsonl: a.errors.jsonl). What was cut off goes on where
+    it stopped when the same command is run again.
+    """
+    from .batch import main as run_batch
+
+    sys.exit(run_batch(bundle, requests, output, quiet, **options))
+
+
 @main.command("eval")
 @click.argument("bundle", type=click.Path())
 @click.option(

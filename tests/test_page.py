@@ -20,6 +20,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 SCREEN = Path(__file__).parent.parent / "docs" / "settings.png"
+FURTHER = [(360, "dark"), (800, "light"), (800, "dark"), (3840, "light")]
 GREEN = np.array([0, 166, 80])
 
 
@@ -161,8 +162,10 @@ def test_it_works_with_the_keyboard_alone(page: Any) -> None:
     assert unnamed == []
 
 
-@pytest.mark.parametrize("width", [360, 800, 3840])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(360, "light"), (3840, "dark"), *(pytest.param(*each, marks=pytest.mark.slow) for each in FURTHER)],
+)
 def test_it_fits_every_screen(browser: Any, server: Server, width: int, scheme: str, tmp_path: Path) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz_server import fuzz
 from serving import Server, asked, serving
+from terminal import runner
 
 import ppexport
+from ppexport.cli import main
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 SCREEN = Path(__file__).parent.parent / "docs" / "settings.png"
+SOAK = Path(__file__).parent.parent / "bench" / "soak.py"
 QUESTION = "What is the Region?"
 TRANSCRIBE = "Transcribe all text."
 # an answer that takes a while: tokens of the pocket model are single letters to short words
@@ -376,3 +382,43 @@ def test_limits_of_size(pocket_bundle: Path) -> None:
         status, answer, _ = server.ask({"messages": asked("word " * 300)})
         assert status == 400
         assert "expected under 200" in answer["error"]["message"]
+
+
+def test_mutated_requests(server: Server) -> None:
+    """A piece of what ``tests/fuzz_server.py`` sends; other ones than those that it begins with."""
+    seen = fuzz(server, 400, seed=7)
+    assert seen[400] > 150
+    assert seen[200] > 10
+    assert server.ask(None, "/health")[0] == 200
+
+
+def test_a_short_soak(pocket_bundle: Path, tmp_path: Path) -> None:
+    """``bench/soak.py`` with few requests: no wrong answer, and nothing is left inside after clients went away."""
+    result = tmp_path / "soak.json"
+    command = [sys.executable, str(SOAK), str(pocket_bundle), "--requests", "120", "-o", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(result.read_text())
+    assert found["seen"]["answered"] > 60
+    assert (found["wrong"], found["left_inside"], found["status_500"]) == ([], 0, 0)
+    assert found["after_the_restart"]["answered"] > 100
+
+
+def test_bench_serve(server: Server, pocket_bundle: Path, tmp_path: Path) -> None:
+    result = tmp_path / "load.json"
+    common = ["bench", "serve", server.url, "-i", str(SCREEN), "--requests", "12", "-n", "6", "-q"]
+    for more in (["--concurrency", "4"], ["--rate", "40"]):
+        done = runner().invoke(main, [*common, *more, "--slo-ttft", "60000", "-o", str(result)])
+        assert done.exit_code == 0, done.output
+        found = json.loads(result.read_text())
+        metrics = found["metrics"]
+        assert metrics["request_count"]["avg"] == len(found["requests"]) == 12
+        assert metrics["time_to_first_token"]["p50"] <= metrics["time_to_first_token"]["p99"]
+        assert metrics["goodput"]["avg"] == metrics["request_throughput"]["avg"]
+        assert all(each["pruned_tokens"] == 95 for each in found["requests"])
+        assert "time to first token" in done.stdout
+    done = runner().invoke(main, ["bench", "serve", "http://127.0.0.1:9", "--requests", "2", "-q"])
+    assert done.exit_code == 1
+    assert "refused" in done.stderr
+    done = runner().invoke(main, ["bench", "serve", "ftp://x", "-q"])
+    assert "expected an address such as http://127.0.0.1:8000" in done.stderr

@@ -10,6 +10,7 @@ import click
 
 from ..models.checks import writable
 from ..models.errors import PpexportError, RequestError, SpaceError
+from ..models.files import write_whole
 from ..options import device_option
 from ..table import aligned
 
@@ -278,3 +279,74 @@ def report(results: Sequence[str], output: str) -> None:
     except OSError as err:
         raise SpaceError(f"{output}: cannot be written: {err}") from err
     click.echo(f"wrote {output}")
+
+
+@bench.command("serve")
+@click.argument("url")
+@click.option(
+    "-i", "--image", "images", multiple=True, type=click.Path(), help="An image, or a folder of them."
+)
+@click.option("--prompt", default="Describe this image in detail.", show_default=True, help="What is asked.")
+@click.option("--requests", type=click.IntRange(1), default=64, show_default=True, help="In all.")
+@click.option(
+    "--concurrency", type=click.IntRange(1, 512), default=8, show_default=True, help="Requests at a time."
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    help="Requests per second, arriving at random, in place of --concurrency.",
+)
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest answer."
+)
+@click.option("--no-prune", is_flag=True, help="Ask for every token to be kept.")
+@click.option("--api-key", metavar="KEY|@FILE", help="What the server asks for.")
+@click.option(
+    "--slo-ttft", type=click.FloatRange(0), metavar="MS", help="For the goodput: first token within."
+)
+@click.option(
+    "--slo-tpot", type=click.FloatRange(0), metavar="MS", help="For the goodput: time per token within."
+)
+@click.option("-o", "--output", type=click.Path(), help="Write everything as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def serve(
+    url: str,
+    images: tuple[str, ...],
+    prompt: str,
+    requests: int,
+    concurrency: int,
+    rate: float | None,
+    max_tokens: int,
+    no_prune: bool,
+    api_key: str | None,
+    slo_ttft: float | None,
+    slo_tpot: float | None,
+    output: str | None,
+    quiet: bool,
+) -> None:
+    """Send requests to a server at URL ('ppexport serve' or another one with OpenAI's API) and time their answers."""
+    import json
+    import sys
+
+    from ..server.serve import read_key
+    from .load import Load, as_json, lines, measure, summary
+
+    prune = "off" if no_prune else "default"
+    load = Load(url, images, prompt, requests, concurrency, rate, max_tokens, prune, read_key(api_key))
+    if output is not None:
+        writable(output)
+    with click.progressbar(length=requests, label="requests", file=sys.stderr, hidden=quiet) as bar:
+        found, seconds = measure(load, lambda done: bar.update(1))
+    metrics = summary(found, seconds, slo_ttft, slo_tpot)
+    for line in lines(metrics):
+        click.echo(line)
+    for error in sorted({timed.error for timed in found if timed.error})[:5]:
+        click.echo(f"error: {error:.200}", err=True)
+    if output is not None:
+        text = json.dumps(as_json(load, found, metrics)) + "\n"
+        try:
+            write_whole(Path(output), lambda partial: partial.write_text(text, encoding="utf-8"))
+        except OSError as err:
+            raise SpaceError(f"{output}: cannot be written: {err}") from err
+    if metrics["error_request_count"]["avg"]:
+        sys.exit(1)

@@ -147,7 +147,7 @@ class _Answer:
         """The answer; a stream once its first part is there, so that what cannot be answered has its status."""
         service = self.service
         run = await service.run_of(self.chat)
-        writer = ChatWriter(service, self.chat, run)
+        writer = ChatWriter(service.pipe, service.name, self.chat, run)
         pieces = service.answer(self.chat, run)
         gone = asyncio.ensure_future(_gone(request))
         try:

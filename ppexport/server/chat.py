@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..runtime.pipeline import Pipeline
 from ..runtime.stats import Stats
 from .protocol import ChatRequest
-from .service import Piece, Run, Service, Top
+from .service import Piece, Run, Top
 
 
 class ChatWriter:
-    """Writes one answer. ``chat``: the request, ``run``: how it goes."""
+    """Writes one answer. ``name``: of the bundle; ``chat``: the request, ``run``: how it goes."""
 
-    def __init__(self, service: Service, chat: ChatRequest, run: Run):
-        self.service = service
+    def __init__(self, pipe: Pipeline, name: str, chat: ChatRequest, run: Run):
+        self.pipe = pipe
+        self.name = name
         self.chat = chat
         self.run = run
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -57,7 +59,7 @@ class ChatWriter:
         return self.run.stats
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
     def _chunk(self, delta: dict[str, Any], logprobs: Any, finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -68,7 +70,8 @@ class ChatWriter:
             return None
 
         def one(token: int, logprob: float) -> dict[str, Any]:
-            text = self.service.text_of(token)
+            assert self.pipe.text is not None
+            text = str(self.pipe.text.tokenizer.decode([token], skip_special_tokens=False))
             # what never comes is -9999 there
             return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode("utf-8"))}
 

@@ -147,7 +147,7 @@ class Service:
                 run.last = time.perf_counter()
                 run.first = run.first or run.last
                 if chat.logprobs:
-                    held.append(_top(step, chat.top_logprobs))
+                    held.append(top_of(step, chat.top_logprobs))
                 text = speech.push(step.token)
                 if text or speech.ended:
                     yield Piece(text, tuple(held))
@@ -165,25 +165,8 @@ class Service:
 
     async def run_of(self, chat: ChatRequest) -> Run:
         """What a request asks of the pipeline. Raises ApiError."""
-        if chat.model and chat.model != self.name:
-            message = f"the model {chat.model!r:.80} is not served here, expected {self.name!r}"
-            raise ApiError(404, message, "model", code="model_not_found")
-        messages = await self._in_reader(lambda: messages_of(chat.messages, self.rules))
-        try:
-            request = Request(
-                prompt=messages,
-                prune=prune_of(chat.prune, self.pipe.prune),
-                max_new_tokens=chat.max_completion_tokens or chat.max_tokens or self.limits.max_tokens,
-                temperature=chat.temperature,
-                top_p=chat.top_p,
-                top_k=chat.top_k,
-                seed=chat.seed,
-                until=chat.until,
-                schema=chat.schema_,
-            )
-        except PpexportError as err:
-            raise of_product(err) from err
-        return Run(request)
+        work = lambda: request_of(chat, self.pipe, self.name, self.limits.max_tokens, self.rules)  # noqa: E731
+        return Run(await self._in_reader(work))
 
     async def select(self, asked: SelectRequest) -> dict[str, Any]:
         """What would be kept of a picture, and how long its first token would take. Raises ApiError."""
@@ -209,13 +192,30 @@ class Service:
         self.metrics.reuse_bytes.set(self.pipe.engine.held_bytes if reuse else 0)
         return self.metrics.text()
 
-    def text_of(self, token: int) -> str:
-        """Of one token; what is no whole character has a replacement character."""
-        assert self.pipe.text is not None
-        return str(self.pipe.text.tokenizer.decode([token], skip_special_tokens=False))
+
+def request_of(chat: ChatRequest, pipe: Pipeline, name: str, max_tokens: int, rules: ImageRules) -> Request:
+    """What a chat asks of a pipeline, whose bundle is called ``name``. Raises ApiError."""
+    if chat.model and chat.model != name:
+        message = f"the model {chat.model!r:.80} is not served here, expected {name!r}"
+        raise ApiError(404, message, "model", code="model_not_found")
+    messages = messages_of(chat.messages, rules)
+    try:
+        return Request(
+            prompt=messages,
+            prune=prune_of(chat.prune, pipe.prune),
+            max_new_tokens=chat.max_completion_tokens or chat.max_tokens or max_tokens,
+            temperature=chat.temperature,
+            top_p=chat.top_p,
+            top_k=chat.top_k,
+            seed=chat.seed,
+            until=chat.until,
+            schema=chat.schema_,
+        )
+    except PpexportError as err:
+        raise of_product(err) from err
 
 
-def _top(step: Step, count: int) -> Top:
+def top_of(step: Step, count: int) -> Top:
     """Log probabilities of a token and of the likeliest ones, by the logits as the model gave them."""
     logits = step.logits.astype(np.float64)
     logits -= logits.max()

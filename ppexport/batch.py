@@ -1,0 +1,260 @@
+"""``ppexport batch``: a file of requests as OpenAI's API takes them, answered together, in the order of the file.
+
+Every line of the input is a request body, or as OpenAI's batch files have it {"custom_id": ..., "body": ...}. A line is
+answered once: in the output, or, where it cannot be answered, among the errors, which are kept apart. What was cut off
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .models.errors import PpexportError, RequestError, SpaceError
+from .runtime.answer import Speech
+from .runtime.pipeline import Pipeline, load
+from .runtime.sequence import Sequence
+from .server.chat import ChatWriter
+from .server.errors import ApiError, invalid, of_product
+from .server.images import ImageRules
+from .server.protocol import ChatRequest, parse
+from .server.service import Piece, Run, request_of, top_of
+
+LONGEST_LINE = 256 << 20  # bytes
+
+
+@dataclass
+class Job:
+    """One line of the input."""
+
+    number: int  # counted from 1
+    custom_id: str | None = None
+    chat: ChatRequest | None = None
+    run: Run | None = None
+    sequence: Sequence | None = None
+    speech: Speech | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    done: dict[str, Any] | None = None  # what is written of it
+    failed: bool = False
+
+
+def answer_file(
+    pipe: Pipeline,
+    name: str,
+    source: Path,
+    output: Path,
+    max_tokens: int,
+    rules: ImageRules,
+    progress: Callable[[int, int], None] = lambda done, failed: None,
+) -> tuple[int, int]:
+    """Answer the lines of ``source`` that ``output`` and its errors do not hold yet: how many were, and failed.
+
+    Raises RequestError for files that cannot be read or do not belong together, SpaceError for what cannot be written.
+    """
+    errors = errors_of(output)
+    begun = _complete_lines(output) + _complete_lines(errors)
+    try:
+        lines = source.open("rb")
+    except OSError as err:
+        raise RequestError(f"{source}: cannot be read: {err}") from err
+    done = failed = 0
+    try:
+        with lines, output.open("ab") as good, errors.open("ab") as bad:
+            for number in range(begun):
+                if not lines.readline(LONGEST_LINE):
+                    raise RequestError(
+                        f"{output}: holds {begun} answers and errors, but {source} has {number} lines: name another"
+                    )
+            jobs = _jobs(lines, begun)
+            for job in _together(pipe, name, jobs, max_tokens, rules):
+                file = bad if job.failed else good
+                file.write(json.dumps(job.done, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                failed += job.failed
+                done += not job.failed
+                progress(done, failed)
+    except OSError as err:
+        raise SpaceError(f"{output}: cannot be written: {err}; the next run goes on from there") from err
+    return done, failed
+
+
+def errors_of(output: Path) -> Path:
+    """Where lines go that cannot be answered."""
+    return output.with_name(f"{output.stem}.errors{output.suffix}")
+
+
+def _complete_lines(path: Path) -> int:
+    """How many lines a file has; what was cut off at its end is cut off for good. Raises RequestError."""
+    if not path.exists():
+        return 0
+    count = end = 0
+    try:
+        with path.open("r+b") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                if not isinstance(json.loads(line), dict) or "line" not in json.loads(line):
+                    raise ValueError("it is no answer")
+                count += 1
+                end += len(line)
+            file.truncate(end)
+    except (OSError, ValueError) as err:
+        raise RequestError(
+            f"{path}: exists and is not of 'ppexport batch' ({err}), expected another name"
+        ) from err
+    return count
+
+
+def _jobs(lines: Any, begun: int) -> Iterator[Job]:
+    """The lines after those that were done."""
+    number = begun
+    while line := lines.readline(LONGEST_LINE):
+        number += 1
+        job = Job(number)
+        try:
+            body = json.loads(line)
+            if isinstance(body, dict) and isinstance(body.get("body"), dict):
+                job.custom_id = str(body["custom_id"]) if body.get("custom_id") is not None else None
+                body = body["body"]
+            job.chat = parse(body)
+            if job.chat.stream:
+                raise invalid("stream is true, expected whole answers in a file", "stream")
+        except (ValueError, RecursionError) as err:
+            _fail(job, invalid(f"the line is no JSON: {err}"))
+        except ApiError as err:
+            _fail(job, err)
+        yield job
+
+
+def _fail(job: Job, err: ApiError) -> None:
+    job.failed = True
+    job.done = {"line": job.number, "custom_id": job.custom_id, "status": err.status, **err.body}
+
+
+def _together(
+    pipe: Pipeline, name: str, jobs: Iterator[Job], max_tokens: int, rules: ImageRules
+) -> Iterator[Job]:
+    """Jobs in their order when they are done; as many run together as the engine has slots."""
+    waiting: deque[Job] = deque()  # of the first that is not done and all after it
+    try:
+        while True:
+            running = sum(job.done is None for job in waiting)
+            while running < pipe.engine.placement.together and (job := next(jobs, None)) is not None:
+                waiting.append(job)
+                if job.done is None:
+                    _start(pipe, name, job, max_tokens, rules)
+                running += job.done is None
+            if not waiting:
+                return
+            if running:
+                pipe.engine.step()
+            for job in waiting:
+                _advance(pipe, name, job)
+            while waiting and waiting[0].done is not None:
+                yield waiting.popleft()
+    finally:
+        for job in waiting:
+            if job.sequence is not None:
+                pipe.engine.cancel(job.sequence)
+
+
+def _start(pipe: Pipeline, name: str, job: Job, max_tokens: int, rules: ImageRules) -> None:
+    assert job.chat is not None
+    try:
+        request = request_of(job.chat, pipe, name, max_tokens, rules)
+        job.run = Run(request)
+        job.sequence = pipe.prepare(request, None, job.chat.logprobs)
+        job.run.stats = job.sequence.stats
+        job.speech = pipe.speech(request)
+        pipe.engine.add(job.sequence)
+    except ApiError as err:
+        _fail(job, err)
+    except PpexportError as err:
+        _fail(job, of_product(err))
+
+
+def _advance(pipe: Pipeline, name: str, job: Job) -> None:
+    """What the last step made of a job."""
+    if job.done is not None:
+        return
+    assert job.chat is not None
+    assert job.run is not None
+    assert job.sequence is not None
+    assert job.speech is not None
+    sequence = job.sequence
+    while sequence.pending and not job.speech.ended:
+        step = sequence.pending.popleft()
+        job.run.last = time.perf_counter()
+        job.run.first = job.run.first or job.run.last
+        tops = (top_of(step, job.chat.top_logprobs),) if job.chat.logprobs else ()
+        job.pieces.append(Piece(job.speech.push(step.token), tops))
+    if job.speech.ended:
+        sequence.stats.finish = "stop"
+        pipe.engine.cancel(sequence)
+    elif sequence.error is not None:
+        error = sequence.error
+        _fail(job, of_product(error) if isinstance(error, PpexportError) else ApiError(500, str(error)))
+        return
+    elif not sequence.finished:
+        return
+    job.pieces.append(Piece(job.speech.finish(), ()))
+    answer = ChatWriter(pipe, name, job.chat, job.run).whole(job.pieces)
+    job.done = {"line": job.number, "custom_id": job.custom_id, "response": answer}
+
+
+def main(
+    bundle: str,
+    requests: str,
+    output: str,
+    quiet: bool,
+    slots: int = 8,
+    max_tokens: int = 1024,
+    name: str | None = None,
+    device: str = "auto",
+) -> int:
+    """Answer a file and say how it went: the exit code, 1 where lines could not be answered."""
+    target = Path(output)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise RequestError(
+            f"{output}: cannot be written, expected the name of a file in an existing directory"
+        )
+    if Path(requests).is_file() and target.exists() and target.samefile(requests):
+        raise RequestError(f"{output}: is the file of requests, expected another name")
+    known = name or Path(bundle).resolve().name
+    with load(bundle, device, together=slots) as pipe:
+        if pipe.text is None:
+            raise RequestError(
+                f"{bundle}: has no tokenizer (its checkpoint had none), expected one for chats"
+            )
+        with click.progressbar(
+            label="answers", file=sys.stderr, length=_lines(requests), hidden=quiet
+        ) as bar:
+            done, failed = answer_file(
+                pipe,
+                known,
+                Path(requests),
+                target,
+                max_tokens,
+                ImageRules(),
+                lambda done, failed: bar.update(1),
+            )
+    click.echo(f"{done} answered in {output}")
+    if failed:
+        click.echo(f"{failed} could not be answered: {errors_of(target)}", err=True)
+    return int(bool(failed))
+
+
+def _lines(path: str) -> int:
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for _ in file)
+    except OSError as err:
+        raise RequestError(f"{path}: cannot be read: {err}") from err
