@@ -54,7 +54,7 @@ class Engine:
     @property
     def held_bytes(self) -> int:
         """What is kept of past requests."""
-        with self.lock:
+        with self.gate, self.lock:
             self._take_out()
             return self.placement.held_bytes
 

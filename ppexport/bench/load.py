@@ -10,7 +10,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ class Load:
     prune: Any = "default"
     key: str | None = None
     seed: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)  # further fields of every body
 
 
 @dataclass
@@ -59,19 +60,19 @@ class Timed:
     @property
     def ok(self) -> bool:
         """Was it answered to the end?"""
-        return self.status == 200 and not self.error and bool(self.tokens)
+        return self.status == 200 and not self.error
 
     @property
     def ttft(self) -> float:
-        """Seconds to the first token."""
-        return self.tokens[0] - self.sent
+        """Seconds to the first token that is text; to the end where none is."""
+        return (self.tokens[0] if self.tokens else self.ended) - self.sent
 
     @property
     def per_token(self) -> float:
         """Seconds from one token to the next, the mean; 0 with less than two."""
-        return (
-            (self.tokens[-1] - self.tokens[0]) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
-        )
+        if self.output_tokens < 2 or not self.tokens:
+            return 0.0
+        return (self.tokens[-1] - self.tokens[0]) / (self.output_tokens - 1)
 
 
 def measure(load: Load, progress: Callable[[int], None] = lambda done: None) -> tuple[list[Timed], float]:
@@ -132,6 +133,7 @@ def _bodies(load: Load) -> list[dict[str, Any]]:
                 "max_tokens": load.max_tokens,
                 "stream": True,
                 "stream_options": {"include_usage": True},
+                **load.more,
                 **({} if load.prune == "default" else {"prune": load.prune}),  # others do not know it
             }
         )

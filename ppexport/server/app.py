@@ -96,7 +96,7 @@ class _Routes:
 
     async def metrics(self) -> Response:
         """As Prometheus reads them."""
-        text, kind = self.service.measured()
+        text, kind = await self.service.measured()
         return Response(text, media_type=kind)
 
     async def models(self) -> dict[str, Any]:

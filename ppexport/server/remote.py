@@ -10,12 +10,15 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import Sequence
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from .errors import ApiError, invalid
 
 SECONDS = 10.0  # for a connection, and without anything to read
+IN_ALL = 30.0  # seconds for an image
+PART = 1 << 16  # bytes that are read at once
 REDIRECTS = 3
 
 
@@ -69,18 +72,24 @@ def _get(parts: SplitResult, most_bytes: int, where: str) -> bytes | str:
             return response.getheader("Location", "")
         if response.status != 200:
             raise ValueError(f"the host answers {response.status}")
-        found = response.read(most_bytes + 1)
-        if len(found) > most_bytes:
-            raise ApiError(
-                413,
-                f"{where}: the image takes more than {most_bytes >> 20} MiB",
-                where,
-                code="image_too_large",
-            )
-        return found
+        return _read(response, most_bytes, where)
     finally:
         connection.close()
         plain.close()
+
+
+def _read(response: http.client.HTTPResponse, most_bytes: int, where: str) -> bytes:
+    """A body that is neither too long nor too slow."""
+    end = time.monotonic() + IN_ALL
+    found = bytearray()
+    while part := response.read(PART):
+        found += part
+        if len(found) > most_bytes:
+            most = f"{most_bytes / (1 << 20):g} MiB"
+            raise ApiError(413, f"{where}: the image takes more than {most}", where, code="image_too_large")
+        if time.monotonic() > end:
+            raise ValueError(f"it takes more than {IN_ALL:g} s")
+    return bytes(found)
 
 
 def public_address(host: str, port: int, where: str) -> str:

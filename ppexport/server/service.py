@@ -184,12 +184,13 @@ class Service:
     async def _in_reader(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
-    def measured(self) -> tuple[bytes, str]:
+    async def measured(self) -> tuple[bytes, str]:
         """The metrics as Prometheus reads them, and their content type."""
         self.metrics.running.set(self.inside)
         self.metrics.waiting.set(max(0, self.inside - self.limits.slots))
-        reuse = self.pipe.reuse
-        self.metrics.reuse_bytes.set(self.pipe.engine.held_bytes if reuse else 0)
+        # the engine may be in the middle of a step, for which nobody else here is to wait
+        held = await asyncio.to_thread(lambda: self.pipe.engine.held_bytes)
+        self.metrics.reuse_bytes.set(held)
         return self.metrics.text()
 
 
