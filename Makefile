@@ -83,6 +83,8 @@ bench: $(VENV)/tests
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python -m ppexport.exporters.random_checkpoint build/bench/random_300m --shape 300m
 	$(BIN)/python bench/concurrency.py --checkpoint build/bench/random_300m -o build/bench/concurrency_300m.json
+	$(BIN)/python bench/serving_load.py --checkpoint build/bench/random_300m -o build/bench/serving_load_300m.json
+	$(BIN)/python bench/mask.py -o build/bench/mask.json
 	$(BIN)/python bench/calibration.py -o build/bench/calibration.json
 	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m_document.json \
 		--image ppexport/bench/images/pdf_gnuplot-020.png \
@@ -93,6 +95,7 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/language.py -o build/bench/language_2b.json
 	$(BIN)/python bench/latency_noise.py -o build/bench/latency_noise.npz
 	$(BIN)/ppexport build models/pocket -o build/bench/pocket -q
+	$(BIN)/python bench/soak.py build/bench/pocket -o build/bench/soak.json
 	$(BIN)/ppexport build bench/never_pruned -o build/bench/never_pruned -q
 	$(BIN)/python bench/accuracy.py build/bench/pocket --never-pruned build/bench/never_pruned -o build/bench/accuracy.json
 	$(BIN)/python bench/accuracy_prunesid.py build/bench/pocket -o build/bench/accuracy_prunesid.json

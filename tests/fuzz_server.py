@@ -137,7 +137,12 @@ def mutated(draw: random.Random) -> bytes:
 def _damaged_url(url: str, draw: random.Random) -> str:
     """With some bytes of its image changed, or without its end."""
     head, _, data = url.partition(",")
-    raw = bytearray(base64.b64decode(data + "=" * (-len(data) % 4), validate=False))
+    try:
+        raw = bytearray(base64.b64decode(data + "=" * (-len(data) % 4), validate=True))
+    except ValueError:
+        raw = bytearray()
+    if len(raw) < 30:  # another mutation was here before
+        return url[: draw.randrange(len(url))]
     for _ in range(draw.randrange(1, 30)):
         raw[draw.randrange(len(raw))] = draw.randrange(256)
     return f"{head},{base64.b64encode(bytes(raw[: draw.randrange(20, len(raw))])).decode()}"
