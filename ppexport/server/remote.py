@@ -30,7 +30,7 @@ def fetch(url: str, hosts: Sequence[str], most_bytes: int, where: str) -> bytes:
             host = parts.hostname or ""
         except ValueError as err:
             raise invalid(f"{where}: {url!r:.60} is no URL: {err}", where) from err
-        if host not in hosts:
+        if not host or host not in hosts:
             known = ", ".join(hosts) or "none"
             raise invalid(
                 f"{where}: images from {host!r:.60} are not fetched (hosts that are: {known}); send it as a data: URL",
