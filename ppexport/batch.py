@@ -7,6 +7,7 @@ goes on where it stopped.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -234,9 +235,8 @@ def main(
             raise RequestError(
                 f"{bundle}: has no tokenizer (its checkpoint had none), expected one for chats"
             )
-        with click.progressbar(
-            label="answers", file=sys.stderr, length=_lines(requests), hidden=quiet
-        ) as bar:
+        bar_shown = io.StringIO() if quiet else sys.stderr
+        with click.progressbar(label="answers", length=_lines(requests), file=bar_shown) as bar:
             done, failed = answer_file(
                 pipe,
                 known,

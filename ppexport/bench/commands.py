@@ -325,6 +325,7 @@ def serve(
     quiet: bool,
 ) -> None:
     """Send requests to a server at URL ('ppexport serve' or another one with OpenAI's API) and time their answers."""
+    import io
     import json
     import sys
 
@@ -335,7 +336,8 @@ def serve(
     load = Load(url, images, prompt, requests, concurrency, rate, max_tokens, prune, read_key(api_key))
     if output is not None:
         writable(output)
-    with click.progressbar(length=requests, label="requests", file=sys.stderr, hidden=quiet) as bar:
+    bar_shown = io.StringIO() if quiet else sys.stderr
+    with click.progressbar(length=requests, label="requests", file=bar_shown) as bar:
         found, seconds = measure(load, lambda done: bar.update(1))
     metrics = summary(found, seconds, slo_ttft, slo_tpot)
     for line in lines(metrics):
