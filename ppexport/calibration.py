@@ -82,9 +82,10 @@ class _Stages:
         selector = packaged_selector(model.vision.block)
         pruners = of_family(plan.prune, model.vision.class_token)
         with tempfile.TemporaryDirectory() as folder:
-            sizes = Sizes.of(model, ir.DataType.FLOAT)
-            for name, graph in pruning_graphs(sizes, DIALECTS["ort"], ("vision",)).items():
-                ir.save(graph, Path(folder) / name)
+            if any(pruner.after == "vision" for pruner in pruners):
+                sizes = Sizes.of(model, ir.DataType.FLOAT)
+                for name, graph in pruning_graphs(sizes, DIALECTS["ort"], ("vision",)).items():
+                    ir.save(graph, Path(folder) / name)
             of_features = FeaturePruners(selector.backend, Path(folder), model.vision.block)
             of_features.load(pruners)
         return cls(plan.checkpoint.family, model, pruners, selector, of_features)

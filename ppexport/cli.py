@@ -25,11 +25,14 @@ from .options import (
     engine_options,
     engines_of,
     feature_options,
+    max_tokens_option,
+    no_prune_option,
     prune_for,
     prune_options,
     prune_settings,
     revision_option,
     size_options,
+    slots_option,
     weight_options,
     weights_of,
 )
@@ -182,7 +185,7 @@ def build(
 @prune_options
 @feature_options
 @size_options
-@click.option("--no-prune", is_flag=True, help="Keep every token, or with --prunesid every pixel.")
+@no_prune_option
 @device_option
 @click.option(
     "-n", "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."
@@ -234,7 +237,7 @@ def run(bundle: str, prompts: tuple[str, ...], images: tuple[str, ...], **option
 @prune_options
 @feature_options
 @size_options
-@click.option("--no-prune", is_flag=True, help="Keep every token, or with --prunesid every pixel.")
+@no_prune_option
 @device_option
 @click.option(
     "-n", "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."
@@ -259,16 +262,8 @@ def chat(ctx: click.Context, bundle: str, images: tuple[str, ...], **options: An
 @click.argument("bundle", type=click.Path())
 @click.argument("requests", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="A line for each answer, in order.")
-@click.option(
-    "--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests that run together."
-)
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=1024,
-    show_default=True,
-    help="Of an answer whose request does not say.",
-)
+@slots_option
+@max_tokens_option
 @click.option("--name", help="What requests call the model. Default: the bundle's directory.")
 @device_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -459,7 +454,7 @@ def _check_inspect(options: dict[str, Any], budget: dict[str, Any]) -> None:
 )
 @prune_options
 @feature_options
-@click.option("--no-prune", is_flag=True, help="Keep every token, or with --prunesid every pixel.")
+@no_prune_option
 @device_option
 @click.option(
     "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="To generate and compare."

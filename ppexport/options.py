@@ -163,6 +163,19 @@ def as_asked(
     return with_budget(found, **budget) if budget else found
 
 
+no_prune_option = click.option(
+    "--no-prune", is_flag=True, help="Keep every token, or with --prunesid every pixel."
+)
+slots_option = click.option(
+    "--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests that run together."
+)
+max_tokens_option = click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Of an answer whose request does not say.",
+)
 revision_option = click.option(
     "--revision", help="Branch, tag or commit, of a checkpoint that is named as on the Hugging Face hub."
 )

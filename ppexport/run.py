@@ -108,21 +108,23 @@ def _as_utf8(argument: str) -> str:
 
 def as_dict(stats: Stats) -> dict[str, Any]:
     """The statistics as plain JSON types, the images without their indices."""
-    images = [
-        {
-            "view": s.number,
-            "width": s.width,
-            "height": s.height,
-            "tokens": s.total,
-            "kept": s.kept,
-            "reason": s.reason,
-            "dropped": [asdict(each) for each in s.dropped],
-        }
-        for s in stats.images
-    ]
+    images = [view_as_dict(selection) for selection in stats.images]
     numbers = {key: value for key, value in asdict(stats).items() if key not in ("images", "spans")}
     numbers["milliseconds"] = stats.milliseconds
     return {"images": images, "kept": stats.kept, "tokens": stats.total, "ttft_ms": stats.ttft, **numbers}
+
+
+def view_as_dict(selection: Selection) -> dict[str, Any]:
+    """What became of a view, as plain JSON types."""
+    return {
+        "view": selection.number,
+        "width": selection.width,
+        "height": selection.height,
+        "tokens": selection.total,
+        "kept": selection.kept,
+        "reason": selection.reason,
+        "dropped": [asdict(each) for each in selection.dropped],
+    }
 
 
 def kept_line(selection: Selection) -> str:

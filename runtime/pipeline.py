@@ -230,7 +230,7 @@ class Pipeline:
         return sequence
 
     def speech(self, request: Request) -> Speech:
-        """What makes text of the tokens of its answer. Raises BundleError for a bundle without a tokenizer."""
+        """What makes text of the tokens of a request's answer, once ``prepare`` has taken it."""
         assert self.text is not None
         return Speech(self.text, frozenset(self.manifest.stop_tokens), request.until)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
+from ..run import view_as_dict
 from ..runtime.pipeline import Pipeline
 from ..runtime.stats import Stats
 from .protocol import ChatRequest
@@ -112,16 +112,5 @@ def details(stats: Stats, run: Run) -> dict[str, Any]:
         "ttft_ms": round((run.first - run.arrived) * 1e3, 3),
         "total_ms": round((run.last - run.arrived) * 1e3, 3),
         "stages_ms": {name: round(ms, 3) for name, ms in stats.milliseconds.items()},
-        "images": [
-            {
-                "view": image.number,
-                "width": image.width,
-                "height": image.height,
-                "tokens": image.total,
-                "kept": image.kept,
-                "reason": image.reason,
-                "dropped": [asdict(each) for each in image.dropped],
-            }
-            for image in stats.images
-        ],
+        "images": [view_as_dict(image) for image in stats.images],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..options import device_option
+from ..options import device_option, max_tokens_option, slots_option
 
 
 @click.command()
@@ -16,9 +16,7 @@ from ..options import device_option
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free."
 )
 @click.option("--name", help="What clients call the model. Default: the bundle's directory.")
-@click.option(
-    "--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Requests that run together."
-)
+@slots_option
 @click.option(
     "--queue",
     type=click.IntRange(0, 100_000),
@@ -27,13 +25,7 @@ from ..options import device_option
     help="Requests that may wait; more get 429.",
 )
 @click.option("--context", type=click.IntRange(2), help="Tokens of prompt and answer. Default: the model's.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=1024,
-    show_default=True,
-    help="Of an answer whose request does not say.",
-)
+@max_tokens_option
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),

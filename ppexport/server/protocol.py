@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ..models.errors import RequestError
 from ..models.pruners import Pruner, changed, with_budget
+from ..runtime.grammar import ANY_OBJECT
 from ..runtime.sequence import PruneLike
 from .errors import ApiError, invalid
 
@@ -121,7 +122,7 @@ class ChatRequest(Part):
         if self.response_format.type == "text":
             return None
         if self.response_format.type == "json_object":
-            return {"type": "object"}
+            return ANY_OBJECT
         assert self.response_format.json_schema is not None
         return self.response_format.json_schema.schema_
 

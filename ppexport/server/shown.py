@@ -12,9 +12,10 @@ from ..runtime.prune import Selection
 
 def shown(image: ImageLike, selections: Sequence[Selection]) -> dict[str, Any]:
     """How many tokens are kept, and of each view its place, its grid and the kind of every block (overlay.py)."""
-    width, height = read(image).size
+    source = read(image)
+    width, height = source.size
     views = []
-    for selection, kind in zip(selections, kinds(image, selections), strict=True):
+    for selection, kind in zip(selections, kinds(source, selections), strict=True):
         top, left = selection.view.box[:2] if selection.view is not None else (0, 0)
         views.append(
             {
