@@ -12,10 +12,11 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,7 +30,20 @@ from .server.images import ImageRules
 from .server.protocol import ChatRequest, parse
 from .server.service import Piece, Run, request_of, top_of
 
+if TYPE_CHECKING:
+    from .cluster.connect import Cluster
+
 LONGEST_LINE = 256 << 20  # bytes
+Numbered = tuple[int, bytes]  # a line of the input, counted from 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is written of one line."""
+
+    number: int
+    failed: bool  # it goes to the errors
+    line: bytes  # with its end
 
 
 @dataclass
@@ -48,17 +62,15 @@ class Job:
 
 
 def answer_file(
-    pipe: Pipeline,
-    name: str,
     source: Path,
     output: Path,
-    max_tokens: int,
-    rules: ImageRules,
+    answer: Callable[[Iterator[Numbered]], Iterator[Written]],
     progress: Callable[[int, int], None] = lambda done, failed: None,
 ) -> tuple[int, int]:
     """Answer the lines of ``source`` that ``output`` and its errors do not hold yet: how many were, and failed.
 
-    Raises RequestError for files that cannot be read or do not belong together, SpaceError for what cannot be written.
+    ``answer`` makes of each line what is written of it, in their order. Raises RequestError for files that cannot be
+    read or do not belong together, SpaceError for what cannot be written.
     """
     errors = errors_of(output)
     begun = _complete_lines(output) + _complete_lines(errors)
@@ -67,24 +79,33 @@ def answer_file(
     except OSError as err:
         raise RequestError(f"{source}: cannot be read: {err}") from err
     done = failed = 0
-    try:
-        with lines, output.open("ab") as good, errors.open("ab") as bad:
-            for number in range(begun):
-                if not lines.readline(LONGEST_LINE):
-                    raise RequestError(
-                        f"{output}: holds {begun} answers and errors, but {source} has {number} lines: name another"
-                    )
-            jobs = _jobs(lines, begun)
-            for job in _together(pipe, name, jobs, max_tokens, rules):
-                file = bad if job.failed else good
-                file.write(json.dumps(job.done, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                failed += job.failed
-                done += not job.failed
-                progress(done, failed)
-    except OSError as err:
-        raise SpaceError(f"{output}: cannot be written: {err}; the next run goes on from there") from err
+    with lines:
+        for number in range(begun):
+            if not lines.readline(LONGEST_LINE):
+                raise RequestError(
+                    f"{output}: holds {begun} answers and errors, but {source} has {number} lines: name another"
+                )
+        answers = answer(_numbered(lines, begun))
+        try:
+            with output.open("ab") as good, errors.open("ab") as bad:
+                for written in answers:
+                    file = bad if written.failed else good
+                    file.write(written.line)
+                    file.flush()
+                    failed += written.failed
+                    done += not written.failed
+                    progress(done, failed)
+        except OSError as err:
+            raise SpaceError(f"{output}: cannot be written: {err}; the next run goes on from there") from err
     return done, failed
+
+
+def _numbered(lines: Any, begun: int) -> Iterator[Numbered]:
+    """The lines after those that were done, counted from 1."""
+    number = begun
+    while line := lines.readline(LONGEST_LINE):
+        number += 1
+        yield number, line
 
 
 def errors_of(output: Path) -> Path:
@@ -114,11 +135,17 @@ def _complete_lines(path: Path) -> int:
     return count
 
 
-def _jobs(lines: Any, begun: int) -> Iterator[Job]:
-    """The lines after those that were done."""
-    number = begun
-    while line := lines.readline(LONGEST_LINE):
-        number += 1
+def answer_lines(
+    pipe: Pipeline, name: str, lines: Iterable[Numbered], max_tokens: int, rules: ImageRules
+) -> Iterator[Written]:
+    """What is written of each line, in their order; as many run together as the engine of ``pipe`` has slots."""
+    for job in _together(pipe, name, _jobs(lines), max_tokens, rules):
+        text = json.dumps(job.done, ensure_ascii=False)
+        yield Written(job.number, job.failed, text.encode() + b"\n")
+
+
+def _jobs(lines: Iterable[Numbered]) -> Iterator[Job]:
+    for number, line in lines:
         job = Job(number)
         try:
             body = json.loads(line)
@@ -211,17 +238,34 @@ def _advance(pipe: Pipeline, name: str, job: Job) -> None:
     job.done = {"line": job.number, "custom_id": job.custom_id, "response": answer}
 
 
-def main(
-    bundle: str,
-    requests: str,
-    output: str,
-    quiet: bool,
-    slots: int = 8,
-    max_tokens: int = 1024,
-    name: str | None = None,
-    device: str = "auto",
-) -> int:
-    """Answer a file and say how it went: the exit code, 1 where lines could not be answered."""
+@dataclass(frozen=True)
+class Work:
+    """How lines are answered."""
+
+    bundle: str
+    name: str | None = None  # of the model; None: the bundle's directory
+    slots: int = 8
+    max_tokens: int = 1024  # of an answer whose request does not say
+    device: str = "auto"
+
+    def open(self, threads: int = 0) -> Pipeline:
+        """The bundle. Raises BundleError, BackendError, and RequestError for one without a tokenizer."""
+        pipe = load(self.bundle, self.device, threads=threads, together=self.slots)
+        if pipe.text is None:
+            pipe.close()
+            raise RequestError(
+                f"{self.bundle}: has no tokenizer (its checkpoint had none), expected one for chats"
+            )
+        return pipe
+
+    def answer(self, pipe: Pipeline, lines: Iterable[Numbered]) -> Iterator[Written]:
+        """What is written of each line."""
+        name = self.name or Path(self.bundle).resolve().name
+        return answer_lines(pipe, name, lines, self.max_tokens, ImageRules())
+
+
+def main(work: Work, requests: str, output: str, quiet: bool, cluster: Cluster | None = None) -> int:
+    """Answer a file here or on a cluster, and say how it went: the exit code, 1 where lines could not be answered."""
     target = Path(output)
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise RequestError(
@@ -229,27 +273,29 @@ def main(
         )
     if Path(requests).is_file() and target.exists() and target.samefile(requests):
         raise RequestError(f"{output}: is the file of requests, expected another name")
-    known = name or Path(bundle).resolve().name
-    with load(bundle, device, together=slots) as pipe:
-        if pipe.text is None:
-            raise RequestError(
-                f"{bundle}: has no tokenizer (its checkpoint had none), expected one for chats"
-            )
+    length = _lines(requests)
+    with _answerer(work, cluster) as answer:
         bar_shown = io.StringIO() if quiet else sys.stderr
-        with click.progressbar(label="answers", length=_lines(requests), file=bar_shown) as bar:
-            done, failed = answer_file(
-                pipe,
-                known,
-                Path(requests),
-                target,
-                max_tokens,
-                ImageRules(),
-                lambda done, failed: bar.update(1),
-            )
+        with click.progressbar(label="answers", length=length, file=bar_shown) as bar:
+            done, failed = answer_file(Path(requests), target, answer, lambda done, failed: bar.update(1))
     click.echo(f"{done} answered in {output}")
     if failed:
         click.echo(f"{failed} could not be answered: {errors_of(target)}", err=True)
     return int(bool(failed))
+
+
+@contextmanager
+def _answerer(
+    work: Work, cluster: Cluster | None
+) -> Iterator[Callable[[Iterator[Numbered]], Iterator[Written]]]:
+    if cluster is not None:
+        from .cluster.batch import answering
+
+        with answering(work, cluster) as answer:
+            yield answer
+        return
+    with work.open() as pipe:
+        yield lambda lines: work.answer(pipe, lines)
 
 
 def _lines(path: str) -> int:

@@ -21,6 +21,8 @@ from .options import (
     as_asked,
     budget_of,
     calibration_of,
+    cluster_of,
+    cluster_options,
     device_option,
     engine_options,
     engines_of,
@@ -266,6 +268,7 @@ def chat(ctx: click.Context, bundle: str, images: tuple[str, ...], **options: An
 @max_tokens_option
 @click.option("--name", help="What requests call the model. Default: the bundle's directory.")
 @device_option
+@cluster_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def batch(bundle: str, requests: str, output: str, quiet: bool, **options: Any) -> None:
     """Answer a file of REQUESTS with BUNDLE, a body of OpenAI's chat completions on each line.
@@ -273,9 +276,11 @@ def batch(bundle: str, requests: str, output: str, quiet: bool, **options: Any) 
     Lines that cannot be answered are told in OUTPUT's errors (a.jsonl: a.errors.jsonl). What was cut off goes on where
     it stopped when the same command is run again.
     """
+    from .batch import Work
     from .batch import main as run_batch
 
-    sys.exit(run_batch(bundle, requests, output, quiet, **options))
+    cluster = cluster_of(options)
+    sys.exit(run_batch(Work(bundle, **options), requests, output, quiet, cluster))
 
 
 @main.command("eval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from .models.pruners.pixelprune import PRUNE_METHODS, PRUNE_METRICS
 from .models.pruners.prunesid import MOST_BUDGET
 
 if TYPE_CHECKING:
+    from .cluster.connect import Cluster
     from .models.pruners import Pruner
 
 
@@ -176,6 +178,68 @@ max_tokens_option = click.option(
     show_default=True,
     help="Of an answer whose request does not say.",
 )
+
+
+class RayAddress(click.ParamType):
+    """Where a Ray cluster is."""
+
+    name = "address"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As it is, unless it is what stands behind --ray by mistake."""
+        import os
+
+        if os.path.exists(value):
+            self.fail(f"{value} is a file or folder, expected ADDRESS or nothing behind --ray", param, ctx)
+        return value
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say where copies of a bundle run with Ray."""
+    for option in reversed(
+        [
+            click.option(
+                "--ray",
+                "address",
+                type=RayAddress(),
+                is_flag=False,
+                flag_value="auto",
+                metavar="[ADDRESS]",
+                help="Run copies of the bundle on a Ray cluster: auto (the default; the one that runs here, else a new "
+                "one of this machine), local (a new one), or HOST:PORT.",
+            ),
+            click.option(
+                "--replicas",
+                metavar="N|MIN-MAX",
+                help="With --ray: copies. Default: from 1 to as many as fit.",
+            ),
+            click.option(
+                "--cpus",
+                type=click.IntRange(1, 1024),
+                help="With --ray: of each copy. Default: all of a node's, shared by its GPUs.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def cluster_of(options: dict[str, Any]) -> Cluster | None:
+    """Take the options of a cluster out of ``options``; None without --ray. Raises UsageError."""
+    address, replicas, cpus = (options.pop(name) for name in ("address", "replicas", "cpus"))
+    if address is None:
+        if replicas or cpus:
+            raise click.UsageError("--replicas and --cpus go with --ray")
+        return None
+    from .cluster.connect import Cluster
+
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", replicas or "1-9999")
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (2, 1)
+    if most < least:
+        raise click.UsageError(f"--replicas is {replicas!r}, expected a number such as 2, or 1-4")
+    return Cluster(address, least, most if replicas else None, cpus)
+
+
 revision_option = click.option(
     "--revision", help="Branch, tag or commit, of a checkpoint that is named as on the Hugging Face hub."
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,10 @@ from terminal import runner
 
 import ppexport
 from ppexport.cli import main
+from ppexport.server.errors import ApiError
+from ppexport.server.protocol import parse
+from ppexport.server.serve import Setup
+from ppexport.server.service import Limits
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 SCREEN = Path(__file__).parent.parent / "docs" / "settings.png"
@@ -422,3 +428,35 @@ def test_bench_serve(server: Server, pocket_bundle: Path, tmp_path: Path) -> Non
     assert "refused" in done.stderr
     done = runner().invoke(main, ["bench", "serve", "ftp://x", "-q"])
     assert "expected an address such as http://127.0.0.1:8000" in done.stderr
+
+
+def test_an_engine_that_hangs_or_ends_is_told(pocket_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Setup(str(pocket_bundle), Limits(seconds=0.2)).open()
+    hold, held = threading.Event(), threading.Event()
+
+    def hang() -> list[Any]:
+        held.set()
+        hold.wait(60)
+        raise OSError("the device is gone")
+
+    async def ask() -> list[str]:
+        service.start()
+        found = [service.state]
+        run = await service.run_of(parse({"messages": asked("Hi")}))
+        pieces = service.answer(parse({"messages": asked("Hi")}), run)
+        with pytest.raises(ApiError, match="longer than"):
+            await anext(pieces)
+        await asyncio.sleep(0.3)
+        found.append(service.state)
+        hold.set()
+        while service._loop.broken is None:
+            await asyncio.sleep(0.01)
+        return [*found, service.state]
+
+    monkeypatch.setattr(service.pipe.engine, "step", hang)
+    try:
+        assert asyncio.run(ask()) == ["ready", "broken", "broken"]
+        assert held.is_set()
+    finally:
+        hold.set()
+        service.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from ..options import device_option, max_tokens_option, slots_option
+from ..models.errors import BackendError
+from ..options import cluster_of, cluster_options, device_option, max_tokens_option, slots_option
 
 
 @click.command()
@@ -59,6 +62,7 @@ from ..options import device_option, max_tokens_option, slots_option
     "--max-images", type=click.IntRange(0), default=16, show_default=True, help="Images of a request."
 )
 @device_option
+@cluster_options
 def serve(
     bundle: str,
     host: str,
@@ -75,19 +79,26 @@ def serve(
     max_body: int,
     max_images: int,
     device: str,
+    **options: Any,
 ) -> None:
     """Answer requests with BUNDLE over HTTP, by OpenAI's API, and show a page to try it at /."""
-    from .images import ImageRules
-    from .serve import Address, read_key
-    from .serve import serve as run
-    from .service import Limits
+    cluster = cluster_of(options)
+    try:
+        from .images import ImageRules
+        from .serve import Address, Setup, read_key
+        from .serve import serve as run
+        from .service import Limits
+    except ImportError as err:
+        raise BackendError(
+            f"{err.name} is not installed, expected for 'ppexport serve'; install it with: "
+            "pip install 'ppexport[serve]'"
+        ) from err
 
     def ready(url: str) -> None:
         click.echo(f"serving {bundle} at {url}", err=True)
 
-    run(
+    setup = Setup(
         bundle,
-        Address(host, port),
         Limits(slots, queue, max_tokens, timeout),
         ImageRules(max_images, max_body << 20, hosts),
         device,
@@ -96,5 +107,10 @@ def serve(
         read_key(api_key),
         max_body << 20,
         drain,
-        ready,
     )
+    if cluster is None:
+        run(setup, Address(host, port), ready)
+        return
+    from ..cluster.serve import serve as run_copies
+
+    run_copies(setup, Address(host, port), cluster, ready)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 
 from ..runtime.answer import Step
@@ -50,7 +51,14 @@ class Loop:
         self._tickets: dict[Sequence, Ticket] = {}
         self._wake = threading.Condition()
         self._closing = False
+        self._begun: float | None = None  # when the step that runs now began
         self._thread = threading.Thread(target=self._run, name="ppexport-engine", daemon=True)
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that runs now has run; 0 where none does."""
+        begun = self._begun
+        return 0.0 if begun is None else time.monotonic() - begun
 
     def start(self) -> None:
         """Begin."""
@@ -103,7 +111,10 @@ class Loop:
                 self.engine.add(ticket.sequence)
         with self.engine.gate:
             pass
-        for sequence in self.engine.step():
+        self._begun = time.monotonic()
+        stepped = self.engine.step()
+        self._begun = None
+        for sequence in stepped:
             self._hand_over(sequence)
         for sequence in [sequence for sequence in self._tickets if sequence.cancelled]:
             self._hand_over(sequence)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -16,18 +19,7 @@ class Metrics:
     """Counters and histograms of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"ppexport_{name}", what, labels, registry=self.registry)
-
-        def gauge(name: str, what: str) -> Gauge:
-            return Gauge(f"ppexport_{name}", what, registry=self.registry)
-
-        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"ppexport_{name}_seconds", what, registry=self.registry, buckets=buckets)
-
+        counter, gauge, histogram = self.counter, self.gauge, self.histogram
         self.requests = counter("requests", "Requests that ended, by the status of their answer.", "status")
         self.cancelled = counter("cancelled", "Requests whose client went away before the end.")
         self.tokens = counter(
@@ -48,6 +40,24 @@ class Metrics:
         self.waiting = gauge("waiting", "Of these, requests in the queue.")
         self.reuse_bytes = gauge("reuse_bytes", "Memory that holds what past requests computed.")
 
+    def counter(self, name: str, what: str, *labels: str) -> Any:
+        """What counts; ``labels``: names of its labels."""
+        return Counter(f"ppexport_{name}", what, labels, registry=self._registry)
+
+    def gauge(self, name: str, what: str) -> Any:
+        """What is set."""
+        return Gauge(f"ppexport_{name}", what, registry=self._registry)
+
+    def histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Any:
+        """What is observed, in seconds."""
+        return Histogram(f"ppexport_{name}_seconds", what, registry=self._registry, buckets=buckets)
+
+    @cached_property
+    def _registry(self) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        return registry
+
     def answered(self, stats: Stats, arrived: float, first: float, last: float) -> None:
         """Count a request that got an answer; times in seconds of one clock."""
         self.tokens.labels("prompt").inc(stats.prompt_tokens)
@@ -64,4 +74,4 @@ class Metrics:
 
     def text(self) -> tuple[bytes, str]:
         """As Prometheus reads it, and its content type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST

@@ -7,14 +7,19 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..models.errors import BackendError, RequestError
 from ..runtime.pipeline import load
 from .images import ImageRules
+from .metrics import Metrics
 from .service import Limits, Service
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 LOG = logging.getLogger(__name__)
 SHORTEST_KEY = 8
@@ -27,44 +32,57 @@ class Address:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
 
+    @property
+    def url(self) -> str:
+        """Of it."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
-def serve(
-    bundle: str,
-    address: Address = Address(),
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
-    rules: ImageRules = ImageRules(),  # noqa: B008 (frozen)
-    device: str = "auto",
-    context: int | None = None,
-    name: str | None = None,
-    key: str | None = None,
-    most_bytes: int = 64 << 20,
-    drain_seconds: float = 30.0,
-    ready: Callable[[str], None] = lambda url: None,
-) -> None:
-    """Answer requests until SIGTERM or SIGINT: then no more are taken, and those inside have ``drain_seconds`` to end.
 
-    ``name``: what the model is called, by default as the bundle's directory; ``ready`` is told the URL. Raises
-    BundleError, BackendError (packages, or the address cannot be listened at), RequestError.
-    """
-    try:
-        import uvicorn
+@dataclass(frozen=True)
+class Setup:
+    """What is served, and how."""
 
-        from .app import create_app
-    except ImportError as err:
-        raise BackendError(
-            f"{err.name} is not installed, expected for 'ppexport serve'; install it with: "
-            "pip install 'ppexport[serve]'"
-        ) from err
-    with _listening(address) as listener:
-        pipe = load(bundle, device, together=limits.slots, context=context)
+    bundle: str
+    limits: Limits = field(default_factory=Limits)
+    rules: ImageRules = field(default_factory=ImageRules)
+    device: str = "auto"
+    context: int | None = None  # tokens of the longest sequence; None: the model's
+    name: str | None = None  # of the model; None: the bundle's directory
+    key: str | None = None  # what clients have to send
+    most_bytes: int = 64 << 20  # of a body
+    drain_seconds: float = 30.0  # that requests have to end
+
+    def open(self, threads: int = 0, metrics: Metrics | None = None) -> Service:
+        """The service, not started. Raises BundleError, BackendError, and RequestError for one without a tokenizer."""
+        pipe = load(
+            self.bundle, self.device, threads=threads, together=self.limits.slots, context=self.context
+        )
         if pipe.text is None:
             pipe.close()
             raise RequestError(
-                f"{bundle}: has no tokenizer (its checkpoint had none), expected one to serve chats"
+                f"{self.bundle}: has no tokenizer (its checkpoint had none), expected one to serve chats"
             )
-        service = Service(pipe, name or Path(bundle).resolve().name, limits, rules)
+        name = self.name or Path(self.bundle).resolve().name
+        return Service(pipe, name, self.limits, self.rules, metrics)
+
+    def app(self, service: Service) -> FastAPI:
+        """What answers over HTTP with a service."""
+        from .app import create_app
+
+        return create_app(service, self.key, self.most_bytes)
+
+
+def serve(setup: Setup, address: Address, ready: Callable[[str], None] = lambda url: None) -> None:
+    """Answer requests until SIGTERM or SIGINT: then no more are taken, and those inside have time to end.
+
+    ``ready`` is told the URL. Raises BundleError, BackendError (the address cannot be listened at), RequestError.
+    """
+    import uvicorn
+
+    with listening(address) as listener:
+        service = setup.open()
         config = uvicorn.Config(
-            create_app(service, key, most_bytes),
+            setup.app(service),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -73,8 +91,8 @@ def serve(
         host, port = listener.getsockname()[:2]
         service.start()
         try:
-            ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            asyncio.run(_until_told(uvicorn.Server(config), service, listener, drain_seconds))
+            ready(Address(host, port).url)
+            asyncio.run(_until_told(uvicorn.Server(config), service, listener, setup.drain_seconds))
         finally:
             service.close()
 
@@ -106,7 +124,7 @@ async def _until_told(server, service: Service, listener: socket.socket, drain_s
 
 
 @contextlib.contextmanager
-def _listening(address: Address) -> Iterator[socket.socket]:
+def listening(address: Address) -> Iterator[socket.socket]:
     """A socket at an address. Raises BackendError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:

@@ -69,13 +69,15 @@ class Run:
 class Service:
     """Answers requests with one bundle; belongs to one event loop from ``start`` on."""
 
-    def __init__(self, pipe: Pipeline, name: str, limits: Limits, rules: ImageRules):
+    def __init__(
+        self, pipe: Pipeline, name: str, limits: Limits, rules: ImageRules, metrics: Metrics | None = None
+    ):
         self.pipe = pipe
         self.name = name
         self.limits = limits
         self.rules = rules
         self.created = int(time.time())
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
         self.timing = Timing()
         self.draining = False
         self.inside = 0  # requests that were let in and have not ended
@@ -94,8 +96,8 @@ class Service:
 
     @property
     def state(self) -> str:
-        """ready, draining, or broken."""
-        if self._loop.broken is not None:
+        """ready, draining, or broken: the engine's thread ended, or a step takes longer than any request may."""
+        if self._loop.broken is not None or self._loop.step_seconds > self.limits.seconds:
             return "broken"
         return "draining" if self.draining else "ready"
 
@@ -186,12 +188,15 @@ class Service:
 
     async def measured(self) -> tuple[bytes, str]:
         """The metrics as Prometheus reads them, and their content type."""
+        await self.gauge()
+        return self.metrics.text()
+
+    async def gauge(self) -> None:
+        """Measure what goes up and down."""
         self.metrics.running.set(self.inside)
         self.metrics.waiting.set(max(0, self.inside - self.limits.slots))
         # the engine may be in the middle of a step, for which nobody else here is to wait
-        held = await asyncio.to_thread(lambda: self.pipe.engine.held_bytes)
-        self.metrics.reuse_bytes.set(held)
-        return self.metrics.text()
+        self.metrics.reuse_bytes.set(await asyncio.to_thread(lambda: self.pipe.engine.held_bytes))
 
 
 def request_of(chat: ChatRequest, pipe: Pipeline, name: str, max_tokens: int, rules: ImageRules) -> Request:
