@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from fuzz_server import fuzz
+from pydantic import BaseModel
 from serving import Server, asked, serving
 from terminal import runner
 
@@ -460,3 +461,30 @@ def test_an_engine_that_hangs_or_ends_is_told(pocket_bundle: Path, monkeypatch: 
     finally:
         hold.set()
         service.close()
+
+
+class Settings(BaseModel):
+    """What a screen says."""
+
+    region: Literal["Lima", "Porto"]
+
+
+def test_langchain(server: Server, pipe: ppexport.Pipeline) -> None:
+    """Its messages, streams, batches and structured answers, with the fields that it sends along."""
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    chat = langchain.ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key="unused", model="pocket", temperature=0, max_tokens=400
+    )
+    shown = asked(QUESTION, SCREEN)
+    expected = pipe.generate(QUESTION, SCREEN).text()
+    answer = chat.invoke(shown)
+    assert answer.content == expected
+    assert answer.usage_metadata["input_tokens"] > 9
+    parts = list(chat.stream(asked(TRANSCRIBE, SCREEN)))
+    assert len(parts) > 5
+    assert "".join(part.content for part in parts) == pipe.generate(TRANSCRIBE, SCREEN).text()
+    assert [each.content for each in chat.batch([shown] * 5)] == [expected] * 5
+    structured = chat.with_structured_output(Settings, method="json_schema", strict=True)
+    assert structured.invoke(shown) == Settings(region="Porto")
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        chat.bind_tools([Settings]).invoke(shown)
