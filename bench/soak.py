@@ -41,6 +41,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORM = {"type": "json_schema", "json_schema": {"name": "on", "schema": SCHEMA}}
+REUSE = 64  # MiB
 LEAVES = 0.1  # share of requests whose client goes away
 BAD = 0.1
 KINDS: list[dict[str, Any]] = [
@@ -167,7 +168,7 @@ def main(bundle: Path, requests: int, at_once: int, output: Path) -> None:
     with ppexport.load(bundle) as pipe:
         answers = [expected(pipe, kind) for kind in KINDS]
     memory: list[tuple[int, int]] = []
-    with serving(bundle, "--queue", str(4 * at_once)) as server:
+    with serving(bundle, "--queue", str(4 * at_once), "--reuse", str(REUSE)) as server:
         client = Client(server, answers)
         begin = time.perf_counter()
         every = max(1, requests // 20)

@@ -19,6 +19,7 @@ from ..models.errors import BackendError, RequestError
 MOST_BYTES = 128 << 10  # of a schema as JSON
 MOST_DEPTH = 64  # of objects and lists inside of each other in a schema
 MOST_PARTS = 100_000  # of its objects, lists and values
+MOST_INTEGER = 2**53 - 1  # what all readers of JSON agree on (RFC 8259, 6); llguidance crashes near -2**63
 # between the parts of an answer: without an end a model could go on with it for ever
 WHITESPACE = r"\n {0,24}| ?"
 ANY_OBJECT = {"type": "object"}
@@ -97,7 +98,7 @@ def as_json(schema: SchemaLike) -> str:
             raise RequestError(f"the schema is no JSON ({err}), expected a JSON schema") from err
     if not isinstance(schema, Mapping):
         raise RequestError(f"the schema is a {type(schema).__name__}, expected a JSON schema: an object")
-    _check_depth(schema)
+    _check_parts(schema)
     try:
         text = json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as err:
@@ -121,11 +122,15 @@ def _check_size(found: int) -> None:
         raise RequestError(f"the schema takes {found} bytes, expected up to {MOST_BYTES}")
 
 
-def _check_depth(schema: object) -> None:
+def _check_parts(schema: object) -> None:
     level = [schema]
     for _ in range(MOST_DEPTH):
         inside: list[object] = []
         for value in level:
+            if isinstance(value, int) and abs(value) > MOST_INTEGER:
+                raise RequestError(
+                    f"the schema holds an integer of {value.bit_length()} bits, expected up to 53"
+                )
             inside += (
                 value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
             )

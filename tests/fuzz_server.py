@@ -10,6 +10,7 @@ import copy
 import http.client
 import json
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ from serving import Server, asked, serving
 SCREEN = Path(__file__).parent.parent / "docs" / "settings.png"
 PROMISED = {200, 400, 404, 413, 429, 503, 504}
 SLOWEST = 20.0  # seconds
+REUSE = 64  # MiB, so that it is soon full and all growth would be something else
+PART = 5000  # requests between two looks at the memory
 ODD: list[Any] = [
     *(
         None,
@@ -61,6 +64,17 @@ ODD: list[Any] = [
         "../../etc/passwd",
         "data:application/pdf;base64,JVBERi0xLjQK#1-3",
     ),
+    *(
+        "(a{99999}){9999}",
+        "(?:",
+        "\\p{Greek}{500}",
+        "^(a|b)*c{1,900}$",
+        2**53 - 1,
+        1 - 2**53,
+        0.1,
+        1e-12,
+        99999,
+    ),
 ]
 SEEDS: list[dict[str, Any]] = [
     {"messages": asked("What is the Region?", SCREEN), "max_tokens": 3},
@@ -93,6 +107,45 @@ SEEDS: list[dict[str, Any]] = [
         },
     },
 ]
+
+
+SEEDS.append(
+    {
+        "messages": asked("Hi"),
+        "max_tokens": 6,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "schema": {
+                    "anyOf": [
+                        {"type": "integer", "minimum": -5, "exclusiveMaximum": 700, "multipleOf": 5},
+                        {"type": "number", "maximum": 2.5, "multipleOf": 0.5},
+                        {"type": "string", "minLength": 2, "maxLength": 9, "pattern": "^[a-z]+$"},
+                        {"type": "string", "format": "date-time"},
+                        {"const": {"a": [1, 2.5, "x", None]}},
+                        {
+                            "type": "array",
+                            "prefixItems": [{"type": "null"}],
+                            "items": {"enum": [1]},
+                            "minItems": 2,
+                        },
+                        {"allOf": [{"type": ["object", "null"]}, {"minProperties": 1}]},
+                        {"type": "object", "patternProperties": {"^x": {"type": "boolean"}}},
+                        {"oneOf": [{"$ref": "#/$defs/tree"}, {"not": {"type": "string"}}]},
+                    ],
+                    "$defs": {
+                        "tree": {
+                            "type": "object",
+                            "properties": {"children": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+                            "additionalProperties": False,
+                            "dependentRequired": {"children": ["a"]},
+                        }
+                    },
+                }
+            },
+        },
+    }
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -148,13 +201,16 @@ def _damaged_url(url: str, draw: random.Random) -> str:
     return f"{head},{base64.b64encode(bytes(raw[: draw.randrange(20, len(raw))])).decode()}"
 
 
-def fuzz(server: Server, requests: int, seed: int = 0) -> Counter[int]:
-    """Send them; how often each status came. Raises AssertionError with the body that led to anything else."""
+def fuzz(server: Server, requests: int, seed: int = 0, first: int = 0) -> Counter[int]:
+    """Send them, numbered from ``first`` on; how often each status came.
+
+    Raises AssertionError with the body that led to anything else.
+    """
     place = urlsplit(server.url)
     assert place.hostname is not None
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=SLOWEST)
     seen: Counter[int] = Counter()
-    for number in range(requests):
+    for number in range(first, first + requests):
         body = mutated(random.Random(seed * 1_000_003 + number))
         path = "/v1/chat/completions"
         begin = time.monotonic()
@@ -176,18 +232,32 @@ def fuzz(server: Server, requests: int, seed: int = 0) -> Counter[int]:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--requests", default=100_000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(bundle: Path, requests: int, seed: int) -> None:
-    """Fuzz a server, and say which statuses came."""
-    with serving(bundle) as server:
+@click.option("-o", "--output", type=click.Path(path_type=Path))
+def main(bundle: Path, requests: int, seed: int, output: Path | None) -> None:
+    """Fuzz a server, and say which statuses came and how much memory it took."""
+    seen: Counter[int] = Counter()
+    memory = []
+    with serving(bundle, "--reuse", str(REUSE)) as server:
         begin = time.monotonic()
-        seen = fuzz(server, requests, seed)
-        resident = server.metric("process_resident_memory_bytes") / 1e6
-        running = server.metric("ppexport_running")
+        for first in range(0, requests, PART):
+            seen += fuzz(server, min(PART, requests - first), seed, first)
+            memory.append([min(first + PART, requests), int(server.metric("process_resident_memory_bytes"))])
+            click.echo(f"{memory[-1][0]:>7} requests, {memory[-1][1] / 1e6:.0f} MB, {dict(seen)}")
         seconds = time.monotonic() - begin
-        click.echo(
-            f"{requests} requests in {seconds:.0f} s: {dict(seen)}, {resident:.0f} MB, {running} inside"
-        )
-        sys.exit(bool(running))
+        running = int(server.metric("ppexport_running"))
+        code = server.end(signal.SIGTERM)
+    result = {
+        "requests": requests,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "statuses": {str(status): count for status, count in sorted(seen.items())},
+        "left_inside": running,
+        "exit_code": code,
+        "memory_bytes": memory,
+    }
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(bool(running or code))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,8 @@ BAD: list[tuple[Any, str]] = [
     ),
     ({"enum": ["x" * 200_000]}, "the schema takes 200... bytes, expected up to 131072"),
     ({"a": {1, 2}}, "the schema is no JSON"),
+    ({"enum": [1, -(2**63)]}, "the schema holds an integer of 64 bits, expected up to 53"),
+    ({"maximum": 10**5000}, "the schema holds an integer of 16610 bits, expected up to 53"),
     (deep, "the schema is nested more than 64 levels deep"),
     ({"properties": {str(i): {} for i in range(200_000)}}, "the schema has over 100000 parts"),
     ({"$ref": "https://example.org/x.json"}, "the schema cannot be followed"),

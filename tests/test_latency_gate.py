@@ -302,7 +302,7 @@ def test_other_questions_and_options_are_no_comparison() -> None:
 
 def test_a_summary_for_github() -> None:
     new = result({"tau 0": still(1.25, 25)}, QUIET, bundle=Bundle.model_construct(name="my|bundle"))
-    lines = judge.markdown(judged(new), new, new).splitlines()
+    lines = judge.markdown(judged(new), "Latency of my|bundle", "one machine").splitlines()
     assert lines[0] == "### Latency of my|bundle: 3 regressed, 5 same (tolerance 5%)"
     assert len([line for line in lines if line.startswith("| tau 0 |")]) == 8
     assert any("vision.p10" in line and "🔴 regressed" in line for line in lines)
@@ -412,7 +412,6 @@ def test_the_example_holds_a_bundle_to_its_promise(bundle: Path, tmp_path: Path)
     (project / "latency" / "cpu.json").write_text(slower(baseline, 10).model_dump_json())
     again = run()  # against a promise ten times as slow: a busy machine keeps it, too
     assert again.returncode == 0, again.stdout
-    assert "1 passed" in again.stdout, again.stdout
     (project / "latency" / "cpu.json").write_text(measured)
     (project / "conftest.py").write_text(PLANTED)
     slow = run()

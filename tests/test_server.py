@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ import ppexport
 from ppexport.cli import main
 from ppexport.server.errors import ApiError
 from ppexport.server.protocol import parse
-from ppexport.server.serve import Setup
+from ppexport.server.serve import Address, Setup, listening
 from ppexport.server.service import Limits
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
@@ -424,6 +425,9 @@ def test_bench_serve(server: Server, pocket_bundle: Path, tmp_path: Path) -> Non
         assert metrics["goodput"]["avg"] == metrics["request_throughput"]["avg"]
         assert all(each["pruned_tokens"] == 95 for each in found["requests"])
         assert "time to first token" in done.stdout
+        done = runner().invoke(main, ["bench", "compare", str(result), str(result)])
+        assert done.exit_code in (0, 3), done.output  # 3: too few requests to tell
+        assert "request_latency.mean" in done.stdout
     done = runner().invoke(main, ["bench", "serve", "http://127.0.0.1:9", "--requests", "2", "-q"])
     assert done.exit_code == 1
     assert "refused" in done.stderr
@@ -461,6 +465,28 @@ def test_an_engine_that_hangs_or_ends_is_told(pocket_bundle: Path, monkeypatch: 
     finally:
         hold.set()
         service.close()
+
+
+def test_small_parts_are_sent_at_once() -> None:
+    """Else every token waits for the acknowledgement of the one before it, which comes after 40 ms."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def look(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            option = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            found.set_result(option)
+            writer.close()
+
+        with listening(Address("127.0.0.1", 0)) as listener:
+            server = await asyncio.start_server(look, sock=listener)
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            option = await found
+            writer.close()
+            server.close()
+        return option
+
+    assert asyncio.run(accepted())
 
 
 class Settings(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from ..models.errors import PpexportError, RequestError, SpaceError
 from ..models.files import write_whole
 from ..options import device_option
 from ..table import aligned
+
+if TYPE_CHECKING:
+    from .compare import Comparison
 
 RUN = "run"
 
@@ -215,7 +218,10 @@ def summary(result: Any) -> list[str]:
 @click.argument("new", type=click.Path())
 @click.option("--tolerance", type=Share(), default="5%", show_default=True, help="A change that is accepted.")
 @click.option(
-    "--metric", "metrics", multiple=True, help="Such as ttft.p50 or e2el.p95. Default: p10 of all but itl."
+    "--metric",
+    "metrics",
+    multiple=True,
+    help="Such as ttft.p50 or e2el.p95; of 'bench serve' time_to_first_token.p90. Default: p10 of all but itl.",
 )
 @click.option(
     "--accuracy", is_flag=True, help="Judge the answers, too, where the workload knows the right ones."
@@ -237,7 +243,7 @@ def compare(
     markdown: str | None,
     as_json: bool,
 ) -> None:
-    """Judge the result NEW by the result BASE.
+    """Judge the result NEW by the result BASE, both of 'bench', or both of 'bench serve'.
 
     Exits with 0 if nothing regressed, with 1 if something did, with 3 if something cannot be told, and with 2 if files
     cannot be compared at all.
@@ -246,22 +252,57 @@ def compare(
         if markdown:  # empty where $GITHUB_STEP_SUMMARY is: not on GitHub
             writable(markdown)
         from . import compare as judge
-        from . import schema
 
-        before = schema.read(base)
-        after = schema.read(new)
-        found = judge.compare(before, after, tolerance, metrics or None, accuracy, any_machine)
+        found, title, about = compared(base, new, tolerance, metrics or None, accuracy, any_machine)
     except PpexportError as err:
         click.echo(f"Error: {err}", err=True)
         ctx.exit(2)  # 1 would be a regression
     click.echo(judge.dumps(found) if as_json else "\n".join(judge.text(found)))
     if markdown:
         try:
-            judge.append(judge.markdown(found, before, after), markdown)
+            judge.append(judge.markdown(found, title, about), markdown)
         except OSError as err:
             click.echo(f"Error: {markdown}: cannot be written: {err}", err=True)
             ctx.exit(found.exit_code or 2)
     ctx.exit(found.exit_code)
+
+
+def compared(
+    base: str,
+    new: str,
+    tolerance: float,
+    metrics: Sequence[str] | None,
+    accuracy: bool,
+    any_machine: bool,
+) -> tuple[Comparison, str, str]:
+    """The verdicts on two files, what they are of, and where and when that was measured. Raises RequestError."""
+    from . import compare as judge
+    from . import load_compare, schema
+
+    first, second = schema.loaded(base), schema.loaded(new)
+    loads = load_compare.parsed(first, base), load_compare.parsed(second, new)
+    if loads[0] is None and loads[1] is None:
+        before, after = schema.parsed(first, base), schema.parsed(second, new)
+        found = judge.compare(before, after, tolerance, metrics, accuracy, any_machine)
+        title, what, machine, created = (
+            f"Latency of {after.bundle.name}",
+            f"Workload {after.workload}",
+            after.machine,
+            before.created,
+        )
+    elif loads[0] is None or loads[1] is None:
+        raise RequestError("one of the results is of 'bench serve', expected both or neither")
+    elif accuracy:
+        raise RequestError("--accuracy is for results of 'bench', expected none of 'bench serve'")
+    else:
+        found = load_compare.compare_loads(loads[0], loads[1], tolerance, metrics, any_machine)
+        title, what, machine, created = (
+            f"Load of {loads[1].options.get('url')}",
+            "Sent from",
+            loads[1].machine,
+            loads[0].created,
+        )
+    return found, title, f"{what}; {machine.cpu}, {machine.cores} cores; base of {created}."
 
 
 @bench.command()

@@ -25,6 +25,7 @@ WHOLE = ("ttft", "tpot", "e2el")  # metrics that stages add up to, but for what 
 SHIFT = 0.25  # a smaller difference between the machine's speeds then and now says nothing about times
 RESOLUTION = 0.01  # milliseconds by which a stage differs from process to process
 WRONG = 0.05  # chance that any verdict of a comparison is wrong where nothing changed
+SHARES = ("accuracy", "answered")  # metrics that are no times
 SMALL = 0.01  # of the end-to-end latency: what is not known of a smaller stage does not matter
 IMPROVED = "improved"
 SAME = "same"
@@ -174,7 +175,7 @@ def _judge(
     tables = common(base, new, metric) if metric != "prune" or base.tau is not None else None
     if tables is None or not all(values.size and (values > 0).all() for values in tables):
         return None if by_default else _unsure(base, f"{metric}.{name}", "it has no values here")
-    before, after = (_typical(values, name) for values in tables)
+    before, after = (typical(values, name) for values in tables)
 
     def interval(tables: tuple[np.ndarray, np.ndarray]) -> tuple[float, float, float]:
         value, low, high = ratio(tables[0], tables[1], name, confidence, np.random.default_rng(0))
@@ -184,11 +185,11 @@ def _judge(
     value, low, high = interval(tables)
     if not np.isfinite(high):
         return _unsure(base, f"{metric}.{name}", f"too few rounds, expected at least {FEWEST} in both")
-    verdict = _word(low, high, tolerance)
+    verdict = verdict_of(low, high, tolerance)
     note = ""
     if verdict in (REGRESSED, IMPROVED) and metric in (*WHOLE, "other"):
         in_stages = common(base, new, metric, in_stages=True) if metric in WHOLE else None
-        if in_stages is None or _word(*interval(in_stages)[1:], tolerance) != verdict:
+        if in_stages is None or verdict_of(*interval(in_stages)[1:], tolerance) != verdict:
             verdict = UNSURE
             note = "only the time outside of all stages (other) says so"
     elif verdict == UNSURE:
@@ -197,14 +198,14 @@ def _judge(
         if (
             by_default
             and metric in (*STAGES, "other")
-            and most < SMALL * _typical(table(base, "e2el")[0], name)
+            and most < SMALL * typical(table(base, "e2el")[0], name)
         ):
             verdict = SAME
             note = f"a change of {most:.2f} ms at most, under {SMALL:.0%} of e2el"
     return Verdict(base.name, f"{metric}.{name}", before, after, value, low, high, verdict, note)
 
 
-def _word(low: float, high: float, tolerance: float) -> str:
+def verdict_of(low: float, high: float, tolerance: float) -> str:
     """The verdict on an interval of new over base. At 10 %: 0.84 .. 0.97 is no improvement, and not the same either."""
     if low > 1 + tolerance:
         return REGRESSED
@@ -213,7 +214,7 @@ def _word(low: float, high: float, tolerance: float) -> str:
     return SAME if low >= 1 / (1 + tolerance) and high <= 1 + tolerance else UNSURE
 
 
-def _typical(values: np.ndarray, name: str) -> float:
+def typical(values: np.ndarray, name: str) -> float:
     """One number of [rounds, items] for people, whose ratio is that of the comparison."""
     return float(np.exp(np.log(statistic(values, name, 0)).mean()))
 
@@ -289,7 +290,7 @@ def rows(comparison: Comparison) -> list[tuple[str, ...]]:
     """For people, one line a verdict."""
     found: list[tuple[str, ...]] = []
     for v in comparison.verdicts:
-        unit = "{:.1%}" if v.metric == "accuracy" else "{:.2f} ms"
+        unit = "{:.1%}" if v.metric in SHARES else "{:.2f} ms"
         before, after = ("" if x is None else unit.format(x) for x in (v.base, v.new))
         change = "" if v.ratio is None else f"{v.ratio - 1:+.1%}"
         interval = "" if v.low is None or v.high is None else f"{v.low - 1:+.1%} .. {v.high - 1:+.1%}"
@@ -310,18 +311,15 @@ def outcome(comparison: Comparison) -> str:
     return f"{told or 'nothing to compare'} (tolerance {comparison.tolerance:.0%})"
 
 
-def markdown(comparison: Comparison, base: Result, new: Result) -> str:
-    """A summary for the page of a CI run, in GitHub's Markdown."""
+def markdown(comparison: Comparison, title: str, about: str) -> str:
+    """A summary for the page of a CI run, in GitHub's Markdown; ``about``: its last line."""
     signs = {IMPROVED: "🟢", SAME: "⚪", REGRESSED: "🔴", UNSURE: "🟡"}
-    lines = [f"### Latency of {new.bundle.name}: {outcome(comparison)}", ""]
+    lines = [f"### {title}: {outcome(comparison)}", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---" for _ in HEAD) + " |"]
     for verdict, row in zip(comparison.verdicts, rows(comparison), strict=True):
         cells = [*row[:-1], f"{signs[verdict.verdict]} {row[-1]}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", *(f"> {note}" for note in comparison.notes)]
-    lines.append(
-        f"Workload {new.workload}; {new.machine.cpu}, {new.machine.cores} cores; base of {base.created}."
-    )
+    lines += ["", *(f"> {note}" for note in comparison.notes), about]
     return "\n".join(lines) + "\n"
 
 

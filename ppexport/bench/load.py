@@ -6,6 +6,7 @@ Names of metrics are those of NVIDIA's AIPerf where it has them.
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.client
 import json
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -223,14 +225,21 @@ def _many(unit: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def as_json(load: Load, found: Sequence[Timed], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Everything, but the key."""
+    """Everything, but the key (load_compare.LoadResult)."""
+    from .load_compare import TOOL
     from .machine import describe
 
     options = {name: value for name, value in asdict(load).items() if name != "key"}
+    files = images_in(load.images) if load.images else []
     return {
-        "tool": "ppexport bench serve",
+        "tool": TOOL,
+        "version": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe().model_dump(),
         "options": options,
+        "items": [
+            {"image": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files
+        ],
         "metrics": metrics,
         "requests": [asdict(timed) for timed in found],
     }

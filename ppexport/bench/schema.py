@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ..models.errors import BackendError, RequestError
 from ..models.files import write_whole
@@ -229,20 +229,28 @@ class Result(Model):
 
 def read(path: str | Path) -> Result:
     """A result file. Raises RequestError if it is absent, damaged, or of another version."""
+    return parsed(loaded(path), path)
+
+
+def loaded(path: str | Path) -> Any:
+    """What a file of JSON holds. Raises RequestError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as err:
         raise RequestError(
             f"{path}: cannot be read ({err}), expected a file written by 'ppexport bench'"
         ) from err
+
+
+def parsed(data: Any, path: str | Path) -> Result:
+    """A result from the JSON of a file. Raises RequestError if it is damaged, or of another version."""
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         todo = "upgrade ppexport" if newer else "measure again with 'ppexport bench'"
         raise RequestError(f"{path}: found version {version!r} of bench results, expected {VERSION}; {todo}")
     try:
-        return Result.model_validate_json(text)
+        return Result.model_validate(data)
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -28,6 +28,13 @@ from ..options import cluster_of, cluster_options, device_option, max_tokens_opt
     help="Requests that may wait; more get 429.",
 )
 @click.option("--context", type=click.IntRange(2), help="Tokens of prompt and answer. Default: the model's.")
+@click.option(
+    "--reuse",
+    type=click.IntRange(0),
+    default=1024,
+    show_default=True,
+    help="MiB for what past requests computed: pictures and conversations that come again.",
+)
 @max_tokens_option
 @click.option(
     "--timeout",
@@ -71,6 +78,7 @@ def serve(
     slots: int,
     queue: int,
     context: int | None,
+    reuse: int,
     max_tokens: int,
     timeout: float,
     drain: float,
@@ -107,6 +115,7 @@ def serve(
         read_key(api_key),
         max_body << 20,
         drain,
+        reuse << 20,
     )
     if cluster is None:
         run(setup, Address(host, port), ready)

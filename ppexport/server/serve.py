@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..models.errors import BackendError, RequestError
-from ..runtime.pipeline import load
+from ..runtime.pipeline import REUSE, load
 from .images import ImageRules
 from .metrics import Metrics
 from .service import Limits, Service
@@ -51,11 +52,17 @@ class Setup:
     key: str | None = None  # what clients have to send
     most_bytes: int = 64 << 20  # of a body
     drain_seconds: float = 30.0  # that requests have to end
+    reuse: int = REUSE  # bytes for what past requests computed
 
     def open(self, threads: int = 0, metrics: Metrics | None = None) -> Service:
         """The service, not started. Raises BundleError, BackendError, and RequestError for one without a tokenizer."""
         pipe = load(
-            self.bundle, self.device, threads=threads, together=self.limits.slots, context=self.context
+            self.bundle,
+            self.device,
+            threads=threads,
+            together=self.limits.slots,
+            context=self.context,
+            reuse=self.reuse,
         )
         if pipe.text is None:
             pipe.close()
@@ -127,9 +134,16 @@ async def _until_told(server, service: Service, listener: socket.socket, drain_s
 def listening(address: Address) -> Iterator[socket.socket]:
     """A socket at an address. Raises BackendError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    # asyncio sends small parts at once (TCP_NODELAY) only where the protocol is named; else each waits 40 ms for the
+    # acknowledgement of the one before
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        listener = socket.create_server((address.host, address.port), family=family, backlog=512)
+        if os.name == "posix":  # elsewhere it would share the address with others
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address.host, address.port))
+        listener.listen(512)
     except (OSError, OverflowError) as err:
+        listener.close()
         raise BackendError(
             f"cannot listen at {address.host} port {address.port}: {err}; choose another --port or --host"
         ) from err
