@@ -107,6 +107,8 @@ class Pipeline:
             min_pixels=pre.min_pixels if min_pixels is None else min_pixels,
             max_pixels=pre.max_pixels if max_pixels is None else max_pixels,
         )
+        most = min(manifest.context, backend.capacity or manifest.context)
+        self.context = most if context is None else integer("context", context, 2, most)
         self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
         self.load_pruners()
         self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
@@ -115,8 +117,6 @@ class Pipeline:
         self.language = Language(backend, graphs["language"], model, dtype, dialect)
         self.vision = Vision(backend, graphs["vision"], model, dtype)
         self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
-        most = min(manifest.context, backend.capacity or manifest.context)
-        self.context = most if context is None else integer("context", context, 2, most)
         self.engine = Engine(self.language, self.vision, self.reuse, self.context, together)
         self.text: Text | None = None
         if manifest.interface == "text":
@@ -396,9 +396,11 @@ class Pipeline:
         stats.prompt_tokens_full = prompt.full_length
         room = self.context - len(prompt.ids)
         if room < 1:
-            limit = (
-                "the model's context" if self.context == self.manifest.context else "the engines' capacity"
-            )
+            limit = "the context that was asked for"
+            if self.context == self.manifest.context:
+                limit = "the model's context"
+            elif self.context == self.backend.capacity:
+                limit = "the engines' capacity"
             raise RequestError(
                 f"the prompt takes {len(prompt.ids)} tokens, expected under {self.context} ({limit}); "
                 "lower max_pixels, prune more or ask less"

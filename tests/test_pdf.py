@@ -198,8 +198,11 @@ def test_commands_take_pages(report: Path, pocket_bundle: Path, tmp_path: Path) 
     assert [each["image"] for each in found] == [f"{report}#2", f"{report}#3"]
     assert all(each["kept"] < 0.1 * each["tokens"] for each in found)  # margins are the same bytes everywhere
     profiles = str(tmp_path / "profiles.json")
-    task = {"image": "report.pdf#3", "question": "What is this?", "answer": "Quito"}
-    report.with_name("own.jsonl").write_text(json.dumps(task) + "\n")
+    tasks = [
+        {"image": f"report.pdf#{pages}", "question": "What is this?", "answer": "Quito"}
+        for pages in ("3", "1-2")
+    ]
+    report.with_name("own.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     for arguments in (
         [
             "run",

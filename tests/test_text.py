@@ -16,6 +16,8 @@ import ppexport
 from ppexport.models.bytelevel import IDS, byte_tokenizer
 from ppexport.runtime.text import Text, TextStream
 
+SCREEN = Path(__file__).parent.parent / "docs" / "settings.png"
+
 PAD = IDS["<|image_pad|>"]
 
 
@@ -314,3 +316,24 @@ def test_answer_streams_and_ends_with_statistics(tiny_pipe: ppexport.Pipeline, s
     assert 0 < stats.kept < stats.total == 40
     assert set(stats.milliseconds) == {"image", "prune", "reuse", "text", "vision", "prefill", "decode"}
     assert stats.ttft == pytest.approx(sum(stats.milliseconds.values()) - stats.milliseconds["decode"])
+
+
+def test_a_context_that_was_asked_for(pocket_bundle: Path) -> None:
+    """It ends an answer, keeps a long prompt out, and is refused before graphs are loaded where it is too long."""
+    with ppexport.load(pocket_bundle) as pipe:
+        most = pipe.context
+        needed = pipe.generate("Hello").stats.prompt_tokens
+        expected = pipe.generate("Transcribe all text.", SCREEN).text()
+        shown = pipe.generate("Transcribe all text.", SCREEN).stats.prompt_tokens
+    with ppexport.load(pocket_bundle, context=shown + 5) as pipe:
+        answer = pipe.generate("Transcribe all text.", SCREEN)
+        assert expected.startswith(answer.text())
+        assert (answer.stats.finish, answer.stats.generated_tokens) == ("context", 5)
+    with (
+        ppexport.load(pocket_bundle, context=needed) as pipe,
+        pytest.raises(ppexport.RequestError, match="the context that was asked for"),
+    ):
+        pipe.generate("Hello").text()
+    for wrong in (1, most + 1, 2.5):
+        with pytest.raises(ppexport.RequestError, match="context is"):
+            ppexport.load(pocket_bundle, context=wrong)  # type: ignore[arg-type]
