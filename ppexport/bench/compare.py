@@ -129,14 +129,16 @@ def _check_alike(base: Result, new: Result) -> None:
             raise RequestError(f"{name} was {first} and is {second}, expected the same; measure again")
 
 
-def parse(metrics: Sequence[str] | None) -> list[tuple[str, str]]:
-    """("ttft", "p50") of "ttft.p50" or "ttft"; None: the default. Raises RequestError."""
+def parse(
+    metrics: Sequence[str] | None, known: Sequence[str] = METRICS, default: Sequence[str] = DEFAULT
+) -> list[tuple[str, str]]:
+    """("ttft", "p50") of "ttft.p50" or "ttft"; None: the default. Raises RequestError for what is not ``known``."""
     found = []
-    for name in DEFAULT if metrics is None else metrics:
+    for name in default if metrics is None else metrics:
         metric, _, how = name.partition(".")
-        if metric not in METRICS or (how or "p50") not in (*QUANTILE, "mean"):
+        if metric not in known or (how or "p50") not in (*QUANTILE, "mean"):
             raise RequestError(
-                f"metric is {name!r}, expected one of {', '.join(METRICS)} with .mean, .p10, .p50, .p90, .p95 or .p99"
+                f"metric is {name!r}, expected one of {', '.join(known)} with .mean, .p10, .p50, .p90, .p95 or .p99"
             )
         found.append((metric, how or "p50"))
     return found

@@ -13,7 +13,7 @@ from . import compare
 from .compare import Comparison, Verdict
 from .machine import differences
 from .schema import Machine, Model
-from .statistics import QUANTILE, ratio
+from .statistics import ratio
 
 TOOL = "ppexport bench serve"
 METRICS = ("time_to_first_token", "inter_token_latency", "request_latency")
@@ -87,7 +87,7 @@ def compare_loads(
     Raises RequestError for results of other questions, images or loads, and for an unknown metric.
     """
     _check_alike(base, new)
-    names = _metrics(metrics)
+    names = compare.parse(metrics, METRICS, DEFAULT)
     apart = [] if any_machine else differences(base.machine, new.machine)
     notes = [
         f"different machines ({each}): nothing can be told; --any-machine compares them" for each in apart
@@ -120,18 +120,6 @@ def _check_alike(base: LoadResult, new: LoadResult) -> None:
         first, second = base.options.get(name), new.options.get(name)
         if first != second:
             raise RequestError(f"{name} was {first!r} and is {second!r}, expected the same; measure again")
-
-
-def _metrics(metrics: Sequence[str] | None) -> list[tuple[str, str]]:
-    found = []
-    for name in metrics or DEFAULT:
-        metric, _, how = name.partition(".")
-        if metric not in METRICS or (how or "p50") not in (*QUANTILE, "mean"):
-            raise RequestError(
-                f"metric is {name!r}, expected one of {', '.join(METRICS)} with .mean, .p10, .p50, .p90, .p95 or .p99"
-            )
-        found.append((metric, how or "p50"))
-    return found
 
 
 def _setting(result: LoadResult) -> str:
