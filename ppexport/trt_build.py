@@ -94,15 +94,18 @@ def compile_graph(
     listed: Sequence[Profile],
     options: Options,
     progress: Progress,
+    kernels: list[str] | None = None,
 ) -> tuple[memoryview, dict[str, tuple[str, ...]], float]:
     """One serialized engine, the names of its inputs' axes and the seconds it took.
 
     ``model``: the graph; ``source``: its file, beside which the weights lie; ``listed``: the profiles; ``options`` as
-    ``prepare`` gave them. Raises BackendError quoting the compiler, RequestError for profiles that do not fit the
-    graph, and whatever ``progress`` raised, KeyboardInterrupt for one.
+    ``prepare`` gave them; ``kernels`` gets "kind name" of every kernel, in their order.
+
+    Raises BackendError quoting the compiler, RequestError for profiles that do not fit the graph, and whatever
+    ``progress`` raised, KeyboardInterrupt for one.
     """
     begin = time.perf_counter()
-    log = trt_api.logger(trt)
+    log = trt_api.logger(trt, kernels)
     try:
         builder = trt.Builder(log)
     except TypeError as err:  # pybind11's words for a constructor that returned nothing
@@ -117,6 +120,8 @@ def compile_graph(
         raise BackendError(f"{target} {trt.__version__} refuses the {graph} graph: {told[:1500]}")
     config = builder.create_builder_config()
     _configure(trt, target, config, options)
+    if kernels is not None:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     monitor = _monitor(trt, graph, progress)
     config.progress_monitor = monitor
     axes = _axes(network)

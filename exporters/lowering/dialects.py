@@ -22,6 +22,7 @@ from .ops import DOMAIN
 from .passes import cache_rows, float_cumsum, one_reshape, shapes_after_cast, skip_norm
 
 LOWEST = -30000.0  # a score that gets no share, in every float type
+FAR = 1 << 30  # an entry behind every token's own
 Translation = Callable[[Ops, ir.Node], Sequence[ir.Value]]
 
 
@@ -221,34 +222,30 @@ def _plain_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _plain_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """Scores against the cache and against the new rows, side by side: the cache is read once and never copied.
+    """One product, one Where, one Softmax and one product over cache and new rows side by side.
 
-    The query heads that share a key head stand below each other ([B, kv_heads, S * groups, Dh]), so keys are read once.
+    TensorRT makes one kernel of that, which keeps no scores in memory, as long as keys have four dimensions: the query
+    heads that share a key head stand below each other ([B, kv_heads, S * groups, Dh]). ``place`` says at which entry a
+    key belongs, FAR where the cache holds nothing.
     """
     q, k, v, k_cache, v_cache, own, entries = node.inputs
     (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
     groups = heads // kv_heads
     grouped = op("Reshape", _scaled(op, node), op.ints([0, 0, kv_heads, groups, width]))
     grouped = op("Reshape", op("Transpose", grouped, perm=[0, 2, 1, 3, 4]), op.ints([0, kv_heads, -1, width]))
-    lowest = _in_type_of(op, LOWEST, q)
     first = op("ReduceMin", own, op.ints([1]), keepdims=1)  # [B, 1]
-    in_cache = op("Less", entries, op("Unsqueeze", first, op.ints([1, 2])))  # [B, 1, 1, M]
+    far = op("Cast", op.const(FAR), to=ir.DataType.INT32)
+    held = op("Where", op("Less", entries, first), entries, far)  # [B, M]
+    place = op("Unsqueeze", op("Concat", held, own, axis=1), op.ints([1, 2]))  # [B, 1, 1, M + S]
     query = op("Unsqueeze", own, op.ints([2]))
     query = op(
         "Reshape", op("Concat", *[query] * groups, axis=2), op.ints([0, 1, -1, 1])
     )  # [B, 1, S * groups, 1]
-    causal = op("LessOrEqual", op("Unsqueeze", own, op.ints([1, 2])), query)  # [B, 1, S * groups, S]
-    old = op("MatMul", grouped, op("Transpose", k_cache, perm=[0, 1, 3, 2]))
-    new = op("MatMul", grouped, op("Transpose", k, perm=[0, 2, 3, 1]))
-    scores = op("Concat", op("Where", in_cache, old, lowest), op("Where", causal, new, lowest), axis=-1)
-    share = op("Softmax", scores, axis=-1)
-    capacity = op("Shape", entries)
-    axis = op.ints([3])
-    out = op(
-        "Add",
-        op("MatMul", op("Slice", share, op.ints([0]), capacity, axis), v_cache),
-        op("MatMul", op("Slice", share, capacity, op.ints([1 << 30]), axis), _swap(op, v)),
-    )
+    keys = op("Concat", k_cache, _swap(op, k), axis=2)
+    values = op("Concat", v_cache, _swap(op, v), axis=2)
+    scores = op("MatMul", grouped, op("Transpose", keys, perm=[0, 1, 3, 2]))
+    scores = op("Where", op("LessOrEqual", place, query), scores, _in_type_of(op, LOWEST, q))
+    out = op("MatMul", op("Softmax", scores, axis=-1), values)
     out = op("Transpose", op("Reshape", out, op.ints([0, kv_heads, -1, groups, width])), perm=[0, 2, 1, 3, 4])
     rows = [op("Transpose", x, perm=[1, 0, 2, 3]) for x in (k, v)]
     return [op("Reshape", out, op.ints([0, 0, heads, width])), *rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,8 @@ INSTALL = {
     "tensorrt": "install TensorRT 10.3 or later (on a Jetson it comes with JetPack; elsewhere: pip install tensorrt)",
     "tensorrt-rtx": "install it with: pip install 'ppexport[rtx]'",
 }
+KERNEL = re.compile(r"^Name: (\S+), LayerType: (\w+)", re.M)
+NO_KERNELS = ("signal", "wait", "shape_call", "ShapeHostToDevice")
 
 
 def load(target: str) -> ModuleType:
@@ -31,8 +34,11 @@ def load(target: str) -> ModuleType:
     raise BackendError(f"{target} cannot be imported ({'; '.join(problems)}); {INSTALL[target]}")
 
 
-def logger(trt: Any) -> Any:
-    """A logger that prints nothing and keeps the latest messages of errors in ``messages``."""
+def logger(trt: Any, kernels: list[str] | None = None) -> Any:
+    """A logger that prints nothing and keeps the latest messages of errors in ``messages``.
+
+    ``kernels`` gets the names of an engine's kernels, where the compiler was asked for details.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -42,6 +48,10 @@ def logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.messages = [*self.messages[-9:], message]
+            elif kernels is not None:
+                kernels.extend(
+                    f"{kind} {name}" for name, kind in KERNEL.findall(message) if kind not in NO_KERNELS
+                )
 
     return Log()
 

@@ -1,0 +1,79 @@
+"""What TensorRT-RTX makes of the graphs, by the list of kernels in its own log: nothing has to run, so no GPU.
+
+At the dimensions of Qwen3-VL-2B with two layers and a small vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppexport.build_bundle import build
+from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
+from ppexport.models import profiles
+from ppexport.models.progress import silent
+from ppexport.onnx_dims import set_axis
+from ppexport.runtime.bundle import open_bundle
+from ppexport.trt_build import Options, compile_graph, prepare
+
+pytest.importorskip(
+    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: it has libraries for x86-64 only"
+)
+RTX = "tensorrt-rtx"
+LAYERS = 2
+CAPACITY = 2048
+MOST_KERNELS = {"standard": 40, "plain": 36}  # of the decoder, all of it
+ATTENTION = "mha"  # in the name of a kernel that keeps no scores in memory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("mini") / "checkpoint"
+    config = random_config("qwen3_vl", "2b")
+    config["text_config"] |= {"num_hidden_layers": LAYERS, "vocab_size": 2048}
+    config["vision_config"] |= {"depth": LAYERS, "deepstack_visual_indexes": [0]}
+    write_random(config, directory)
+    write_text_files(directory)
+    return directory
+
+
+def compiled(bundle: Path, graph: str, merged: bool) -> tuple[list[str], int, int]:
+    """The kernels of an engine, its bytes and those of its weights."""
+    trt, options = prepare(RTX, Options(compute_capabilities=("8.9",), separate_profiles=not merged))
+    directory, manifest = open_bundle(bundle)
+    dialect = manifest.graphs[graph].dialect
+    sizes = profiles.defaults(manifest.model, manifest.context, 1 << 20, CAPACITY)
+    listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, merged)
+    source = directory / manifest.graphs[graph].file
+    model = source.read_bytes()
+    if graph == "language" and dialect == "standard":
+        model = set_axis(model, "M", CAPACITY)
+    kernels: list[str] = []
+    blob, _, _ = compile_graph(trt, RTX, graph, model, source, listed, options, silent, kernels)
+    weights = sum(file.stat().st_size for file in directory.glob(f"{source.stem}*"))
+    return kernels, blob.nbytes, weights
+
+
+@pytest.fixture(scope="module", params=["standard", "plain"])
+def bundle(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return build(
+        checkpoint, tmp_path_factory.mktemp("mini") / "bundle", dialect=request.param, precision="bf16"
+    )
+
+
+def test_the_decoder(bundle: Path) -> None:
+    """One kernel of attention in each layer for prompts and tokens alike, and few others."""
+    kernels, engine, weights = compiled(bundle, "language", merged=True)
+    assert sum(ATTENTION in kernel for kernel in kernels) == LAYERS, kernels
+    dialect = open_bundle(bundle)[1].graphs["language"].dialect
+    assert len(kernels) <= MOST_KERNELS[dialect], kernels
+    assert engine < 1.05 * weights
+
+
+def test_the_tower(bundle: Path) -> None:
+    kernels, engine, weights = compiled(bundle, "vision", merged=True)
+    assert sum(ATTENTION in kernel for kernel in kernels) == LAYERS, kernels
+    assert engine < 1.05 * weights
