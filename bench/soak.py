@@ -1,6 +1,6 @@
 """Thousands of mixed requests to a server of the pocket model: no wrong answer, no growth, nothing stuck.
 
-    python bench/soak.py BUNDLE --requests 10000 -o bench/results/soak.json
+    python bench/soak.py BUNDLE --requests 30000 -o bench/results/soak.json
 
 Pictures, samples with a seed, answers by a schema, streams that are left in the middle, requests that are refused; at
 the end the server is killed (kill -9), and started again. Each answer is held against what ``generate`` gives.
