@@ -151,4 +151,4 @@ def summary(stats: Stats) -> list[str]:
         f"{name} {stats.milliseconds[name]:.1f}" for name in STAGES if name in stats.milliseconds
     )
     lines.append(f"ms      {times}  (first token after {stats.ttft:.1f})")
-    return lines
+    return [*lines, *(f"note    {note}" for note in stats.notes)]

@@ -273,6 +273,9 @@ class Engine:
                 continue
             for sequence, at in zip(batch, begin, strict=True):
                 sequence.stats.end("decode", at)
+            if self.language.backend.notes:
+                batch[0].stats.notes += self.language.backend.notes
+                self.language.backend.notes.clear()
             advanced += self._choose(batch, logits)
         return advanced
 

@@ -121,6 +121,7 @@ class Pipeline:
         self.text: Text | None = None
         if manifest.interface == "text":
             self.text = Text(directory, model.image_token, manifest.special_tokens)
+        backend.settle()
 
     def __enter__(self) -> Pipeline:
         return self

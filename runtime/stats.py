@@ -39,6 +39,7 @@ class Stats:
     generated_tokens: int = 0
     # "stop" (by itself, or as it was asked to), "length" (max_new_tokens) or "context" (the model's limit)
     finish: str = ""
+    notes: list[str] = field(default_factory=list)  # of the backend, such as what runs slower than it should
 
     @property
     def kept(self) -> int:

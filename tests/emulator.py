@@ -53,13 +53,23 @@ class Cuda(types.ModuleType):
         self.streams: dict[int, list | None] = {}  # what is being captured
         self.graphs: dict[int, list] = {}
         self.launches, self.instantiated, self.created = 0, 0, 0
+        self.limit = 8 << 30  # bytes of the device
+        self.refuse_captures = ""  # at which call: "run", "end" or "instantiate"
 
     def _malloc(self, table: dict[int, ctypes.Array], size: int) -> tuple[int, int]:
+        if table is self.allocated and size > self.limit - self._taken():
+            return 2, 0
         memory = (ctypes.c_uint8 * (size + 512))()
         pointer = -(-ctypes.addressof(memory) // 512) * 512
         table[pointer] = memory
         np.frombuffer(memory, np.uint8)[:] = 0xFF  # NaN: memory that nobody wrote must not matter
         return 0, pointer
+
+    def _taken(self) -> int:
+        return sum(len(memory) - 512 for memory in self.allocated.values())
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, self.limit - self._taken(), self.limit
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
         return self._malloc(self.allocated, size)
@@ -131,9 +141,13 @@ class Cuda(types.ModuleType):
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, list]:
         captured, self.streams[stream] = self.streams[stream], None
+        if self.refuse_captures in ("run", "end"):
+            return 901, None  # cudaErrorStreamCaptureInvalidated
         return 0, captured  # type: ignore[return-value]
 
     def cudaGraphInstantiate(self, graph: list, flags: int) -> tuple[int, int]:
+        if self.refuse_captures == "instantiate":
+            return 1, 0
         self.instantiated += 1
         executable = 5000 + self.instantiated
         self.graphs[executable] = graph
@@ -159,7 +173,7 @@ class Cuda(types.ModuleType):
         return 0, 1
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
-        return 0, types.SimpleNamespace(name=b"Emulated", totalGlobalMem=8 << 30)
+        return 0, types.SimpleNamespace(name=b"Emulated", totalGlobalMem=self.limit)
 
     def cudaDriverGetVersion(self) -> tuple[int, int]:
         return 0, 12060
@@ -367,6 +381,8 @@ class IExecutionContext:
 
         capturing = self.engine.cuda.streams[stream]
         if capturing is not None:
+            if self.engine.cuda.refuse_captures == "run":
+                return False
             capturing.append(run)
             return True
         return run()

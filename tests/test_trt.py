@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 import shutil
@@ -23,8 +24,9 @@ from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.compile_bundle import compile_bundle
 from ppexport.models import profiles
-from ppexport.runtime.backends import cuda, trt_api
+from ppexport.runtime.backends import cuda, trt, trt_api
 from ppexport.runtime.bundle import open_bundle
+from ppexport.runtime.stats import Stats
 from ppexport.trt_build import Options
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
@@ -75,11 +77,15 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> ppexport.Pipeline:
     return ppexport.load(path, max_pixels=E2E_PIXELS)
 
 
-def tokens(pipe: ppexport.Pipeline, case: str, count: int = 12) -> list[int]:
+def asked(pipe: ppexport.Pipeline, case: str, count: int, stats: Stats | None = None) -> Any:
     ids = np.load(GOLDEN / "e2e" / f"{case}.npz")["input_ids"]
     prune = None if case.endswith("full") else ppexport.PixelPrune()
     images = [IMAGES / name for name in NAMES[case[:3]]]
-    return [step.token for step in pipe.generate_tokens(ids, images, prune, max_new_tokens=count)]
+    return pipe.generate_tokens(ids, images, prune, max_new_tokens=count, stats=stats)
+
+
+def tokens(pipe: ppexport.Pipeline, case: str, count: int = 12) -> list[int]:
+    return [step.token for step in asked(pipe, case, count)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -477,3 +483,99 @@ def test_engines_whose_profiles_begin_higher_run_whole_prompts(
     first = list(pipe.generate_tokens([5] * 10, max_new_tokens=3))
     again = list(pipe.generate_tokens([5] * 10, max_new_tokens=3, stats=stats))
     assert ([s.token for s in first], stats.reused_tokens) == ([s.token for s in again], 0)
+
+
+@pytest.mark.parametrize("call", ["run", "end", "instantiate"])
+def test_a_capture_that_fails_is_left_out(
+    bundle: Path, target: str, gpu: emulator.Cuda, cpu: ppexport.Pipeline, call: str
+) -> None:
+    """Tokens are as ever; it is tried once, and said once."""
+    if target == "tensorrt-rtx":
+        pytest.skip("its runtime captures by itself")
+    gpu.refuse_captures = call
+    launches = gpu.launches
+    try:
+        with ppexport.load(bundle, target) as pipe:
+            stats = [Stats(), Stats()]
+            found = [
+                [step.token for step in asked(pipe, case, 12, each)]
+                for case, each in zip(("one_full", "one_tau0"), stats, strict=True)
+            ]
+    finally:
+        gpu.refuse_captures = ""
+    assert found == [tokens(cpu, "one_full"), tokens(cpu, "one_tau0")]
+    assert gpu.launches == launches
+    assert [len(each.notes) for each in stats] == [1, 0]
+    assert "the language engine runs without a CUDA graph" in stats[0].notes[0]
+
+
+def test_memory_that_runs_out(bundle: Path, target: str, gpu: emulator.Cuda) -> None:
+    """What is kept for later goes back first; then the error says what was asked for and what to lower."""
+    with ppexport.load(bundle, target) as pipe:
+        memory = pipe.backend.memory  # type: ignore[attr-defined]
+        whole = gpu.limit
+        try:
+            kept = memory.take(100 << 20)
+            del kept  # to the free list
+            gpu.limit = gpu._taken() + (50 << 20)
+            assert memory.take(120 << 20).size == 120 << 20
+            with pytest.raises(
+                ppexport.BackendError, match=r"asked for 1074 MB of memory of the GPU, found .* lower"
+            ):
+                memory.take(1 << 30)
+        finally:
+            gpu.limit = whole
+
+
+def test_scratch_memory_is_there_once(bundle: Path, target: str, gpu: emulator.Cuda) -> None:
+    """However large the engines that are loaded later: what was outgrown is given back."""
+    sizes = iter([3 << 20, 100 << 20, 200 << 20, *[1 << 20] * 20])
+    before = emulator.ICudaEngine.device_memory_size_v2
+    made = emulator.ICudaEngine.__init__
+
+    def larger(engine: emulator.ICudaEngine, *given: Any) -> None:
+        made(engine, *given)
+        engine.device_memory_size_v2 = next(sizes)
+
+    emulator.ICudaEngine.__init__ = larger  # type: ignore[method-assign]
+    try:
+        with ppexport.load(bundle, target) as pipe:
+            backend = pipe.backend
+            assert isinstance(backend, trt.TrtBackend)
+            backend.session(bundle / "vision.onnx").loaded.device_memory_size_v2 = 300 << 20
+            backend.settle()
+            large = sorted(len(memory) - 512 for memory in gpu.allocated.values() if len(memory) > 64 << 20)
+            assert large == [300 << 20]
+    finally:
+        emulator.ICudaEngine.__init__ = made  # type: ignore[method-assign]
+        assert before == emulator.ICudaEngine.device_memory_size_v2
+
+
+def test_an_engine_is_not_read_into_memory(
+    bundle: Path, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT makes its own copy; a second one of the host would not fit beside it on a Jetson."""
+    seen: dict[str, int] = {}
+    size = 1 << 30
+
+    def anonymous() -> int:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1]) << 10
+
+    def deserialize(_: Any, blob: Any) -> None:
+        seen["bytes"] = memoryview(blob).nbytes
+        seen["grown"] = anonymous() - before
+
+    with ppexport.load(bundle, target) as pipe:
+        file = tmp_path / "large.engine"
+        with file.open("wb") as made:
+            made.truncate(size)
+        monkeypatch.setattr(emulator.Runtime, "deserialize_cuda_engine", deserialize)
+        monkeypatch.setattr(trt.engine_record, "folder", lambda *_: tmp_path)
+        engine = dataclasses.replace(pipe.backend.record.engines["vision"], file=file.name)  # type: ignore[attr-defined]
+        before = anonymous()
+        with pytest.raises(ppexport.BackendError, match="cannot load the vision engine"):
+            trt.TrtSession(pipe.backend, "vision", engine, bundle)  # type: ignore[arg-type]
+    assert seen["bytes"] == size
+    assert seen["grown"] < 0.1 * size

@@ -11,6 +11,7 @@ from ...models.errors import BackendError
 
 INSTALL = "install cuda-python for the CUDA of this machine: pip install 'cuda-python>=12.6,<14'"
 
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 HINTS = {
     "MemoryAllocation": "free GPU memory or build with smaller profiles",
     "InsufficientDriver": "found no NVIDIA driver, or one that is older than the CUDA of cuda-python; install a "
@@ -83,33 +84,57 @@ class Memory:
         self.closed = False
 
     def take(self, nbytes: int, pinned: bool = False) -> Block:
-        """A block of at least ``nbytes``, with whatever it held before."""
+        """A block of at least ``nbytes``, with whatever it held before.
+
+        Where CUDA has no more, the free blocks go back to it first. Raises BackendError that says what was asked for,
+        what is free and what to lower.
+        """
         size = rounded(nbytes)
         with self.lock:
             kept = self.free[pinned, size]
             pointer = kept.pop() if kept else None
         if pointer is None:
-            call = self.cuda.cudaMallocHost if pinned else self.cuda.cudaMalloc
-            pointer = int(check(call(size)))
+            pointer = self._allocated(size, pinned)
             self.total += 0 if pinned else size
         return Block(self, pointer, size, pinned)
 
-    def give_back(self, pinned: bool, size: int, pointer: int) -> None:
-        """Keep a block for the next ``take``, or free it if this was closed."""
+    def _allocated(self, size: int, pinned: bool) -> int:
+        call = self.cuda.cudaMallocHost if pinned else self.cuda.cudaMalloc
+        error, *pointer = call(size)
+        if int(error) == OUT_OF_MEMORY:
+            self.release_free()
+            error, *pointer = call(size)
+        if int(error) == OUT_OF_MEMORY:
+            free, whole = check(self.cuda.cudaMemGetInfo())
+            kind = "pinned memory of the host" if pinned else "memory of the GPU"
+            raise BackendError(
+                f"asked for {size / 1e6:.0f} MB of {kind}, found {free / 1e6:.0f} MB free of the GPU's "
+                f"{whole / 1e6:.0f}, {self.total / 1e6:.0f} of which are in use here; lower --slots, --context or "
+                "--reuse, build with a smaller --capacity or --max-pixels, or free memory that others hold"
+            )
+        return int(check((error, *pointer)))
+
+    def give_back(self, pinned: bool, size: int, pointer: int, outgrown: bool = False) -> None:
+        """Keep a block for the next ``take``, or free it if this was closed or no such size will be asked for."""
         with self.lock:
-            if not self.closed:
+            if not self.closed and not outgrown:
                 self.free[pinned, size].append(pointer)
                 return
         self._release(pinned, size, pointer)
+
+    def release_free(self) -> None:
+        """Give all free blocks back to CUDA."""
+        with self.lock:
+            for (pinned, size), pointers in self.free.items():
+                for pointer in pointers:
+                    self._release(pinned, size, pointer)
+                pointers.clear()
 
     def close(self) -> None:
         """Give all free blocks back to CUDA, and from now on the others as soon as nobody refers to them."""
         with self.lock:
             self.closed = True
-            for (pinned, size), pointers in self.free.items():
-                for pointer in pointers:
-                    self._release(pinned, size, pointer)
-                pointers.clear()
+            self.release_free()
 
     def _release(self, pinned: bool, size: int, pointer: int) -> None:
         check((self.cuda.cudaFreeHost if pinned else self.cuda.cudaFree)(pointer))
@@ -129,6 +154,7 @@ class Block:
         self.pointer = pointer
         self.size = size
         self.pinned = pinned
+        self.outgrown = False  # a larger one takes its place for good
 
     def __del__(self) -> None:
-        self.memory.give_back(self.pinned, self.size, self.pointer)
+        self.memory.give_back(self.pinned, self.size, self.pointer, self.outgrown)

@@ -7,6 +7,7 @@ pipeline; their requests take turns.
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 import weakref
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import numpy as np
 from ...models.dtype import BY_NAME
 from . import cuda
 from .session import Buffer
+
+LOG = logging.getLogger(__name__)
 
 
 class GpuBackend:
@@ -36,6 +39,7 @@ class GpuBackend:
         self.lock = threading.RLock()
         self.memory = cuda.Memory(self.cuda)
         self.stream = int(cuda.check(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking)))
+        self.notes: list[str] = []
         self._in_flight: list[cuda.Block] = []  # memory that copies still read
         self.captures: dict[int, Any] = {}  # executable CUDA graphs by address
         self._finalizer = weakref.finalize(self, _close, self.cuda, self.memory, self.stream, self.captures)
@@ -95,6 +99,14 @@ class GpuBackend:
         with self.lock:
             cuda.check(self.cuda.cudaStreamSynchronize(self.stream))
             self._in_flight.clear()
+
+    def settle(self) -> None:
+        """See session.Backend."""
+
+    def note(self, text: str) -> None:
+        """Something that a user should know: in the log now, and in the stats of a request."""
+        LOG.warning(text)
+        self.notes.append(text)
 
     def close(self) -> None:
         """Give the memory and the stream back, as the end of the backend's life does; it cannot be used afterwards."""

@@ -119,6 +119,7 @@ class OrtCpu:
     def __init__(self, threads: int = 0):
         self._ort = import_onnxruntime("cpu")
         self._threads = threads
+        self.notes: list[str] = []
         self.byte_max = release(self._ort.__version__) >= FIRST_WITH_BYTE_MAX
 
     def session(self, path: Path) -> OrtSession:
@@ -165,6 +166,9 @@ class OrtCpu:
         """See session.Backend."""
         count = source.shape[1] if count is None else count
         self.download(target)[:, at : at + count] = self.download(source)[:, :count]
+
+    def settle(self) -> None:
+        """See session.Backend."""
 
     def wait(self) -> None:
         """See session.Backend; a run returns when it is done."""

@@ -81,6 +81,7 @@ class Backend(Protocol):
     batches: bool  # may a run of the decoder hold several sequences?
     byte_max: bool  # does it have Max and Min on bytes? (models.pruners.pixelprune.prune_file)
     appends: bool  # may the rest of a prompt, of any length, be run behind what a cache holds?
+    notes: list[str]  # what a user should know of how graphs run; whoever tells it takes it out
 
     def session(self, path: Path) -> Session:
         """Load an ONNX graph with the weights beside it."""
@@ -101,6 +102,12 @@ class Backend(Protocol):
         """target[:, at : at + count] = source[:, :count], for a source [A, n, ...] and a target [A, m, ...].
 
         ``count``: None for all n; m >= at + count.
+        """
+
+    def settle(self) -> None:
+        """Take the memory that all graphs share: every graph that requests need for certain is loaded.
+
+        Raises BackendError where there is too little of it.
         """
 
     def wait(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,30 @@ class TrtBackend(GpuBackend):
         self._directory = directory
         self._sessions: list[TrtSession] = []
         self._scratch: cuda.Block | None = None
+        self._settled = True  # has every context its scratch memory?
         self._graphs = engine_record.compiled_graphs(manifest)
 
-    def share_scratch(self, session: TrtSession) -> None:
-        """Give all contexts the same activation memory, as large as any needs: on one stream they run one by one."""
+    def add(self, session: TrtSession) -> None:
+        """A session whose contexts share the scratch memory of all; they get it from ``settle``."""
         self._sessions.append(session)
+        self._settled = False
+
+    def settle(self) -> None:
+        """See session.Backend: the same scratch memory for all contexts, as large as any needs: they run one by one."""
+        if self._settled:
+            return
         size = max(s.loaded.device_memory_size_v2 for s in self._sessions)
         if self._scratch is None or self._scratch.size < size:
             self.wait()
+            if self._scratch is not None:
+                self._scratch.outgrown = True
+                self._scratch = None
             self._scratch = self.memory.take(max(size, 1))
         for each in self._sessions:
             for context in each.all_contexts():
                 self.forget_capture(context)  # it holds the address of the memory before
                 context.context.set_device_memory(self._scratch.pointer, self._scratch.size)
+        self._settled = True
 
     def forget_capture(self, context: Context) -> None:
         """Before anything about a context changes: TensorRT forbids to replay what was captured before."""
@@ -87,7 +99,11 @@ class TrtSession:
         self.engine = engine
         target = backend.record.target
         folder = engine_record.folder(bundle, target)
-        self.loaded = backend.runtime.deserialize_cuda_engine((folder / engine.file).read_bytes())
+        with (
+            (folder / engine.file).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            self.loaded = backend.runtime.deserialize_cuda_engine(data)  # makes a copy of its own
         if self.loaded is None:
             raise BackendError(
                 f"{backend.name} cannot load the {graph} engine: {trt_api.quote(backend.log)}; "
@@ -107,7 +123,7 @@ class TrtSession:
             self._context(i) for i in range(last + 1 if graph != "language" or not last else last)
         ]
         self.decode = self._context(last, replays=True) if graph == "language" else None
-        backend.share_scratch(self)
+        backend.add(self)
 
     def all_contexts(self) -> list[Context]:
         """Those for prompts and images, and the one for decode."""
@@ -170,6 +186,7 @@ class TrtBinding:
         backend = self.backend
         context = self._context()
         with backend.lock:
+            backend.settle()
             aligned = {name: self._aligned(name, buffer) for name, buffer in self.buffers.items()}
             wanted = {name: (b.pointer, b.shape) for name, b in aligned.items()}
             if context.bound == wanted and context.capture is not None:
@@ -237,7 +254,21 @@ class TrtBinding:
             )
 
     def _capture(self, context: Context) -> None:
-        """Run as a CUDA graph, to be replayed as long as addresses and shapes stay."""
+        """Run as a CUDA graph, to be replayed as long as addresses and shapes stay; as it is where that cannot be."""
+        backend = self.backend
+        api = backend.cuda
+        try:
+            context.capture = self._captured(context)
+        except BackendError as err:
+            context.captures = False
+            backend.note(f"the {self.session.graph} engine runs without a CUDA graph, somewhat slower: {err}")
+            self._enqueue(context)
+            return
+        backend.captures[int(context.capture)] = context.capture
+        cuda.check(api.cudaGraphLaunch(context.capture, backend.stream))
+
+    def _captured(self, context: Context) -> Any:
+        """An executable CUDA graph of what is bound, not run. Raises BackendError; the stream is as before then."""
         api = self.backend.cuda
         stream = self.backend.stream
         cuda.check(
@@ -250,11 +281,9 @@ class TrtBinding:
             raise
         captured = cuda.check(api.cudaStreamEndCapture(stream))
         try:
-            context.capture = cuda.check(api.cudaGraphInstantiate(captured, 0))
-            self.backend.captures[int(context.capture)] = context.capture
+            return cuda.check(api.cudaGraphInstantiate(captured, 0))
         finally:
             cuda.check(api.cudaGraphDestroy(captured))
-        cuda.check(api.cudaGraphLaunch(context.capture, stream))
 
 
 def check_fits(record: EngineRecord, trt: Any, directory: Path) -> None:
