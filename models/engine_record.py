@@ -15,7 +15,7 @@ from .pruners.pixelprune import prune_file
 from .pruners.prunesid import INFORMATION, PruneSID
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 2
+SCHEMA = 3
 FILE = "record.json"
 TARGETS = ("tensorrt", "tensorrt-rtx")
 
@@ -112,6 +112,8 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
             raise BundleError(
                 f"{path}: its {graph} engine has a file, axes or profiles that none has; {todo}"
             )
+        if graph == "language" and len(engine.profiles) < 2:
+            raise BundleError(f"{path}: its language engine has no profile of its own for decode; {todo}")
         if any(not axes <= set(profile) for profile in engine.profiles):
             raise BundleError(f"{path}: the profiles of its {graph} engine are not of its axes; {todo}")
         file = path.parent / engine.file

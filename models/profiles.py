@@ -144,33 +144,30 @@ def _check_side(profile: Profile, name: str, side: int) -> None:
 
 
 def engine_profiles(
-    profiles: Profiles, model: ModelConfig, graph: str, dialect: str, merged: bool
+    profiles: Profiles, model: ModelConfig, graph: str, dialect: str, in_groups: bool = False
 ) -> list[Profile]:
     """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode.
 
-    ``graph``: as engine_record.compiled_graphs names it. ``merged``: one that holds all of them.
+    ``graph``: as engine_record.compiled_graphs names it; ``in_groups``: the decoder's weights are stored in groups.
     """
     if graph not in ("prune", "vision", "language"):
-        found = [_of_features(profile["K"]) for profile in profiles.vision]
-        return [_merge(found)] if merged else found
+        return [_of_features(profile["K"]) for profile in profiles.vision]
     if graph != "language":
         found = [dict(p) for p in getattr(profiles, graph)]
         for profile in found if graph == "vision" else ():
             for axis in further_axes(model.vision):
                 profile[axis] = profile["K"] if axis == "U" else _windows(profiles, profile, model.vision)
-        return [_merge(found)] if merged else found
+        return found
     capacity = profiles.capacity
     common = {"B": (1, 1, 1), "P": (1, 1, 1)}
     start = common.copy()
     used = common.copy()
     if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
-        start["M"], used["M"] = (
-            (1, 1, 1),
-            (1, max(1, capacity // 2), capacity),
-        )  # a prompt finds nothing in the cache
-    decode = {"S": (1, 1, 1), "K": (1, 1, 1), **used}
-    found = [*({**p, **start} for p in profiles.prefill), decode]
-    return [_merge(found)] if merged else found
+        # most prompts begin with an empty one, what follows another question does not
+        start["M"], used["M"] = (1, 1, capacity), (1, max(1, capacity // 2), capacity)
+    # an engine holds weights in 16 bits once more, laid out otherwise, for a profile in which S is always 1
+    decode = {"S": (1, 1, 1) if in_groups else (1, 1, 2), "K": (1, 1, 1), **used}
+    return [*({**p, **start} for p in profiles.prefill), decode]
 
 
 def _of_features(kept: Range) -> Profile:
@@ -213,14 +210,6 @@ def _windows(profiles: Profiles, profile: Profile, c: VisionConfig) -> Range:
         return min(profile["K"][size], in_all, thin)
 
     return 1, most(1), most(2)
-
-
-def _merge(listed: list[Profile]) -> Profile:
-    """One profile for all sizes, fastest where the first is."""
-    return {
-        axis: (min(p[axis][0] for p in listed), best, max(p[axis][2] for p in listed))
-        for axis, (_, best, _) in listed[0].items()
-    }
 
 
 def writable(path: str | Path) -> Path:

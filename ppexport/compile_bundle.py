@@ -60,7 +60,8 @@ def compile_bundle(
     try:
         compiled = {}
         for graph, name in engine_record.compiled_graphs(manifest).items():
-            listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, options.merges(target))
+            in_groups = manifest.precision.in_groups
+            listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, in_groups)
             source = directory / name
             model = source.read_bytes()
             if graph == "language" and dialect == "standard":

@@ -332,11 +332,6 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--compute-capability", "compute_capabilities", multiple=True, help="RTX: for this one only."
             ),
-            click.option(
-                "--separate-profiles",
-                is_flag=True,
-                help="tensorrt-rtx: keep profiles apart, each with a copy of the weights. tensorrt does so anyway.",
-            ),
             click.option("--timing-cache", type=click.Path(), help="tensorrt: a file reused between builds."),
         ]
     ):

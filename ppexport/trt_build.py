@@ -32,13 +32,7 @@ class Options:
         str, ...
     ] = ()  # tensorrt-rtx: "8.9", ...; empty: all that it knows from 8.0 on
     timing_cache: Path | None = None  # tensorrt: reused between builds (RTX would need a GPU for it)
-    separate_profiles: bool = False  # tensorrt-rtx: see merges
     tf32: bool = True  # may products of float32 values be rounded to TF32?
-
-    def merges(self, target: str) -> bool:
-        """Is there one profile for all sizes? An engine of TensorRT-RTX holds all weights once more for each profile
-        (measured), and its runtime makes kernels for the sizes it meets anyway."""
-        return target == "tensorrt-rtx" and not self.separate_profiles
 
 
 def prepare(target: str, options: Options) -> tuple[ModuleType, Options]:

@@ -76,8 +76,8 @@ def several(manifest: Manifest) -> profiles.Profiles:
 @pytest.mark.parametrize(
     ("kind", "buckets"),
     usual_and_slow(
-        [(KINDS[0], "one"), (KINDS[1], "several"), (KINDS[2], "merged"), (KINDS[3], "one")],
-        itertools.product(KINDS, ("one", "several", "merged")),
+        [(KINDS[0], "one"), (KINDS[1], "several"), (KINDS[2], "several"), (KINDS[3], "one")],
+        itertools.product(KINDS, ("one", "several")),
     ),
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -87,7 +87,7 @@ def test_every_graph_compiles(
     bundle = bundles[kind]
     _, manifest = open_bundle(bundle)
     sizes = None if buckets == "one" else several(manifest)
-    options = dataclasses.replace(SMALL, separate_profiles=buckets != "merged")
+    options = SMALL
     if buckets == "one":  # what is compiled for where nobody says
         options = dataclasses.replace(options, compute_capabilities=Options().compute_capabilities)
     seen: dict[str, int] = {}
@@ -101,11 +101,9 @@ def test_every_graph_compiles(
         assert engine.build_seconds > 0
         assert seen[f"compile {graph}"] > 1
     counts = [len(record.engines[graph].profiles) for graph in ("prune", "vision", "language")]
-    expected = {"one": [1, 1, 2], "several": [1, 2, 3], "merged": [1, 1, 1]}
+    expected = {"one": [1, 1, 2], "several": [1, 2, 3]}
     assert counts == expected[buckets]  # the last one of language is decode
-    assert record.engines["language"].profiles[-1]["S"] == (
-        (1, 24, 256) if buckets == "merged" else (1, 1, 1)
-    )
+    assert record.engines["language"].profiles[-1]["S"] == (1, 1, 2)
     assert record.engines["language"].profiles[0]["B"] == (1, 1, 1)
     assert ("M" in record.engines["language"].profiles[0]) == (kind[0] == "plain")
     assert (record.target, record.dialect, record.precision) == (RTX, *kind)
@@ -116,18 +114,6 @@ def test_every_graph_compiles(
     assert record.peak_memory > 0
     assert record.build_seconds >= sum(engine.build_seconds for engine in record.engines.values())
     assert [p.name for p in (bundle / "engines").iterdir()] == [RTX]
-
-
-@pytest.mark.slow
-def test_profiles_are_merged_because_each_holds_the_weights(bundles: dict[tuple[str, str], Path]) -> None:
-    """What TensorRT-RTX does today; if this fails, separate profiles may have become cheap."""
-    sizes = {}
-    for separate in (False, True):
-        options = dataclasses.replace(SMALL, separate_profiles=separate)
-        record = compile_bundle(bundles["standard", "bf16"], RTX, None, options)
-        sizes[separate] = record.engines["language"].bytes
-    weights = (bundles["standard", "bf16"] / "language.onnx.data").stat().st_size
-    assert sizes[True] > sizes[False] + 0.8 * weights
 
 
 def test_build_from_a_checkpoint_with_options(tiny_checkpoint: Path, tmp_path: Path) -> None:

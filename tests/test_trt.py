@@ -456,7 +456,7 @@ def test_memory_is_kept_and_given_back(gpu: emulator.Cuda) -> None:
 def test_a_second_question_runs_what_is_new(
     pipe: ppexport.Pipeline, cpu: ppexport.Pipeline, gpu: emulator.Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind the cache of the first one, and where engines cannot do that, with the features of the first one."""
+    """Behind the cache of the first one."""
     ids = np.load(GOLDEN / "e2e" / "one_tau0.npz")["input_ids"]
     picture, other = [IMAGES / NAMES["one"][0]], np.append(ids, [7, 9])
     expected = [s.token for s in cpu.generate_tokens(other, picture, ppexport.PixelPrune(), max_new_tokens=6)]
@@ -466,7 +466,7 @@ def test_a_second_question_runs_what_is_new(
     allocated, stats = len(gpu.allocated), ppexport.Stats()
     steps = pipe.generate_tokens(other, picture, ppexport.PixelPrune(), max_new_tokens=6, stats=stats)
     assert [s.token for s in steps] == expected
-    assert (stats.reused_tokens >= stats.kept) == pipe.backend.appends
+    assert stats.reused_tokens >= stats.kept > 0
     assert len(gpu.allocated) <= allocated + 4  # no further cache
 
 

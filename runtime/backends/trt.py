@@ -32,9 +32,8 @@ class TrtBackend(GpuBackend):
         self.name = f"{target} {self.trt.__version__}"
         self.capacity = self.record.profiles.capacity
         self.max_pixels = self.record.profiles.max_pixels
-        # profiles of plain engines take a prompt with an empty cache only; others may be edited to begin higher
-        plain = manifest.graphs["language"].dialect == "plain"
-        self.appends = not plain and all(p["S"][0] == p["K"][0] == 1 for p in self.record.profiles.prefill)
+        # profiles may be edited to begin higher
+        self.appends = all(p["S"][0] == p["K"][0] == 1 for p in self.record.profiles.prefill)
         self.log = trt_api.logger(self.trt)
         try:
             self.runtime = self.trt.Runtime(self.log)
@@ -118,11 +117,10 @@ class TrtSession:
                 f"{folder / engine.file}: has {self.loaded.num_optimization_profiles} profiles, its record "
                 f"{len(engine.profiles)}; {engine_record.rebuild(bundle, target)}"
             )
-        last = len(engine.profiles) - 1  # for single tokens, if there is more than one
-        self.contexts = [
-            self._context(i) for i in range(last + 1 if graph != "language" or not last else last)
-        ]
-        self.decode = self._context(last, replays=True) if graph == "language" else None
+        decodes = graph == "language"  # its last profile is for single tokens
+        count = len(engine.profiles) - decodes
+        self.contexts = [self._context(i) for i in range(count)]
+        self.decode = self._context(count, replays=True) if decodes else None
         backend.add(self)
 
     def all_contexts(self) -> list[Context]:
