@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .cluster.connect import Cluster
 
 LONGEST_LINE = 256 << 20  # bytes
+BEGIN = b'{"line": '  # of every line that is written
 Numbered = tuple[int, bytes]  # a line of the input, counted from 1
 
 
@@ -73,19 +74,29 @@ def answer_file(
     read or do not belong together, SpaceError for what cannot be written.
     """
     errors = errors_of(output)
-    begun = _complete_lines(output) + _complete_lines(errors)
+    held = {number for path in (output, errors) for number in _held(path)}
     try:
         lines = source.open("rb")
     except OSError as err:
         raise RequestError(f"{source}: cannot be read: {err}") from err
     done = failed = 0
     with lines:
-        for number in range(begun):
-            if not lines.readline(LONGEST_LINE):
+        numbered = _numbered(lines)
+        while held:
+            number, _ = next(numbered, (0, b""))
+            if not number:
                 raise RequestError(
-                    f"{output}: holds {begun} answers and errors, but {source} has {number} lines: name another"
+                    f"{output}: holds line {max(held)}, but {source} ends before: name another output"
                 )
-        answers = answer(_numbered(lines, begun))
+            if number not in held:
+                raise RequestError(
+                    f"{output}: lacks line {number} of {source} and holds later ones, expected it and {errors.name} as "
+                    "a run left them; name another output, or put lines to ask again in a file of their own"
+                )
+            held.discard(number)
+        for path in (output, errors):
+            _cut(path)
+        answers = answer(numbered)
         try:
             with output.open("ab") as good, errors.open("ab") as bad:
                 for written in answers:
@@ -100,12 +111,16 @@ def answer_file(
     return done, failed
 
 
-def _numbered(lines: Any, begun: int) -> Iterator[Numbered]:
-    """The lines after those that were done, counted from 1."""
-    number = begun
+def _numbered(lines: Any) -> Iterator[Numbered]:
+    """The lines that are not blank, counted from 1; one that is too long without its end, which makes it no JSON."""
+    number = 0
     while line := lines.readline(LONGEST_LINE):
         number += 1
-        yield number, line
+        whole = line
+        while not line.endswith(b"\n") and (line := lines.readline(LONGEST_LINE)):
+            pass  # the rest of a line that is too long
+        if whole.strip():
+            yield number, whole
 
 
 def errors_of(output: Path) -> Path:
@@ -113,26 +128,28 @@ def errors_of(output: Path) -> Path:
     return output.with_name(f"{output.stem}.errors{output.suffix}")
 
 
-def _complete_lines(path: Path) -> int:
-    """How many lines a file has; what was cut off at its end is cut off for good. Raises RequestError."""
+def _held(path: Path) -> Iterator[int]:
+    """Numbers of the lines that a file of answers holds. Raises RequestError for another file."""
     if not path.exists():
-        return 0
-    count = end = 0
+        return
     try:
-        with path.open("r+b") as file:
+        with path.open("rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                if not isinstance(json.loads(line), dict) or "line" not in json.loads(line):
-                    raise ValueError("it is no answer")
-                count += 1
-                end += len(line)
-            file.truncate(end)
-    except (OSError, ValueError) as err:
+                if line.endswith(b"\n"):
+                    yield int(json.loads(line)["line"])
+                elif not BEGIN.startswith(line[: len(BEGIN)]):
+                    raise ValueError("it ends with something else")
+    except (OSError, ValueError, KeyError, TypeError) as err:
         raise RequestError(
             f"{path}: exists and is not of 'ppexport batch' ({err}), expected another name"
         ) from err
-    return count
+
+
+def _cut(path: Path) -> None:
+    """Drop an unfinished last line of a file of answers."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def answer_lines(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -178,6 +179,17 @@ max_tokens_option = click.option(
     show_default=True,
     help="Of an answer whose request does not say.",
 )
+
+
+class Seconds(click.FloatRange):
+    """A number in a range that is one, and finite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Not nan, which no comparison holds off."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return found
 
 
 class RayAddress(click.ParamType):

@@ -6,7 +6,10 @@ every backend alike.
 
 from __future__ import annotations
 
+import functools
 import json
+import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,12 @@ from ..models.errors import BackendError, RequestError
 MOST_BYTES = 128 << 10  # of a schema as JSON
 MOST_DEPTH = 64  # of objects and lists inside of each other in a schema
 MOST_PARTS = 100_000  # of its objects, lists and values
-MOST_INTEGER = 2**53 - 1  # what all readers of JSON agree on (RFC 8259, 6); llguidance crashes near -2**63
 # between the parts of an answer: without an end a model could go on with it for ever
 WHITESPACE = r"\n {0,24}| ?"
+OPTIONS: Any = {"whitespace_pattern": WHITESPACE}
+SECONDS = 5.0  # to try a schema out
+TRIED = 256  # schemas that are known to be good
+CHILD = str(Path(__file__).parent / "grammar_child.py")
 ANY_OBJECT = {"type": "object"}
 
 SchemaLike = Mapping[str, Any] | str
@@ -47,11 +53,9 @@ class Grammars:
     def grammar(self, schema: SchemaLike) -> Grammar:
         """For one answer. Raises RequestError for what is no schema, too large, or too hard to follow."""
         text = as_json(schema)
+        _try_out(text)
         matcher = self._llguidance.LLMatcher
-        try:
-            rules = matcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
-        except ValueError as err:
-            raise RequestError(f"the schema cannot be followed: {_brief(err)}") from err
+        rules = matcher.grammar_from_json_schema(text, overrides=OPTIONS)
         found = Grammar(matcher(self._tokens, rules, log_level=0), self.vocab)
         found.masked(np.zeros(self.vocab, np.float32))  # before anything runs that would be for nothing
         return found
@@ -81,6 +85,31 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RequestError(f"the schema cannot be followed: {_brief(self._matcher.get_error())}")
+
+
+@functools.lru_cache(maxsize=TRIED)
+def _try_out(text: str) -> None:
+    """Let another process follow a schema first (grammar_child.py). Raises RequestError."""
+    try:
+        done = subprocess.run(
+            [sys.executable, CHILD],
+            input=f"{json.dumps([sys.path, OPTIONS])}\n{text}",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired as err:
+        raise RequestError(
+            f"the schema cannot be followed: it takes more than {SECONDS:g} s to work out what it allows, expected "
+            "fewer or simpler patterns"
+        ) from err
+    if done.returncode == 1:
+        raise RequestError(f"the schema cannot be followed: {_brief(done.stdout)}")
+    if done.returncode:
+        raise RequestError(
+            "the schema cannot be followed: llguidance ran out of memory or crashed, expected a simpler one"
+        )
 
 
 def _brief(error: object) -> str:
@@ -127,10 +156,6 @@ def _check_parts(schema: object) -> None:
     for _ in range(MOST_DEPTH):
         inside: list[object] = []
         for value in level:
-            if isinstance(value, int) and abs(value) > MOST_INTEGER:
-                raise RequestError(
-                    f"the schema holds an integer of {value.bit_length()} bits, expected up to 53"
-                )
             inside += (
                 value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
             )

@@ -134,4 +134,47 @@ def test_an_output_of_another_file(pocket_bundle: Path, tmp_path: Path) -> None:
     written(source, [{"messages": asked("Hi"), "max_tokens": 2}])
     done = runner().invoke(main, arguments)
     assert done.exit_code == 1
-    assert "holds 3 answers and errors, but" in done.stderr
+    assert "holds line 3, but" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["notes without a newline", '{"my": "json"}', '{"line": "x"}\n', "notes\n"])
+def test_a_file_of_something_else_stays_as_it_is(text: str, pocket_bundle: Path, tmp_path: Path) -> None:
+    source = written(tmp_path / "in.jsonl", [{"messages": asked("Hi"), "max_tokens": 2}])
+    for name in ("out.jsonl", "out.errors.jsonl"):
+        (tmp_path / name).write_text(text)
+        done = runner().invoke(
+            main, ["batch", str(pocket_bundle), str(source), "-o", str(tmp_path / "out.jsonl")]
+        )
+        assert done.exit_code == 1
+        assert "is not of 'ppexport batch'" in done.stderr
+        assert (tmp_path / name).read_text() == text
+        (tmp_path / name).unlink()
+
+
+def test_blank_lines_and_a_lost_file_of_errors(pocket_bundle: Path, tmp_path: Path) -> None:
+    """Numbers are those of the lines; what was taken away is not asked again behind later ones."""
+    body = json.dumps({"messages": asked("Hi"), "max_tokens": 2})
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(f"{body}\n\n{{bad\n{body}\n \n")
+    arguments = ["batch", str(pocket_bundle), str(source), "-o", str(output), "-q"]
+    assert runner().invoke(main, arguments).exit_code == 1
+    assert [each["line"] for each in lines(output)] == [1, 4]
+    before = output.read_text()
+    done = runner().invoke(main, arguments)
+    assert (done.exit_code, done.stdout) == (0, f"0 answered in {output}\n")
+    (tmp_path / "out.errors.jsonl").unlink()
+    done = runner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert "lacks line 3 of" in done.stderr
+    assert output.read_text() == before
+
+
+def test_a_line_that_is_too_long(
+    pocket_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ppexport.batch.LONGEST_LINE", 200)
+    body = {"messages": asked("Hi"), "max_tokens": 2}
+    source = written(tmp_path / "in.jsonl", [body, {**body, "user": "x" * 1000}, body])
+    output = tmp_path / "out.jsonl"
+    assert runner().invoke(main, ["batch", str(pocket_bundle), str(source), "-o", str(output)]).exit_code == 1
+    assert [each["line"] for each in lines(output)] == [1, 3]

@@ -101,7 +101,7 @@ def test_decoder_nodes_of_each_dialect(checkpoint: Checkpoint) -> None:
     assert found["com.microsoft::GroupQueryAttention"] == layers
     assert found["com.microsoft::RotaryEmbedding"] == 2 * layers
     found = types(graphs.language_graph(checkpoint.config, DIALECTS["standard"]))
-    assert found["Attention"] == layers
+    assert found["Softmax"] == layers
     assert found["TensorScatter"] == 2 * layers
     assert found["LessOrEqual"] == 1  # one mask for all layers
     assert not [name for name in found if "::" in name]

@@ -216,6 +216,7 @@ def test_a_signal_lets_requests_end(pocket_bundle: Path) -> None:
             marks=pytest.mark.slow,
         ),
         (("--ray", "nowhere"), "no Ray cluster answers at 'nowhere'"),
+        (("--ray", "127.0.0.1:1"), "no Ray cluster answers at '127.0.0.1:1'"),
     ],
 )
 def test_options_that_do_not_go(options: tuple[str, ...], said: str, pocket_bundle: Path) -> None:

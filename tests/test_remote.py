@@ -88,7 +88,13 @@ def test_a_host_that_is_slow(host: str, as_public: None, monkeypatch: pytest.Mon
         remote.fetch(f"{host}/slow", ("localhost",), 1000, "x")
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "::1", "10.0.0.1", "169.254.169.254", "0.0.0.0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("localhost", "127.0.0.1", "::1", "10.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "ff02::1"),
+        *("fec0::1", "2002:7f00:1::1", "64:ff9b::7f00:1", "::ffff:127.0.0.1"),
+    ],
+)
 def test_this_machine_and_its_network_are_never_asked(name: str) -> None:
     """Also where a user allows the name."""
     url = f"http://[{name}]/x" if ":" in name else f"http://{name}/x"

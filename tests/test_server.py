@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import json
 import re
 import signal
@@ -11,20 +12,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from fuzz_server import fuzz
 from pydantic import BaseModel
 from serving import Server, asked, serving
+from starlette.requests import ClientDisconnect
 from terminal import runner
 
 import ppexport
+from ppexport.bench.load import Load, measure
 from ppexport.cli import main
+from ppexport.server import app, connections
 from ppexport.server.errors import ApiError
 from ppexport.server.protocol import parse
 from ppexport.server.serve import Address, Setup, listening
@@ -447,7 +453,7 @@ def test_an_engine_that_hangs_or_ends_is_told(pocket_bundle: Path, monkeypatch: 
     async def ask() -> list[str]:
         service.start()
         found = [service.state]
-        run = await service.run_of(parse({"messages": asked("Hi")}))
+        run = await service.run_of(parse({"messages": asked("Hi")}), time.perf_counter())
         pieces = service.answer(parse({"messages": asked("Hi")}), run)
         with pytest.raises(ApiError, match="longer than"):
             await anext(pieces)
@@ -465,6 +471,105 @@ def test_an_engine_that_hangs_or_ends_is_told(pocket_bundle: Path, monkeypatch: 
     finally:
         hold.set()
         service.close()
+
+
+def test_the_answer_goes_into_the_next_request_as_it_came(client: Any) -> None:
+    messages = asked(QUESTION, SCREEN)
+    answer = client.chat.completions.create(model="pocket", messages=messages)
+    for turn in (answer.choices[0].message, answer.choices[0].message.model_dump()):
+        again = [*messages, turn, *asked("What is the Brightness?")]
+        assert client.chat.completions.create(model="pocket", messages=again).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"messages": [' + b"{}," * 60_000 + b"{}]}", "more than 50000 values"),
+        (b'{"messages": [' + b"{}," * 2000 + b"{}]}", "there are 2001 messages"),
+        (json.dumps({"messages": asked("Hi"), "prune": {"\ud800": 1}}).encode(), "prune"),
+        (
+            json.dumps(
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"x": 1}}]}]}
+            ).encode(),
+            "image_url",
+        ),
+    ],
+    ids=range(4),
+)
+def test_bodies_that_are_too_much(server: Server, body: bytes, said: str) -> None:
+    begin = time.monotonic()
+    status, found, _ = server.ask(body)
+    assert (status, said in found["error"]["message"]) == (400, True), found
+    assert time.monotonic() - begin < 10
+
+
+def test_bodies_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends nothing more has its time; one that goes away is no fault of the server."""
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
+
+    class Slow:
+        def __init__(self, gone: bool):
+            self.gone = gone
+
+        async def stream(self) -> AsyncIterator[bytes]:
+            yield b"{"
+            if self.gone:
+                raise ClientDisconnect
+            await asyncio.sleep(60)
+
+    for gone, status in ((False, 408), (True, 499)):
+        with pytest.raises(ApiError) as found:
+            asyncio.run(app._body(Slow(gone), 100))  # type: ignore[arg-type]
+        assert found.value.status == status
+
+
+def test_connections_that_ask_for_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "PATIENCE", 0.1)
+
+    async def idle() -> bytes:
+        config = uvicorn.Config(
+            FastAPI(), http=connections.impatient(), log_config=None, lifespan="off", port=0
+        )
+        with listening(Address("127.0.0.1", 0)) as listener:
+            served = uvicorn.Server(config)
+            serving = asyncio.ensure_future(served.serve(sockets=[listener]))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            found = await asyncio.wait_for(reader.read(), 30)
+            writer.close()
+            served.should_exit = True
+            await serving
+        return found
+
+    assert asyncio.run(idle()) == b""
+
+
+def test_bench_serve_of_others(tmp_path: Path) -> None:
+    """Streams that end early have failed, whatever shape errors have; an address may end in /v1."""
+    answers = [b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', b'data: {"error": "boom"}\n\n']
+    answers += [b'data: {"choices": null, "usage": {}}\n\ndata: [DONE]\n\n', b"data: {}\n\ndata: [1]\n\n"]
+    paths: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            paths.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers[len(paths) - 1])
+
+        def log_message(self, *_: Any) -> None: ...
+
+    other = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    try:
+        load = Load(f"http://127.0.0.1:{other.server_port}/v1", requests=4, concurrency=1)
+        found, _ = measure(load)
+    finally:
+        other.shutdown()
+        other.server_close()
+    assert paths == ["/v1/chat/completions"] * 4
+    assert [each.ok for each in found] == [False, False, True, False]
+    assert found[1].error == "boom"
 
 
 def test_small_parts_are_sent_at_once() -> None:

@@ -176,13 +176,36 @@ def _quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _standard_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    q, k, v, k_cache, v_cache, own, entries = node.inputs
+    """New rows go where the cache is; the first ``entries`` of it are looked at."""
+    _, k, v, k_cache, v_cache, own, entries = node.inputs
     first = op("Cast", op("ReduceMin", own, op.ints([1]), keepdims=0), to=ir.DataType.INT64)  # [B]
     new_k = op("TensorScatter", k_cache, _swap(op, k), first, axis=2)
     new_v = op("TensorScatter", v_cache, _swap(op, v), first, axis=2)
-    mask = op("LessOrEqual", entries, op("Unsqueeze", own, op.ints([1, 3])))  # [B, 1, S, M]
-    out = op("Attention", _swap(op, q), new_k, new_v, mask, scale=_attr(node, "scale"))
-    return [_swap(op, out), new_k, new_v]
+    axis = op.ints([2])
+    keys, values = (op("Slice", x, op.ints([0]), op("Shape", entries), axis) for x in (new_k, new_v))
+    place = op("Unsqueeze", entries, op.ints([0, 1, 2]))  # [1, 1, 1, U]
+    return [_grouped_attention(op, node, keys, values, place), new_k, new_v]
+
+
+def _grouped_attention(op: Ops, node: ir.Node, keys: Any, values: Any, place: Any) -> ir.Value:
+    """Causal attention over keys and values [B, kv_heads, n, Dh] at the entries ``place`` [B or 1, 1, 1, n].
+
+    TensorRT makes one kernel of product, Where, Softmax and product, which keeps no scores in memory, as long as keys
+    have four dimensions: the query heads that share a key head stand below each other ([B, kv_heads, S * groups, Dh]),
+    so keys are not expanded to all heads either.
+    """
+    q, own = node.inputs[0], node.inputs[5]
+    (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
+    groups = heads // kv_heads
+    grouped = op("Reshape", _scaled(op, node), op.ints([0, 0, kv_heads, groups, width]))
+    grouped = op("Reshape", op("Transpose", grouped, perm=[0, 2, 1, 3, 4]), op.ints([0, kv_heads, -1, width]))
+    query = op("Concat", *[op("Unsqueeze", own, op.ints([2]))] * groups, axis=2)
+    query = op("Reshape", query, op.ints([0, 1, -1, 1]))  # [B, 1, S * groups, 1]
+    scores = op("MatMul", grouped, op("Transpose", keys, perm=[0, 1, 3, 2]))
+    scores = op("Where", op("LessOrEqual", place, query), scores, _in_type_of(op, LOWEST, q))
+    out = op("MatMul", op("Softmax", scores, axis=-1), values)
+    out = op("Transpose", op("Reshape", out, op.ints([0, kv_heads, -1, groups, width])), perm=[0, 2, 1, 3, 4])
+    return op("Reshape", out, op.ints([0, 0, heads, width]))
 
 
 def _standard_rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
@@ -222,33 +245,16 @@ def _plain_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _plain_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """One product, one Where, one Softmax and one product over cache and new rows side by side.
-
-    TensorRT makes one kernel of that, which keeps no scores in memory, as long as keys have four dimensions: the query
-    heads that share a key head stand below each other ([B, kv_heads, S * groups, Dh]). ``place`` says at which entry a
-    key belongs, FAR where the cache holds nothing.
-    """
-    q, k, v, k_cache, v_cache, own, entries = node.inputs
-    (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
-    groups = heads // kv_heads
-    grouped = op("Reshape", _scaled(op, node), op.ints([0, 0, kv_heads, groups, width]))
-    grouped = op("Reshape", op("Transpose", grouped, perm=[0, 2, 1, 3, 4]), op.ints([0, kv_heads, -1, width]))
+    """Cache and new rows side by side; a key belongs at an entry, FAR where the cache holds nothing."""
+    _, k, v, k_cache, v_cache, own, entries = node.inputs
     first = op("ReduceMin", own, op.ints([1]), keepdims=1)  # [B, 1]
     far = op("Cast", op.const(FAR), to=ir.DataType.INT32)
     held = op("Where", op("Less", entries, first), entries, far)  # [B, M]
     place = op("Unsqueeze", op("Concat", held, own, axis=1), op.ints([1, 2]))  # [B, 1, 1, M + S]
-    query = op("Unsqueeze", own, op.ints([2]))
-    query = op(
-        "Reshape", op("Concat", *[query] * groups, axis=2), op.ints([0, 1, -1, 1])
-    )  # [B, 1, S * groups, 1]
     keys = op("Concat", k_cache, _swap(op, k), axis=2)
     values = op("Concat", v_cache, _swap(op, v), axis=2)
-    scores = op("MatMul", grouped, op("Transpose", keys, perm=[0, 1, 3, 2]))
-    scores = op("Where", op("LessOrEqual", place, query), scores, _in_type_of(op, LOWEST, q))
-    out = op("MatMul", op("Softmax", scores, axis=-1), values)
-    out = op("Transpose", op("Reshape", out, op.ints([0, kv_heads, -1, groups, width])), perm=[0, 2, 1, 3, 4])
     rows = [op("Transpose", x, perm=[1, 0, 2, 3]) for x in (k, v)]
-    return [op("Reshape", out, op.ints([0, 0, heads, width])), *rows]
+    return [_grouped_attention(op, node, keys, values, place), *rows]
 
 
 def _plain_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:

@@ -150,15 +150,20 @@ def _ask(place: SplitResult, body: bytes, key: str | None, begin: float) -> Time
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     timed = Timed(time.perf_counter() - begin)
     try:
-        connection.request("POST", f"{place.path.rstrip('/')}/v1/chat/completions", body, headers)
+        path = place.path.rstrip("/").removesuffix("/v1")
+        connection.request("POST", f"{path}/v1/chat/completions", body, headers)
         answer = connection.getresponse()
         timed.status = answer.status
         if answer.status != 200:
             timed.error = answer.read(500).decode(errors="replace")
+        whole = False
         for line in answer:
+            whole = whole or line.startswith(b"data: [DONE]")
             if line.startswith(b"data: {"):
                 _take(timed, json.loads(line[6:]), time.perf_counter() - begin)
-    except (OSError, http.client.HTTPException, ValueError) as err:
+        if not whole and not timed.error:
+            timed.error = "the stream ended before its end, expected data: [DONE]"
+    except (OSError, http.client.HTTPException, ValueError, AttributeError, TypeError) as err:
         timed.error = str(err) or type(err).__name__
     finally:
         connection.close()
@@ -168,14 +173,14 @@ def _ask(place: SplitResult, body: bytes, key: str | None, begin: float) -> Time
 
 def _take(timed: Timed, chunk: dict[str, Any], now: float) -> None:
     """A part of an answer."""
-    if "error" in chunk:
-        timed.error = str(chunk["error"].get("message", ""))
-    if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
+    if error := chunk.get("error"):
+        timed.error = str(error.get("message") or error) if isinstance(error, dict) else str(error)
+    if any((choice.get("delta") or {}).get("content") for choice in chunk.get("choices") or ()):
         timed.tokens.append(now)
     if usage := chunk.get("usage"):
-        timed.output_tokens = usage["completion_tokens"]
-        timed.prompt_tokens = usage["prompt_tokens"]
-        timed.pruned_tokens = (usage.get("prompt_tokens_details") or {}).get("pruned_tokens", 0)
+        timed.output_tokens = usage.get("completion_tokens") or 0
+        timed.prompt_tokens = usage.get("prompt_tokens") or 0
+        timed.pruned_tokens = (usage.get("prompt_tokens_details") or {}).get("pruned_tokens") or 0
 
 
 def summary(

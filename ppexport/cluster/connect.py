@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +17,9 @@ from ..models.engine_record import TARGETS, folder
 from ..models.errors import BackendError, RequestError
 
 LOG = logging.getLogger(__name__)
+AUTH = "RAY_AUTH_MODE"
+TOKEN = Path("~/.ray/auth_token").expanduser()
+REACH = 5.0  # seconds for a cluster to answer
 GPU_DEVICES = ("cuda", *TARGETS)
 
 
@@ -63,17 +69,38 @@ def connected(cluster: Cluster) -> Iterator[None]:
             f"{err.name} is not installed, expected for --ray; install it with: pip install 'ppexport[ray]'"
         ) from err
     wanted = None if cluster.address == "auto" else cluster.address
+    if AUTH not in os.environ and TOKEN.exists() and cluster.address != "local":
+        os.environ[AUTH] = "token"  # clusters that Ray starts ask for it
+    _reach(cluster.address)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(wanted, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as err:
+    except Exception as err:  # of many kinds
         raise BackendError(
             f"no Ray cluster answers at {cluster.address!r}: {str(err).splitlines()[0]}; expected 'local', 'auto', or "
-            "the HOST:PORT that 'ray start --head' told"
+            f"the HOST:PORT that 'ray start --head' told, and its token in {TOKEN} on this machine"
         ) from err
+    finally:  # Ray sets some of its own
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise BackendError where nobody listens at HOST:PORT: Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "local", "auto", or what Ray says itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+    except (OSError, OverflowError) as err:
+        raise BackendError(
+            f"no Ray cluster answers at {address!r}: {err}; expected the HOST:PORT that 'ray start --head' told"
+        ) from err
 
 
 def fitted(cluster: Cluster, bundle: str, device: str) -> Fitted:

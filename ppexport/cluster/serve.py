@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..models.errors import BackendError
+from ..models.errors import BackendError, RequestError
 from ..runtime.bundle import open_bundle
 from ..server.serve import Address, Setup, listening
 from .connect import Cluster, Fitted, connected, fitted
@@ -36,20 +36,28 @@ def serve(
     """
     setup = replace(setup, bundle=str(Path(setup.bundle).resolve()))
     open_bundle(setup.bundle)
-    with listening(address) as listener:  # free, or said now
-        address = replace(address, port=listener.getsockname()[1])
     told = threading.Event()
     with connected(cluster):
         from ray import serve as ray_serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         copies = fitted(cluster, setup.bundle, setup.device)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: told.set())
-        ray_serve.start("EveryNode", {"host": address.host, "port": address.port})
+        before = ray_serve.status()
+        if before.applications:
+            raise RequestError(
+                f"Ray Serve runs {', '.join(before.applications) or 'others'} on this cluster, expected none: end it "
+                "with 'serve shutdown', or name another cluster"
+            )
+        ours = not before.proxies  # then it ends with this command, else it keeps its address
+        if ours:
+            with listening(address) as listener:  # free, or said now
+                address = replace(address, port=listener.getsockname()[1])
+            ray_serve.start("EveryNode", {"host": address.host, "port": address.port})
         try:
             ray_serve.run(application(setup, copies), name=NAME, route_prefix="/")
             _check(address)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: told.set())
             ready(address.url)
             told.wait()
         except RuntimeError as err:
@@ -57,7 +65,7 @@ def serve(
             raise BackendError(f"no copy of {setup.bundle} came up on the Ray cluster: {reason}") from err
         finally:
             ray_serve.delete(NAME)
-            if cluster.address == "local":
+            if ours:
                 ray_serve.shutdown()
 
 

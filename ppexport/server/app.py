@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..models.pruners.pixelprune import PRUNE_METHODS, PixelPrune
 from ..models.version import __version__
 from .chat import ChatWriter
 from .errors import ApiError, invalid
-from .protocol import ChatRequest, parse, parse_select
+from .protocol import ChatRequest, from_json, parse, parse_select
 from .service import Piece, Service
 
 LOG = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ PAGE_HEADERS = {
     "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+BODY_SECONDS = 60.0  # for a body to come
+LAST_WORDS = 5.0  # seconds for what is told when the time of a request is over
 DROPPED = 8  # times the longest body: what is read of one that is too long
 DONE = "data: [DONE]\n\n"
 
@@ -44,7 +48,7 @@ def create_app(service: Service, key: str | None = None, most_bytes: int = 64 <<
     app.add_exception_handler(Exception, _failed)
     routes = _Routes(service, key, most_bytes)
     app.get("/")(routes.page)
-    app.get("/health")(routes.health)
+    app.api_route("/health", methods=["GET", "HEAD"])(routes.health)
     app.get("/metrics")(routes.metrics)
     known = [Depends(routes.known)]
     app.get("/v1/models", dependencies=known)(routes.models)
@@ -111,7 +115,12 @@ class _Routes:
 
     async def select(self, request: Request) -> dict[str, Any]:
         """What would be kept of a picture."""
-        return await self.service.select(parse_select(_json(await _body(request, self.most_bytes))))
+        self.service.admit()
+        try:
+            body = await _body(request, self.most_bytes)
+            return await self.service.select(await asyncio.to_thread(lambda: parse_select(from_json(body))))
+        finally:
+            self.service.leave()
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a chat."""
@@ -121,8 +130,10 @@ class _Routes:
             service.admit()
             streams = False  # then it leaves at the end of the stream
             try:
-                chat = parse(_json(await _body(request, self.most_bytes)))
-                found = await _Answer(service, chat).begin(request)
+                arrived = time.perf_counter()
+                body = await _body(request, self.most_bytes)
+                chat = await asyncio.to_thread(lambda: parse(from_json(body)))
+                found = await _Answer(service, chat, arrived).begin(request)
                 streams = isinstance(found, Events)
                 status = found.status_code
                 return found
@@ -131,6 +142,8 @@ class _Routes:
                     service.leave()
         except ApiError as err:
             status = err.status
+            if status == GONE:
+                service.metrics.cancelled.inc()
             raise
         finally:
             service.metrics.requests.labels(str(status)).inc()
@@ -139,21 +152,22 @@ class _Routes:
 class _Answer:
     """One request to answer, as a whole or as a stream."""
 
-    def __init__(self, service: Service, chat: ChatRequest):
+    def __init__(self, service: Service, chat: ChatRequest, arrived: float):
         self.service = service
         self.chat = chat
+        self.arrived = arrived
 
     async def begin(self, request: Request) -> Response:
         """The answer; a stream once its first part is there, so that what cannot be answered has its status."""
         service = self.service
-        run = await service.run_of(self.chat)
+        run = await service.run_of(self.chat, self.arrived)
         writer = ChatWriter(service.pipe, service.name, self.chat, run)
         pieces = service.answer(self.chat, run)
         gone = asyncio.ensure_future(_gone(request))
         try:
             first = await _unless(gone, anext(pieces, None))
             if self.chat.stream:
-                return Events(service, writer, first, pieces)
+                return Events(service, writer, first, pieces, run.arrived + service.limits.seconds)
             found = [] if first is None else [first]
             while (piece := await _unless(gone, anext(pieces, None))) is not None:
                 found.append(piece)
@@ -169,17 +183,26 @@ class Events(StreamingResponse):
     """An answer as server-sent events; a request that was let in leaves at its end, however it comes."""
 
     def __init__(
-        self, service: Service, writer: ChatWriter, first: Piece | None, pieces: AsyncGenerator[Piece, None]
+        self,
+        service: Service,
+        writer: ChatWriter,
+        first: Piece | None,
+        pieces: AsyncGenerator[Piece, None],
+        deadline: float,
     ):
         super().__init__(self._chunks(writer, first, pieces), media_type="text/event-stream")
         self._service = service
         self._pieces = pieces
+        self._deadline = deadline  # in seconds of perf_counter; for its reader, too
         self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it; where the client goes away, what is left of it is not computed."""
         try:
-            await super().__call__(scope, receive, send)
+            left = max(0.0, self._deadline - time.perf_counter()) + LAST_WORDS
+            await asyncio.wait_for(super().__call__(scope, receive, send), left)
+        except asyncio.TimeoutError:  # it reads nothing any more
+            LOG.info("a stream was not read", extra={"fields": {"seconds": self._service.limits.seconds}})
         finally:
             if not self._ended:
                 self._service.metrics.cancelled.inc()
@@ -223,34 +246,33 @@ async def _gone(request: Request) -> None:
 
 
 async def _body(request: Request, most_bytes: int) -> bytes:
-    """The whole body. Raises ApiError for one that is too long.
+    """The whole body. Raises ApiError for one that is too long, or comes too slowly.
 
     What is beyond the limit is read and dropped for a while, since most clients read no answer before they have sent
     all of theirs.
     """
     parts = []
     found = 0
-    async for part in request.stream():
-        found += len(part)
-        if found <= most_bytes:
-            parts.append(part)
-        elif found > DROPPED * most_bytes:
-            break
+
+    async def read() -> None:
+        nonlocal found
+        async for part in request.stream():
+            found += len(part)
+            if found <= most_bytes:
+                parts.append(part)
+            elif found > DROPPED * most_bytes:
+                break
+
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+    except asyncio.TimeoutError as err:
+        message = f"the body took longer than {BODY_SECONDS:g} s, expected all of it sooner"
+        raise invalid(message, status=408) from err
+    except ClientDisconnect as err:
+        raise ApiError(GONE, "the client went away") from err
     if found > most_bytes:
         raise invalid(f"the body is longer than {most_bytes} bytes, expected a smaller image", status=413)
     return b"".join(parts)
-
-
-def _json(body: bytes) -> Any:
-    """Raises ApiError for what is no JSON."""
-    try:
-        return json.loads(body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as err:
-        raise invalid(f"the body is no JSON: {err}") from err
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"found {name}, expected a number")
 
 
 def _event(chunk: dict[str, Any]) -> str:

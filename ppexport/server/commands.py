@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..models.errors import BackendError
-from ..options import cluster_of, cluster_options, device_option, max_tokens_option, slots_option
+from ..options import Seconds, cluster_of, cluster_options, device_option, max_tokens_option, slots_option
 
 
 @click.command()
@@ -38,14 +38,14 @@ from ..options import cluster_of, cluster_options, device_option, max_tokens_opt
 @max_tokens_option
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=Seconds(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds for one request, waiting included.",
 )
 @click.option(
     "--drain",
-    type=click.FloatRange(0),
+    type=Seconds(0),
     default=30.0,
     show_default=True,
     help="Seconds that requests have to end after SIGTERM.",

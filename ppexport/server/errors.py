@@ -21,7 +21,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ):
-        super().__init__(message)
+        super().__init__(
+            message.encode("utf-8", "backslashreplace").decode()
+        )  # half a surrogate cannot be sent
         self.status = status
         self.param = param
         self.kind = kind

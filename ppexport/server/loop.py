@@ -8,33 +8,40 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 from ..runtime.answer import Step
 from ..runtime.engine import Engine
 from ..runtime.sequence import Sequence
 
 LOG = logging.getLogger(__name__)
+ENDING = 5.0  # seconds for the last step
 
 
 class Ticket:
     """A sequence that runs, and a queue of what its reader has not seen yet; of one event loop."""
 
-    def __init__(self, sequence: Sequence):
+    def __init__(self, sequence: Sequence, told: Callable[[Step], Any]):
         self.sequence = sequence
+        self.told = told
         self._events = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Step | BaseException | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
 
-    def hand_over(self, found: list[Step | BaseException | None]) -> None:
-        """From any thread; None is the end."""
+    def hand_over(self, found: list[Any]) -> None:
+        """From any thread; an exception is what ended the sequence early, None its end."""
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             self._events.call_soon_threadsafe(self._put, found)
 
-    def _put(self, found: list[Step | BaseException | None]) -> None:
+    def _put(self, found: list[Any]) -> None:
         for each in found:
             self._queue.put_nowait(each)
 
-    async def next(self, seconds: float) -> Step | None:
-        """The next token, None at the end. Raises asyncio.TimeoutError, and what ended the sequence early."""
+    async def next(self, seconds: float) -> Any:
+        """What is told of the next token, None at the end.
+
+        Raises asyncio.TimeoutError, and what ended the sequence early.
+        """
         found = await asyncio.wait_for(self._queue.get(), seconds)
         if isinstance(found, BaseException):
             raise found
@@ -64,11 +71,14 @@ class Loop:
         """Begin."""
         self._thread.start()
 
-    def add(self, sequence: Sequence) -> Ticket:
-        """Let a sequence run with the others. Raises what ended the thread, if it did not go on."""
+    def add(self, sequence: Sequence, told: Callable[[Step], Any]) -> Ticket:
+        """Let a sequence run with the others; ``told``: what its reader gets of a step.
+
+        Raises what ended the thread, if it did not go on.
+        """
         if self.broken is not None:
             raise self.broken
-        ticket = Ticket(sequence)
+        ticket = Ticket(sequence, told)
         with self._wake:
             self._inbox.append(ticket)
             self._wake.notify()
@@ -80,12 +90,13 @@ class Loop:
         with self._wake:
             self._wake.notify()
 
-    def close(self) -> None:
-        """End the thread; what still runs is left where it is."""
+    def close(self) -> bool:
+        """End the thread; what still runs is left where it is. False where a step hangs, and the thread with it."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(ENDING)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -125,9 +136,9 @@ class Loop:
         ticket = self._tickets.get(sequence)
         if ticket is None:  # somebody else's, or told already
             return
-        found: list[Step | BaseException | None] = []
+        found: list[Any] = []
         while sequence.pending:
-            found.append(sequence.pending.popleft())
+            found.append(ticket.told(sequence.pending.popleft()))
         if sequence.error is not None:
             found.append(sequence.error)
         elif sequence.finished or sequence.cancelled:

@@ -7,6 +7,7 @@ taken.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,10 @@ AS_IT_IS: dict[str, tuple[Any, ...]] = {
 }
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # they change nothing about an answer
 MOST_STOPS = 4
+MOST_MESSAGES = 1000
+MOST_VALUES = (
+    50_000  # of a body, by its commas and brackets: the checks of millions would take minutes and gigabytes
+)
 MOST_TOP = 20  # alternatives with log probabilities
 
 Short = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -147,6 +152,11 @@ def parse(body: object) -> ChatRequest:
     if not isinstance(body, Mapping):
         raise invalid(f"the body is a {type(body).__name__}, expected a JSON object")
     given = {key: value for key, value in body.items() if value is not None and key not in LABELS}
+    messages = given.get("messages")
+    if isinstance(messages, list):
+        if len(messages) > MOST_MESSAGES:
+            raise invalid(f"there are {len(messages)} messages, expected up to {MOST_MESSAGES}", "messages")
+        given["messages"] = [_without_nulls(message) for message in messages]
     for key, allowed in AS_IT_IS.items():
         if key in given:
             value = given.pop(key)
@@ -160,11 +170,42 @@ def parse(body: object) -> ChatRequest:
     return found
 
 
+def from_json(body: bytes) -> Any:
+    """What a body says. Raises ApiError for what is no JSON, or holds too much."""
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+        raise invalid(f"the body holds more than {MOST_VALUES} values, expected fewer")
+    try:
+        return json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError) as err:
+        raise invalid(f"the body is no JSON: {err}") from err
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"found {name}, expected a number")
+
+
+def _without_nulls(message: Any) -> Any:
+    """A message without the fields that say nothing, and so its parts."""
+    if not isinstance(message, dict):
+        return message
+    found = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if isinstance(found.get("content"), list):
+        found["content"] = [
+            {key: value for key, value in part.items() if value is not None}
+            if isinstance(part, dict)
+            else part
+            for part in found["content"]
+        ]
+    return found
+
+
 def _first(err: ValidationError | RecursionError) -> ApiError:
     """What is wrong with the first field that does not fit."""
     if isinstance(err, RecursionError):
         return invalid("the request is nested too deeply")
-    first = err.errors(include_url=False, include_context=False)[0]
+    errors = err.errors(include_url=False, include_context=False)
+    # the deepest one: of a list of parts it is told, too, that it is no text
+    first = max(errors, key=lambda each: len(each["loc"]))
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return invalid(f"{where} is not supported: leave it out", where, code="unsupported_parameter")

@@ -18,6 +18,7 @@ from .errors import ApiError, invalid
 
 SECONDS = 10.0  # for a connection, and without anything to read
 IN_ALL = 30.0  # seconds for an image
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 PART = 1 << 16  # bytes that are read at once
 REDIRECTS = 3
 
@@ -27,10 +28,10 @@ def fetch(url: str, hosts: Sequence[str], most_bytes: int, where: str) -> bytes:
     for _ in range(1 + REDIRECTS):
         try:
             parts = urlsplit(url)
-            host = parts.hostname or ""
+            host = (parts.hostname or "").rstrip(".")
         except ValueError as err:
             raise invalid(f"{where}: {url!r:.60} is no URL: {err}", where) from err
-        if not host or host not in hosts:
+        if not host or host not in {known.lower() for known in hosts}:
             known = ", ".join(hosts) or "none"
             raise invalid(
                 f"{where}: images from {host!r:.60} are not fetched (hosts that are: {known}); send it as a data: URL",
@@ -92,11 +93,21 @@ def _read(response: http.client.HTTPResponse, most_bytes: int, where: str) -> by
     return bytes(found)
 
 
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Of the internet, and no way to say another address."""
+    if address.is_multicast or not address.is_global:
+        return False
+    if isinstance(address, ipaddress.IPv4Address):
+        return True
+    translated = address.sixtofour or address.teredo or address in NAT64
+    return not (address.is_site_local or translated)
+
+
 def public_address(host: str, port: int, where: str) -> str:
     """An address of a host; raises ApiError if any is of this machine or of a private network."""
     found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in found:
-        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+        if not _is_public(ipaddress.ip_address(address.partition("%")[0])):
             raise invalid(
                 f"{where}: {host!r:.60} is {address}, expected a public address",
                 where,

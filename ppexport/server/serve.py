@@ -86,10 +86,14 @@ def serve(setup: Setup, address: Address, ready: Callable[[str], None] = lambda 
     """
     import uvicorn
 
+    from .connections import impatient, raise_limit
+
+    raise_limit()
     with listening(address) as listener:
         service = setup.open()
         config = uvicorn.Config(
             setup.app(service),
+            http=impatient(),
             log_config=None,
             access_log=False,
             lifespan="off",

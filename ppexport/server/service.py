@@ -60,8 +60,8 @@ class Run:
     """One request that is answered; ``stats`` grows while it runs."""
 
     request: Request
-    stats: Stats | None = None
     arrived: float = field(default_factory=time.perf_counter)
+    stats: Stats | None = None
     first: float = 0.0  # when its first token came
     last: float = 0.0
 
@@ -91,8 +91,8 @@ class Service:
     def close(self) -> None:
         """End; requests that still run are left where they are."""
         self._readers.shutdown(wait=False, cancel_futures=True)
-        self._loop.close()
-        self.pipe.close()
+        if self._loop.close():
+            self.pipe.close()
 
     @property
     def state(self) -> str:
@@ -128,9 +128,11 @@ class Service:
         """
         deadline = run.arrived + self.limits.seconds
         try:
-            sequence = await self._in_reader(lambda: self.pipe.prepare(run.request, None, chat.logprobs))
+            sequence = await self._in_reader(
+                lambda: self.pipe.prepare(run.request, None, chat.logprobs), deadline
+            )
             run.stats = sequence.stats
-            ticket = self._loop.add(sequence)
+            ticket = self._loop.add(sequence, lambda step: token_of(step, chat))
         except PpexportError as err:
             raise of_product(err) from err
         speech = self.pipe.speech(run.request)
@@ -138,19 +140,19 @@ class Service:
             held: list[Top] = []
             while True:
                 try:
-                    step = await ticket.next(max(0.0, deadline - time.perf_counter()))
+                    found = await ticket.next(max(0.0, deadline - time.perf_counter()))
                 except PpexportError as err:
                     raise of_product(err) from err
                 except asyncio.TimeoutError as err:
-                    seconds = f"{self.limits.seconds:g}"
-                    raise ApiError(504, f"the answer took longer than {seconds} s", None, "timeout") from err
-                if step is None:
+                    raise self._late() from err
+                if found is None:
                     break
+                token, top = found
                 run.last = time.perf_counter()
                 run.first = run.first or run.last
-                if chat.logprobs:
-                    held.append(top_of(step, chat.top_logprobs))
-                text = speech.push(step.token)
+                if top is not None:
+                    held.append(top)
+                text = speech.push(token)
                 if text or speech.ended:
                     yield Piece(text, tuple(held))
                     held.clear()
@@ -165,10 +167,10 @@ class Service:
         finally:
             self._loop.cancel(ticket)
 
-    async def run_of(self, chat: ChatRequest) -> Run:
-        """What a request asks of the pipeline. Raises ApiError."""
+    async def run_of(self, chat: ChatRequest, arrived: float) -> Run:
+        """What a request asks of the pipeline; ``arrived`` in seconds of perf_counter. Raises ApiError."""
         work = lambda: request_of(chat, self.pipe, self.name, self.limits.max_tokens, self.rules)  # noqa: E731
-        return Run(await self._in_reader(work))
+        return Run(await self._in_reader(work, arrived + self.limits.seconds), arrived)
 
     async def select(self, asked: SelectRequest) -> dict[str, Any]:
         """What would be kept of a picture, and how long its first token would take. Raises ApiError."""
@@ -180,11 +182,19 @@ class Service:
             except PpexportError as err:
                 raise of_product(err) from err
 
-        found: dict[str, Any] = await self._in_reader(look)
+        found: dict[str, Any] = await self._in_reader(look, time.perf_counter() + self.limits.seconds)
         return {**found, "predicted_ms": self.timing.first_token(found["kept"], TEXT)}
 
-    async def _in_reader(self, work: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+    async def _in_reader(self, work: Any, deadline: float) -> Any:
+        """What comes of work in a thread. Raises ApiError where it takes too long; the thread does it to the end."""
+        doing = asyncio.get_running_loop().run_in_executor(self._readers, work)
+        try:
+            return await asyncio.wait_for(doing, max(0.0, deadline - time.perf_counter()))
+        except asyncio.TimeoutError as err:
+            raise self._late() from err
+
+    def _late(self) -> ApiError:
+        return ApiError(504, f"the answer took longer than {self.limits.seconds:g} s", None, "timeout")
 
     async def measured(self) -> tuple[bytes, str]:
         """The metrics as Prometheus reads them, and their content type."""
@@ -221,10 +231,19 @@ def request_of(chat: ChatRequest, pipe: Pipeline, name: str, max_tokens: int, ru
         raise of_product(err) from err
 
 
+def token_of(step: Step, chat: ChatRequest) -> tuple[int, Top | None]:
+    """What is told of a step: its token, and where they were asked for its log probabilities."""
+    return step.token, top_of(step, chat.top_logprobs) if chat.logprobs else None
+
+
 def top_of(step: Step, count: int) -> Top:
     """Log probabilities of a token and of the likeliest ones, by the logits as the model gave them."""
     logits = step.logits.astype(np.float64)
     logits -= logits.max()
     probable = logits - np.log(np.exp(logits).sum())
-    best: Sequence[int] = np.argsort(-probable, kind="stable")[:count].tolist() if count else []
+    best: Sequence[int] = []
+    if count:  # equal ones by rising number
+        least = np.partition(probable, -count)[-count]
+        likely = np.flatnonzero(probable >= least)
+        best = likely[np.argsort(-probable[likely], kind="stable")][:count].tolist()
     return Top(step.token, float(probable[step.token]), tuple((n, float(probable[n])) for n in best))
