@@ -26,7 +26,7 @@ MOST_PARTS = 100_000  # of its objects, lists and values
 WHITESPACE = r"\n {0,24}| ?"
 OPTIONS: Any = {"whitespace_pattern": WHITESPACE}
 SECONDS = 5.0  # to try a schema out
-TRIED = 256  # schemas that are known to be good
+TRIED = 256  # schemas of which it is known how that went
 CHILD = str(Path(__file__).parent / "grammar_child.py")
 ANY_OBJECT = {"type": "object"}
 
@@ -53,7 +53,8 @@ class Grammars:
     def grammar(self, schema: SchemaLike) -> Grammar:
         """For one answer. Raises RequestError for what is no schema, too large, or too hard to follow."""
         text = as_json(schema)
-        _try_out(text)
+        if problem := _problem(text):
+            raise RequestError(f"the schema cannot be followed: {problem}")
         matcher = self._llguidance.LLMatcher
         rules = matcher.grammar_from_json_schema(text, overrides=OPTIONS)
         found = Grammar(matcher(self._tokens, rules, log_level=0), self.vocab)
@@ -88,8 +89,8 @@ class Grammar:
 
 
 @functools.lru_cache(maxsize=TRIED)
-def _try_out(text: str) -> None:
-    """Let another process follow a schema first (grammar_child.py). Raises RequestError."""
+def _problem(text: str) -> str:
+    """What is wrong with a schema, "" if nothing is: another process follows it first (grammar_child.py)."""
     try:
         done = subprocess.run(
             [sys.executable, CHILD],
@@ -99,17 +100,13 @@ def _try_out(text: str) -> None:
             encoding="utf-8",
             timeout=SECONDS,
         )
-    except subprocess.TimeoutExpired as err:
-        raise RequestError(
-            f"the schema cannot be followed: it takes more than {SECONDS:g} s to work out what it allows, expected "
-            "fewer or simpler patterns"
-        ) from err
-    if done.returncode == 1:
-        raise RequestError(f"the schema cannot be followed: {_brief(done.stdout)}")
-    if done.returncode:
-        raise RequestError(
-            "the schema cannot be followed: llguidance ran out of memory or crashed, expected a simpler one"
+    except subprocess.TimeoutExpired:
+        return (
+            f"it takes more than {SECONDS:g} s to work out what it allows, expected fewer or simpler patterns"
         )
+    if done.returncode == 1:
+        return _brief(done.stdout)
+    return "llguidance ran out of memory or crashed, expected a simpler one" if done.returncode else ""
 
 
 def _brief(error: object) -> str:

@@ -61,6 +61,8 @@ class Fitted:
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[None]:
     """Joined to a cluster as long as the block runs. Raises BackendError where Ray is absent or no cluster answers."""
+    if AUTH not in os.environ and TOKEN.exists() and cluster.address != "local":
+        os.environ[AUTH] = "token"  # clusters that Ray starts ask for it
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong raises, too
     try:
         import ray
@@ -69,8 +71,6 @@ def connected(cluster: Cluster) -> Iterator[None]:
             f"{err.name} is not installed, expected for --ray; install it with: pip install 'ppexport[ray]'"
         ) from err
     wanted = None if cluster.address == "auto" else cluster.address
-    if AUTH not in os.environ and TOKEN.exists() and cluster.address != "local":
-        os.environ[AUTH] = "token"  # clusters that Ray starts ask for it
     _reach(cluster.address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -45,7 +45,7 @@ def serve(
         before = ray_serve.status()
         if before.applications:
             raise RequestError(
-                f"Ray Serve runs {', '.join(before.applications) or 'others'} on this cluster, expected none: end it "
+                f"Ray Serve runs {', '.join(before.applications)} on this cluster, expected none: end it "
                 "with 'serve shutdown', or name another cluster"
             )
         ours = not before.proxies  # then it ends with this command, else it keeps its address
