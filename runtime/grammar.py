@@ -18,6 +18,7 @@ import numpy as np
 
 from ..models.checks import utf8
 from ..models.errors import BackendError, RequestError
+from .grammar_child import PROBLEM
 
 MOST_BYTES = 128 << 10  # of a schema as JSON
 MOST_DEPTH = 64  # of objects and lists inside of each other in a schema
@@ -104,7 +105,7 @@ def _problem(text: str) -> str:
         return (
             f"it takes more than {SECONDS:g} s to work out what it allows, expected fewer or simpler patterns"
         )
-    if done.returncode == 1:
+    if done.returncode == PROBLEM:
         return _brief(done.stdout)
     return "llguidance ran out of memory or crashed, expected a simpler one" if done.returncode else ""
 

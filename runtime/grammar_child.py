@@ -1,7 +1,7 @@
 """Tries a JSON schema out in a process of its own: what llguidance makes of one may take any time and memory, or crash.
 
 Run as a file, so that nothing but llguidance is loaded. On standard input a line of JSON, the paths to import from and
-the options of the grammar, and the schema behind it. Ends with 0, or with 1 and what is wrong with the schema.
+the options of the grammar, and the schema behind it. Ends with 0, or with PROBLEM and what is wrong with the schema.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import json
 import sys
 
 MEMORY = 1 << 30  # bytes
+PROBLEM = 3  # exit code; any other is that of a crash
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         problem = str(err) or "it is no schema"
     if problem:
         sys.stdout.write(problem)
-        sys.exit(1)
+        sys.exit(PROBLEM)
 
 
 if __name__ == "__main__":
