@@ -4,7 +4,8 @@ Dimension letters used in the whole project:
     B batch, S sequence, K kept merged tokens, N merged tokens of the full grid, P positions whose logits are wanted,
     H, W image height and width in pixels, D width of the language model, V vocabulary, M cache capacity,
     L deepstack levels, T patches in the vision tower (K * merge**2), G windows of it that keep any, A axes of a
-    position, C width of the vision tower, U kept tokens that are of the image and not of what was put around it
+    position, C width of the vision tower, U kept tokens that are of the image and not of what was put around it,
+    E entries of a cache that a run looks at
 """
 
 from __future__ import annotations

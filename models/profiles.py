@@ -36,10 +36,16 @@ MEANING = {
     "B": "sequences",
     "P": "positions with logits",
     "M": "tokens in the cache",
+    "E": "entries of the cache that are looked at",
     "p": "directions of features",
 }
 IMAGES = "--max-pixels or --profiles ('ppexport plan' makes a file for given images)"
-FLAG = {**dict.fromkeys("HWKGUp", IMAGES), "S": "--capacity or --profiles", "M": "--capacity"}
+FLAG = {
+    **dict.fromkeys("HWKGUp", IMAGES),
+    "S": "--capacity or --profiles",
+    "M": "--capacity",
+    "E": "--capacity",
+}
 MOST_SIDE = 1 << 17
 MOST_PIXELS = 100_000_000
 # Axes of each graph that a profile gives. M (cache capacity) is set once for all profiles, B (batch) is 1, and G
@@ -165,9 +171,15 @@ def engine_profiles(
     if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
         # most prompts begin with an empty one, what follows another question does not
         start["M"], used["M"] = (1, 1, capacity), (1, max(1, capacity // 2), capacity)
+    else:
+        used["E"] = (1, max(1, capacity // 2), capacity)
     # an engine holds weights in 16 bits once more, laid out otherwise, for a profile in which S is always 1
     decode = {"S": (1, 1, 1) if in_groups else (1, 1, 2), "K": (1, 1, 1), **used}
-    return [*({**p, **start} for p in profiles.prefill), decode]
+    prefill = [{**p, **start} for p in profiles.prefill]
+    if dialect == "standard":
+        for profile in prefill:
+            profile["E"] = (1, profile["S"][1], capacity)
+    return [*prefill, decode]
 
 
 def _of_features(kept: Range) -> Profile:
@@ -179,7 +191,7 @@ def _of_features(kept: Range) -> Profile:
 def engine_axes(graph: str, model: ModelConfig) -> tuple[str, ...]:
     """The dynamic axes of an engine, by its name (engine_record.compiled_graphs)."""
     if graph == "language":
-        return (*AXES["prefill"], "B", "P", "M")
+        return (*AXES["prefill"], "B", "P", "M", "E")
     if graph == "vision":
         return (*AXES["vision"], *further_axes(model.vision))
     return AXES.get(graph, ("K", "p"))

@@ -14,7 +14,7 @@ from .backends.session import Backend, Buffer, Session
 from .slots import Run, Slots
 
 # inputs that are no states
-GIVEN = {"input_ids", "features", "feature_rows", "position_ids", "start", "logits_at"}
+GIVEN = {"input_ids", "features", "feature_rows", "position_ids", "start", "logits_at", "entries"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Language:
             raise BundleError(
                 f"{graph.name}: its states and those of bundle.json differ in {missing[0]!r}; build it again"
             )
+        self.entries: Buffer | None = (
+            None  # 0, 1, 2, ... where the graph is told how much of the caches to look at
+        )
         # of a run without images
         self.no_features = backend.zeros((1 + model.levels, 1, model.text.width), dtype)
 
@@ -82,6 +85,8 @@ class Language:
             run.binding.input("features", shown)
             run.features = shown
         length = int(inputs.start[0])
+        if "entries" in self.session.inputs:
+            run.binding.input("entries", self._entries(slots.capacity, int(inputs.start.max()) + S))
         changed = slots.broken
         slots.broken = changed or not slots.rewindable  # until it is done
         for form in slots.forms:
@@ -94,6 +99,13 @@ class Language:
             run.binding.input("features", self.no_features)
             run.features = self.no_features
         return self.backend.download(run.logits).reshape(count, -1)
+
+    def _entries(self, capacity: int, used: int) -> Buffer:
+        """The first ``used`` entries of a cache, or some more, so that shapes seldom change."""
+        if self.entries is None or self.entries.shape[0] < capacity:
+            self.entries = self.backend.upload(np.arange(capacity, dtype=np.int32))
+        multiple = self.backend.cache_multiple
+        return self.entries.rows(0, min(capacity, -(-used // multiple) * multiple))
 
     def _bound(self, slots: Slots, first: int, count: int) -> Run:
         logits = self.backend.zeros((count, 1, self.model.text.vocab), "float32")

@@ -66,7 +66,9 @@ class Cuda(types.ModuleType):
         return 0, pointer
 
     def _taken(self) -> int:
-        return sum(len(memory) - 512 for memory in self.allocated.values())
+        return sum(
+            len(memory) - 512 for memory in list(self.allocated.values())
+        )  # other threads allocate, too
 
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
         return 0, self.limit - self._taken(), self.limit

@@ -40,6 +40,9 @@ class Decoder:
 
     def run(self, _: None, inputs: dict[str, Any]) -> list[np.ndarray]:
         """Logits and the updated caches."""
+        if "entries" in {value.name for value in self.session.get_inputs()} - set(inputs):
+            used = int(inputs["start"].max()) + inputs["input_ids"].shape[1]
+            inputs = {**inputs, "entries": np.arange(used, dtype=np.int32)}
         if not self.by_position:
             return self.session.run(None, inputs)
         names = [n for n in inputs if n.startswith(("key_", "value_"))]
@@ -131,6 +134,18 @@ def test_dialects_agree_on_a_batch_with_different_starts(decoders: dict[str, Dec
     alone, *caches = session.run(None, feed([first[1][:2]], [0], [[1]], empty(1)))
     more, *_ = session.run(None, feed([rows[1]], [2], [[0]], caches))
     assert relative_error(found["ort"][:, 1:], np.stack([alone, more])) < 1e-4
+
+
+def test_entries_that_hold_nothing_yet_change_nothing(decoders: dict[str, Decoder]) -> None:
+    ids = [3, 9, 14, 4]
+    found = [
+        decoders["standard"].run(
+            None, {**feed([ids], [0], [[3]], empty(1)), "entries": np.arange(count, dtype=np.int32)}
+        )[0]
+        for count in (4, 7, M)
+    ]
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
 
 
 def test_dialects_agree_with_images(decoders: dict[str, Decoder]) -> None:

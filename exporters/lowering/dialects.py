@@ -1,7 +1,8 @@
 """How the nodes of ``ops.py`` are written in ONNX: one table of translations per dialect.
 
 ``ort``       ONNX Runtime on CPU and CUDA: GroupQueryAttention and MultiHeadAttention, caches updated in place.
-``standard``  ONNX opset 24, no vendor op: TensorScatter + Attention, for TensorRT (10.15 or later) and TensorRT-RTX.
+``standard``  ONNX opset 24, no vendor op: caches by TensorScatter, the tower's attention by Attention, for TensorRT
+              (10.15 or later) and TensorRT-RTX.
 ``plain``     ONNX opset 20 and the operators of TensorRT 10.3 (JetPack 6): attention from MatMul and Softmax.
 
 Sources: the ONNX operator pages (Attention-24, TensorScatter-24, RMSNormalization-23, Gelu-20), ONNX Runtime's
@@ -19,7 +20,15 @@ import onnx_ir as ir
 
 from .onnx_writer import Ops
 from .ops import DOMAIN
-from .passes import cache_rows, float_cumsum, one_reshape, shapes_after_cast, skip_norm
+from .passes import (
+    ENTRIES,
+    cache_rows,
+    entries_input,
+    float_cumsum,
+    one_reshape,
+    shapes_after_cast,
+    skip_norm,
+)
 
 LOWEST = -30000.0  # a score that gets no share, in every float type
 FAR = 1 << 30  # an entry behind every token's own
@@ -178,12 +187,14 @@ def _quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 def _standard_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     """New rows go where the cache is; the first ``entries`` of it are looked at."""
     _, k, v, k_cache, v_cache, own, entries = node.inputs
+    assert entries is not None
+    entries.name = ENTRIES  # of which a pass makes an input
     first = op("Cast", op("ReduceMin", own, op.ints([1]), keepdims=0), to=ir.DataType.INT64)  # [B]
     new_k = op("TensorScatter", k_cache, _swap(op, k), first, axis=2)
     new_v = op("TensorScatter", v_cache, _swap(op, v), first, axis=2)
     axis = op.ints([2])
     keys, values = (op("Slice", x, op.ints([0]), op("Shape", entries), axis) for x in (new_k, new_v))
-    place = op("Unsqueeze", entries, op.ints([0, 1, 2]))  # [1, 1, 1, U]
+    place = op("Unsqueeze", entries, op.ints([0, 1, 2]))  # [1, 1, 1, E]
     return [_grouped_attention(op, node, keys, values, place), new_k, new_v]
 
 
@@ -294,6 +305,7 @@ DIALECTS = {
             "Gelu": _gelu,
             "QuickGelu": _quick_gelu,
         },
+        passes=(entries_input,),
     ),
     "plain": Dialect(
         "plain",

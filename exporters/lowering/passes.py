@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from .onnx_writer import Ops
 
+ENTRIES = "entries"
 INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 
 
@@ -90,6 +91,21 @@ def _constant(value: ir.Value | None) -> list[int]:
 
 def _same(a: ir.Shape | None, b: ir.Shape | None, i: int) -> bool:
     return a is not None and b is not None and i < min(len(a), len(b)) and a[i] == b[i]
+
+
+def entries_input(model: ir.Model) -> None:
+    """``entries`` int32 [E], 0 ... E - 1, as an input: how much of the caches a run looks at.
+
+    Else each token would be compared with all M entries, most of which hold nothing.
+    """
+    graph = model.graph
+    made = next((value for node in graph for value in node.outputs if value.name == ENTRIES), None)
+    if made is None:
+        return  # not a decoder
+    made.name = f"all_{ENTRIES}"
+    given = ir.Value(name=ENTRIES, shape=ir.Shape(["E"]), type=made.type)
+    ir.convenience.replace_all_uses_with(made, given)
+    graph.inputs.append(given)
 
 
 def cache_rows(model: ir.Model) -> None:
