@@ -175,6 +175,10 @@ def build(
                 revision,
             )
     if not quiet:
+        from .compile_bundle import told
+
+        for line in (line for target in targets for line in told(output or source, target)):
+            click.echo(line, err=True)
         click.echo(f"built {output or source}")
 
 

@@ -24,6 +24,7 @@ from .models.pruners.pixelprune import PixelPrune
 from .onnx_dims import set_axis
 from .runtime.backends.cuda import rounded
 from .runtime.bundle import open_bundle
+from .table import aligned
 from .trt_build import Options, compile_graph, flags, prepare
 
 DIALECTS = ("standard", "plain")
@@ -100,6 +101,20 @@ def compile_bundle(
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
     return record
+
+
+def told(bundle: str | Path, target: str) -> list[str]:
+    """What each engine of a target takes, beside the weights that it was compiled from, a line each."""
+    directory, manifest = open_bundle(bundle)
+    record = engine_record.read(directory, manifest, target)
+    rows = []
+    for graph, name in engine_record.compiled_graphs(manifest).items():
+        size = record.engines[graph].bytes
+        weights = sum(manifest.files[f].bytes for f in (name, f"{name}.data") if f in manifest.files)
+        rows.append(
+            [f"{target} {graph}", f"{size / 1e6:.1f} MB", f"of {weights / 1e6:.1f} MB of graph and weights"]
+        )
+    return aligned(rows)
 
 
 def check_dialect(dialects: set[str], compute: str, what: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,7 @@ def test_build_from_a_checkpoint_with_options(tiny_checkpoint: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     assert "engines for 128 tokens, images of up to 64 kept tokens" in result.stderr
     assert "on the device (weights" in result.stderr
+    assert re.search(r"tensorrt-rtx language +[\d.]+ MB +of [\d.]+ MB of graph and weights", result.stderr)
     _, manifest = open_bundle(output)
     record = engine_record.read(output, manifest, RTX)
     assert {graph.dialect for graph in manifest.graphs.values()} == {"standard"}
