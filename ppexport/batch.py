@@ -22,13 +22,13 @@ import click
 
 from .models.errors import PpexportError, RequestError, SpaceError
 from .runtime.answer import Speech
-from .runtime.pipeline import Pipeline, load
+from .runtime.pipeline import Pipeline
 from .runtime.sequence import Sequence
 from .server.chat import ChatWriter
 from .server.errors import ApiError, invalid, of_product
 from .server.images import ImageRules
 from .server.protocol import ChatRequest, parse
-from .server.service import Piece, Run, request_of, top_of
+from .server.service import Piece, Run, load_for_chats, request_of, top_of
 
 if TYPE_CHECKING:
     from .cluster.connect import Cluster
@@ -42,7 +42,6 @@ Numbered = tuple[int, bytes]  # a line of the input, counted from 1
 class Written:
     """What is written of one line."""
 
-    number: int
     failed: bool  # it goes to the errors
     line: bytes  # with its end
 
@@ -158,7 +157,7 @@ def answer_lines(
     """What is written of each line, in their order; as many run together as the engine of ``pipe`` has slots."""
     for job in _together(pipe, name, _jobs(lines), max_tokens, rules):
         text = json.dumps(job.done, ensure_ascii=False)
-        yield Written(job.number, job.failed, text.encode() + b"\n")
+        yield Written(job.failed, text.encode() + b"\n")
 
 
 def _jobs(lines: Iterable[Numbered]) -> Iterator[Job]:
@@ -267,13 +266,7 @@ class Work:
 
     def open(self, threads: int = 0) -> Pipeline:
         """The bundle. Raises BundleError, BackendError, and RequestError for one without a tokenizer."""
-        pipe = load(self.bundle, self.device, threads=threads, together=self.slots)
-        if pipe.text is None:
-            pipe.close()
-            raise RequestError(
-                f"{self.bundle}: has no tokenizer (its checkpoint had none), expected one for chats"
-            )
-        return pipe
+        return load_for_chats(self.bundle, self.device, threads=threads, together=self.slots)
 
     def answer(self, pipe: Pipeline, lines: Iterable[Numbered]) -> Iterator[Written]:
         """What is written of each line."""

@@ -24,6 +24,7 @@ import numpy as np
 from ..models.errors import RequestError
 from ..runtime.image import images_in
 
+TOOL = "ppexport bench serve"  # as results name it
 SECONDS = 600.0  # without anything from the server
 MOST_THREADS = 512  # requests on their way, where a rate is asked for
 PERCENTILES = (50, 90, 99)
@@ -231,7 +232,6 @@ def _many(unit: str, values: Sequence[float]) -> dict[str, Any]:
 
 def as_json(load: Load, found: Sequence[Timed], metrics: dict[str, Any]) -> dict[str, Any]:
     """Everything, but the key (load_compare.LoadResult)."""
-    from .load_compare import TOOL
     from .machine import describe
 
     options = {name: value for name, value in asdict(load).items() if name != "key"}

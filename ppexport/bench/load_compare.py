@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from ..models.errors import RequestError
 from . import compare
 from .compare import Comparison, Verdict
+from .load import TOOL, Timed
 from .machine import differences
 from .schema import Machine, Model
 from .statistics import ratio
 
-TOOL = "ppexport bench serve"
 METRICS = ("time_to_first_token", "inter_token_latency", "request_latency")
 # at a fixed number of requests at once, their mean latency is what the throughput is made of
 DEFAULT = (
@@ -35,19 +35,6 @@ class Item(Model):
     sha256: str
 
 
-class Sent(Model):
-    """One request, in seconds since the first one was sent."""
-
-    sent: float
-    tokens: tuple[float, ...]  # when each part of the answer came
-    ended: float
-    status: int
-    error: str
-    output_tokens: int
-    prompt_tokens: int
-    pruned_tokens: int
-
-
 class LoadResult(Model):
     """One file of ``ppexport bench serve``."""
 
@@ -58,7 +45,7 @@ class LoadResult(Model):
     options: dict[str, Any]
     items: tuple[Item, ...]
     metrics: dict[str, dict[str, Any]]
-    requests: tuple[Sent, ...]
+    requests: tuple[Timed, ...]
 
 
 def parsed(data: Any, path: str) -> LoadResult | None:
@@ -129,25 +116,21 @@ def _setting(result: LoadResult) -> str:
 
 def _values(result: LoadResult, metric: str) -> np.ndarray:
     """Milliseconds [requests, 1], as they were sent one after the other; those that were answered."""
-    found = []
-    for each in sorted(result.requests, key=lambda each: each.sent):
-        if each.status != 200 or each.error:
-            continue
-        first = each.tokens[0] if each.tokens else each.ended
-        if metric == "time_to_first_token":
-            found.append(first - each.sent)
-        elif metric == "request_latency":
-            found.append(each.ended - each.sent)
-        elif each.output_tokens > 1 and each.tokens[-1:] > each.tokens[:1]:
-            found.append((each.tokens[-1] - first) / (each.output_tokens - 1))
-    return 1e3 * np.array(found, float).reshape(-1, 1)
+    sent = sorted(result.requests, key=lambda each: each.sent)
+    seconds = {
+        "time_to_first_token": lambda each: each.ttft,
+        "inter_token_latency": lambda each: each.per_token,
+        "request_latency": lambda each: each.ended - each.sent,
+    }[metric]
+    found = [seconds(each) for each in sent if each.ok]
+    return 1e3 * np.array([value for value in found if value > 0], float).reshape(-1, 1)
 
 
 def _errors(setting: str, base: LoadResult, new: LoadResult) -> Verdict:
     """Shares of requests that were answered."""
     shares = []
     for result in (base, new):
-        good = sum(each.status == 200 and not each.error for each in result.requests)
+        good = sum(each.ok for each in result.requests)
         shares.append(good / max(1, len(result.requests)))
     before, after = shares
     verdict = compare.REGRESSED if after < before else compare.IMPROVED if after > before else compare.SAME

@@ -31,16 +31,15 @@ class Copy:
         self.pipe = work.open(threads)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Columns number int64 and line binary; what is written of each, and failed bool."""
+        """Columns number int64 and line binary -> failed bool and line binary, what is written of each."""
         import pyarrow as pa
 
         lines = zip(block["number"].to_pylist(), block["line"].to_pylist(), strict=True)
         found = list(self.work.answer(self.pipe, lines))
         return pa.table(
             {
-                "number": pa.array([each.number for each in found], pa.int64()),
-                "line": pa.array([each.line for each in found], pa.large_binary()),
                 "failed": pa.array([each.failed for each in found], pa.bool_()),
+                "line": pa.array([each.line for each in found], pa.large_binary()),
             }
         )
 
@@ -87,7 +86,7 @@ def _answer(work: Work, copies: Fitted, lines: Iterator[Numbered]) -> Iterator[W
     try:
         block: Any
         for block in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            columns = (block[name].to_pylist() for name in ("number", "failed", "line"))
+            columns = (block[name].to_pylist() for name in ("failed", "line"))
             yield from map(Written, *columns)
     except ray.exceptions.RayError as err:
         last = [line for line in str(err).splitlines() if line.strip()][-1]

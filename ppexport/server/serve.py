@@ -14,10 +14,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..models.errors import BackendError, RequestError
-from ..runtime.pipeline import REUSE, load
+from ..runtime.pipeline import REUSE
 from .images import ImageRules
 from .metrics import Metrics
-from .service import Limits, Service
+from .service import Limits, Service, load_for_chats
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -56,7 +56,7 @@ class Setup:
 
     def open(self, threads: int = 0, metrics: Metrics | None = None) -> Service:
         """The service, not started. Raises BundleError, BackendError, and RequestError for one without a tokenizer."""
-        pipe = load(
+        pipe = load_for_chats(
             self.bundle,
             self.device,
             threads=threads,
@@ -64,11 +64,6 @@ class Setup:
             context=self.context,
             reuse=self.reuse,
         )
-        if pipe.text is None:
-            pipe.close()
-            raise RequestError(
-                f"{self.bundle}: has no tokenizer (its checkpoint had none), expected one to serve chats"
-            )
         name = self.name or Path(self.bundle).resolve().name
         return Service(pipe, name, self.limits, self.rules, metrics)
 

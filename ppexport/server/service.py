@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..models.errors import PpexportError
+from ..models.errors import PpexportError, RequestError
 from ..runtime.answer import Step
-from ..runtime.pipeline import Pipeline
+from ..runtime.pipeline import Pipeline, load
 from ..runtime.sequence import Request
 from ..runtime.stats import Stats
 from .errors import ApiError, busy, closing, of_product
@@ -207,6 +207,15 @@ class Service:
         self.metrics.waiting.set(max(0, self.inside - self.limits.slots))
         # the engine may be in the middle of a step, for which nobody else here is to wait
         self.metrics.reuse_bytes.set(await asyncio.to_thread(lambda: self.pipe.engine.held_bytes))
+
+
+def load_for_chats(bundle: str, device: str, **options: Any) -> Pipeline:
+    """A bundle as runtime.pipeline.load opens it. Raises RequestError, too, for one without a tokenizer."""
+    pipe = load(bundle, device, **options)
+    if pipe.text is None:
+        pipe.close()
+        raise RequestError(f"{bundle}: has no tokenizer (its checkpoint had none), expected one for chats")
+    return pipe
 
 
 def request_of(chat: ChatRequest, pipe: Pipeline, name: str, max_tokens: int, rules: ImageRules) -> Request:
