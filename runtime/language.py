@@ -42,9 +42,8 @@ class Language:
             raise BundleError(
                 f"{graph.name}: its states and those of bundle.json differ in {missing[0]!r}; build it again"
             )
-        self.entries: Buffer | None = (
-            None  # 0, 1, 2, ... where the graph is told how much of the caches to look at
-        )
+        self.takes_entries = "entries" in self.session.inputs  # how much of the caches to look at
+        self.entries: Buffer | None = None
         # of a run without images
         self.no_features = backend.zeros((1 + model.levels, 1, model.text.width), dtype)
 
@@ -85,8 +84,11 @@ class Language:
             run.binding.input("features", shown)
             run.features = shown
         length = int(inputs.start[0])
-        if "entries" in self.session.inputs:
-            run.binding.input("entries", self._entries(slots.capacity, int(inputs.start.max()) + S))
+        if self.takes_entries:
+            entries = self._entries(slots.capacity, int(inputs.start.max()) + S)
+            if run.entries != entries:
+                run.binding.input("entries", self._counted(slots.capacity).rows(0, entries))
+                run.entries = entries
         changed = slots.broken
         slots.broken = changed or not slots.rewindable  # until it is done
         for form in slots.forms:
@@ -100,12 +102,16 @@ class Language:
             run.features = self.no_features
         return self.backend.download(run.logits).reshape(count, -1)
 
-    def _entries(self, capacity: int, used: int) -> Buffer:
-        """The first ``used`` entries of a cache, or some more, so that shapes seldom change."""
+    def _entries(self, capacity: int, used: int) -> int:
+        """How many entries of a cache to look at: those that are used, or some more, so that shapes seldom change."""
+        multiple = self.backend.cache_multiple
+        return min(capacity, -(-used // multiple) * multiple)
+
+    def _counted(self, capacity: int) -> Buffer:
+        """0, 1, 2, ... for at least so many entries."""
         if self.entries is None or self.entries.shape[0] < capacity:
             self.entries = self.backend.upload(np.arange(capacity, dtype=np.int32))
-        multiple = self.backend.cache_multiple
-        return self.entries.rows(0, min(capacity, -(-used // multiple) * multiple))
+        return self.entries
 
     def _bound(self, slots: Slots, first: int, count: int) -> Run:
         logits = self.backend.zeros((count, 1, self.model.text.vocab), "float32")

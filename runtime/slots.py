@@ -53,6 +53,7 @@ class Run:
         self.logits = logits  # float32 [count, 1, V]
         self.inputs: dict[str, Buffer] = {}  # kept for the next run with as many tokens
         self.features: Buffer | None = None
+        self.entries = 0  # of the caches, that it looks at; 0 where it looks at all
 
 
 class Slots:

@@ -93,6 +93,7 @@ class ByPosition:
         self.row = (1, int(heads), int(width))
         self.memory: Buffer | None = None
         self.new: Buffer | None = None
+        self.bound: tuple[Binding, int] | None = None  # to which caches of how many entries are bound
         self.nbytes = 0
 
     def grow(self, slots: int, capacity: int, used: int) -> None:
@@ -103,6 +104,7 @@ class ByPosition:
         self.memory = memory
         self.nbytes = memory.nbytes
         self.new = None
+        self.bound = None
 
     def attach(self, binding: Binding, first: int, count: int) -> None:
         """See Form."""
@@ -113,9 +115,11 @@ class ByPosition:
         capacity = self.memory.shape[1]
         multiple = self.backend.cache_multiple
         used = min(capacity, -(-length // multiple) * multiple) if length else 1
-        for i, name in enumerate(self.names):
-            cache = self.memory.rows(i, i + 1).reshape(capacity, *self.row)
-            binding.input(name, cache.rows(0, used))
+        if self.bound != (binding, used):
+            for i, name in enumerate(self.names):
+                cache = self.memory.rows(i, i + 1).reshape(capacity, *self.row)
+                binding.input(name, cache.rows(0, used))
+            self.bound = (binding, used)
         if self.new is None or self.new.shape[1] != tokens:
             self.new = self.backend.zeros((len(self.names), tokens, *self.row), self.dtype)
             binding.output("rows", self.new)

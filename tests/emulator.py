@@ -3,6 +3,11 @@
 An "engine" holds an ONNX graph, which ONNX Runtime executes in float32 on host memory: pointers are real addresses,
 profile ranges are enforced, caches must be aliased, an address that is not set is an error, memory is counted and
 copies stay inside of it, and a captured graph may not be replayed after anything about its context has changed.
+
+A stream is behind: what is started on it happens when the host waits for it, no sooner. What was not written, what was
+given back and what a run leaves in its scratch memory reads as POISON. So a read without waiting for it, or memory that
+is used again too early, gives other answers than a CPU.
+
 test_emulator.py checks that everything here exists in the real modules, so that the emulator cannot drift from them.
 """
 
@@ -14,6 +19,7 @@ import importlib.machinery
 import pickle
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +29,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
+
+from ppexport.runtime.backends import cuda, gpu
 
 CAPABILITY = {"tensorrt": (8, 7), "tensorrt-rtx": (8, 9)}  # of the emulated GPU: a Jetson Orin, an RTX 4090
+POISON = 0xFF  # a NaN in every float type
 NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
@@ -51,6 +61,7 @@ class Cuda(types.ModuleType):
         self.allocated: dict[int, ctypes.Array] = {}
         self.pinned: dict[int, ctypes.Array] = {}
         self.streams: dict[int, list | None] = {}  # what is being captured
+        self.started: dict[int, list] = {}  # on each stream, not done yet
         self.graphs: dict[int, list] = {}
         self.launches, self.instantiated, self.created = 0, 0, 0
         self.limit = 8 << 30  # bytes of the device
@@ -62,7 +73,7 @@ class Cuda(types.ModuleType):
         memory = (ctypes.c_uint8 * (size + 512))()
         pointer = -(-ctypes.addressof(memory) // 512) * 512
         table[pointer] = memory
-        np.frombuffer(memory, np.uint8)[:] = 0xFF  # NaN: memory that nobody wrote must not matter
+        ctypes.memset(memory, POISON, len(memory))
         return 0, pointer
 
     def _taken(self) -> int:
@@ -80,18 +91,29 @@ class Cuda(types.ModuleType):
         return self._malloc(self.pinned, size)
 
     def cudaFree(self, pointer: int) -> tuple[int]:
+        self._catch_up()
         del self.allocated[pointer]
         return (0,)
 
     def cudaFreeHost(self, pointer: int) -> tuple[int]:
+        self._catch_up()
         del self.pinned[pointer]
         return (0,)
+
+    def start(self, stream: int, work: Any) -> None:
+        """Something that happens on a stream, after all that was started before."""
+        self.started[stream].append(work)
+
+    def _catch_up(self) -> None:
+        """Both ways of giving memory back to CUDA wait for all streams."""
+        for stream in list(self.started):
+            self.cudaStreamSynchronize(stream)
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: int) -> tuple[int]:
         assert self.streams[stream] is None, "a copy cannot be captured here"
         for pointer in (to, source):
             assert self._holds(pointer, size), "a copy outside of all allocated memory"
-        ctypes.memmove(to, source, size)
+        self.start(stream, lambda: ctypes.memmove(to, source, size))
         return (0,)
 
     def _holds(self, pointer: int, size: int) -> bool:
@@ -114,27 +136,36 @@ class Cuda(types.ModuleType):
     ) -> tuple[int]:
         assert self._holds(to, (height - 1) * pitch + width)
         assert self._holds(source, (height - 1) * source_pitch + width)
-        for row in range(height):
-            ctypes.memmove(to + row * pitch, source + row * source_pitch, width)
+
+        def rows() -> None:
+            for row in range(height):
+                ctypes.memmove(to + row * pitch, source + row * source_pitch, width)
+
+        self.start(stream, rows)
         return (0,)
 
     def cudaMemsetAsync(self, pointer: int, value: int, size: int, stream: int) -> tuple[int]:
         assert self._holds(pointer, size)
-        ctypes.memset(pointer, value, size)
+        self.start(stream, lambda: ctypes.memset(pointer, value, size))
         return (0,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
         self.created += 1
         stream = 1000 + self.created
         self.streams[stream] = None
+        self.started[stream] = []
         return 0, stream
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         assert self.streams[stream] is None, "synchronizing would break the capture"
+        works = self.started[stream]
+        while works:
+            works.pop(0)()
         return (0,)
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:
-        del self.streams[stream]
+        self.cudaStreamSynchronize(stream)
+        del self.streams[stream], self.started[stream]
         return (0,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: Any) -> tuple[int]:
@@ -165,7 +196,7 @@ class Cuda(types.ModuleType):
     def cudaGraphLaunch(self, executable: int, stream: int) -> tuple[int]:
         self.launches += 1
         for run in self.graphs[executable]:
-            run()
+            run(stream)
         return (0,)
 
     def cudaDeviceGetAttribute(self, kind: int, device: int) -> tuple[int, int]:
@@ -357,7 +388,7 @@ class IExecutionContext:
 
     def set_device_memory(self, pointer: int, size: int) -> None:
         assert pointer in self.engine.cuda.allocated
-        assert size >= self.engine.device_memory_size_v2
+        assert size >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
         self.scratch, self.changes = pointer, self.changes + 1
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
@@ -373,13 +404,16 @@ class IExecutionContext:
     def execute_async_v3(self, stream: int) -> bool:
         assert self.scratch in self.engine.cuda.allocated, "no device memory for the activations"
         addresses, shapes, changes = dict(self.addresses), dict(self.shapes), self.changes
+        scratch, size = self.scratch, self.engine.scratch[self.profile]
 
-        def run() -> bool:
+        def run(stream: int) -> bool:
             assert self.changes == changes, (
                 "a graph is replayed whose context has changed since it was captured"
             )
             self.runs += 1
-            return self.engine.run(addresses, shapes)
+            self.engine.cuda.start(stream, lambda: self.engine.run(addresses, shapes))
+            self.engine.cuda.start(stream, lambda: ctypes.memset(scratch, POISON, size))
+            return True
 
         capturing = self.engine.cuda.streams[stream]
         if capturing is not None:
@@ -387,12 +421,10 @@ class IExecutionContext:
                 return False
             capturing.append(run)
             return True
-        return run()
+        return run(stream)
 
 
 class ICudaEngine:
-    device_memory_size_v2 = 1 << 20
-
     def __init__(self, blob: bytes, cuda: Cuda):
         proto, self.profiles = pickle.loads(blob)
         self.cuda = cuda
@@ -407,6 +439,14 @@ class ICudaEngine:
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.num_io_tensors, self.num_optimization_profiles = len(self.types), len(self.profiles)
         self.caches = {n for n in self.types if n.startswith("new_")}
+        self.scratch = [(1 + i) << 20 for i in range(len(self.profiles))]  # bytes, of each profile
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        return max(self.scratch)
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return self.scratch[profile]
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.inputs, *self.outputs][index]
@@ -426,7 +466,7 @@ class ICudaEngine:
         assert how == ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self, graphs)
 
-    def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> bool:
+    def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
         for name in self.types:
             if name not in addresses:
                 raise AssertionError(f"the address of {name} is not set")
@@ -437,7 +477,6 @@ class ICudaEngine:
         feed = {name: read(addresses[name], shapes[name], self.types[name]) for name in self.inputs}
         for name, value in zip(self.outputs, self.session.run(self.outputs, feed), strict=True):
             write(addresses[name], value, self.types[name])
-        return True
 
 
 class Runtime:
@@ -487,6 +526,33 @@ def write(pointer: int, value: np.ndarray, dtype: ir.DataType) -> None:
 
 
 @contextmanager
+def poisoned(api: Cuda) -> Iterator[None]:
+    """What a backend gives back is anybody's: memory of the host at once, of the device in the order of its stream."""
+    streams: weakref.WeakKeyDictionary[cuda.Memory, int] = weakref.WeakKeyDictionary()
+    begin, give_back = gpu.GpuBackend.__init__, cuda.Memory.give_back
+
+    def begun(backend: gpu.GpuBackend) -> None:
+        begin(backend)
+        streams[backend.memory] = backend.stream
+
+    def given(memory: cuda.Memory, pinned: bool, size: int, pointer: int, outgrown: bool = False) -> None:
+        def poison() -> None:
+            ctypes.memset(pointer, POISON, size)
+
+        stream = streams.get(memory)
+        if not pinned and stream in api.started:
+            api.start(stream, poison)
+        else:
+            poison()
+        give_back(memory, pinned, size, pointer, outgrown)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.GpuBackend, "__init__", begun)
+        patch.setattr(cuda.Memory, "give_back", given)
+        yield
+
+
+@contextmanager
 def installed(target: str = "tensorrt") -> Iterator[Cuda]:
     """The emulated modules in place of ``tensorrt`` or ``tensorrt_rtx``, and of ``cuda.bindings``."""
     rtx = target == "tensorrt-rtx"
@@ -505,7 +571,8 @@ def installed(target: str = "tensorrt") -> Iterator[Cuda]:
     before = {name: sys.modules.get(name) for name in emulated}
     sys.modules.update(emulated)
     try:
-        yield runtime
+        with poisoned(runtime):
+            yield runtime
     finally:
         for name, module in before.items():
             if module is None:

@@ -17,6 +17,7 @@ INNER = {
     "shapes",
     "types",
     "run",
+    "scratch",
     "strategy",
 }
 

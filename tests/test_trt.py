@@ -25,6 +25,7 @@ from ppexport.cli import main
 from ppexport.compile_bundle import compile_bundle
 from ppexport.models import profiles
 from ppexport.runtime.backends import cuda, trt, trt_api
+from ppexport.runtime.backends import gpu as gpu_backend
 from ppexport.runtime.bundle import open_bundle
 from ppexport.runtime.stats import Stats
 from ppexport.trt_build import Options
@@ -527,28 +528,45 @@ def test_memory_that_runs_out(bundle: Path, target: str, gpu: emulator.Cuda) -> 
             gpu.limit = whole
 
 
-def test_scratch_memory_is_there_once(bundle: Path, target: str, gpu: emulator.Cuda) -> None:
+def test_scratch_memory_is_there_once(
+    bundle: Path, target: str, gpu: emulator.Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However large the engines that are loaded later: what was outgrown is given back."""
     sizes = iter([3 << 20, 100 << 20, 200 << 20, *[1 << 20] * 20])
-    before = emulator.ICudaEngine.device_memory_size_v2
     made = emulator.ICudaEngine.__init__
 
     def larger(engine: emulator.ICudaEngine, *given: Any) -> None:
         made(engine, *given)
-        engine.device_memory_size_v2 = next(sizes)
+        engine.scratch[-1] = next(sizes)
 
-    emulator.ICudaEngine.__init__ = larger  # type: ignore[method-assign]
-    try:
-        with ppexport.load(bundle, target) as pipe:
-            backend = pipe.backend
-            assert isinstance(backend, trt.TrtBackend)
-            backend.session(bundle / "vision.onnx").loaded.device_memory_size_v2 = 300 << 20
-            backend.settle()
-            large = sorted(len(memory) - 512 for memory in gpu.allocated.values() if len(memory) > 64 << 20)
-            assert large == [300 << 20]
-    finally:
-        emulator.ICudaEngine.__init__ = made  # type: ignore[method-assign]
-        assert before == emulator.ICudaEngine.device_memory_size_v2
+    monkeypatch.setattr(emulator.ICudaEngine, "__init__", larger)
+    with ppexport.load(bundle, target) as pipe:
+        backend = pipe.backend
+        assert isinstance(backend, trt.TrtBackend)
+        backend.session(bundle / "vision.onnx").loaded.scratch[0] = 300 << 20
+        backend.settle()
+        large = sorted(len(memory) - 512 for memory in gpu.allocated.values() if len(memory) > 64 << 20)
+        assert large == [300 << 20]
+
+
+@pytest.mark.parametrize(
+    "mistake", ["a read that waits for nothing", "staging memory that is used again too early"]
+)
+def test_the_emulator_is_behind(
+    bundle: Path, target: str, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    """What a GPU would get wrong only now and then is wrong here, every time."""
+    x = np.arange(1000, dtype=np.float32)
+    with ppexport.load(bundle, target) as pipe:
+        backend = pipe.backend
+        np.testing.assert_array_equal(backend.download(backend.upload(x)), x)
+        with monkeypatch.context() as patch:
+            if "read" in mistake:
+                patch.setattr(gpu_backend.GpuBackend, "wait", lambda *_: None)
+            else:
+                patch.setattr(backend, "_in_flight", types.SimpleNamespace(append=id, clear=int))
+            found = backend.download(backend.upload(x))
+        assert np.isnan(found).all()
 
 
 def test_an_engine_is_not_read_into_memory(

@@ -170,11 +170,15 @@ class TrtBinding:
         self.session = session
         self.backend = session.backend
         self.buffers: dict[str, Buffer] = {}
-        self.copies: dict[str, Buffer] = {}  # where a buffer is not aligned
+        self.changed = True  # has any buffer been bound since the last run?
+        self.context: Context | None = None  # of that run
+        self.wanted: dict[str, tuple[int, tuple[int, ...]]] = {}  # addresses and shapes of that run
+        self.copies: dict[str, Buffer] = {}  # of buffers that are not aligned
 
     def input(self, name: str, buffer: Buffer) -> None:
         """See session.Binding."""
         self.buffers[name] = buffer
+        self.changed = True
 
     output = input
 
@@ -182,35 +186,40 @@ class TrtBinding:
         """See session.Binding. Raises RequestError for sizes outside every profile."""
         session = self.session
         backend = self.backend
-        context = self._context()
+        if self.changed or self.context is None:
+            self.context = self._context()
+            aligned = {name: self._aligned(name, buffer) for name, buffer in self.buffers.items()}
+            self.copies = {name: b for name, b in aligned.items() if b is not self.buffers[name]}
+            self.wanted = {name: (b.pointer, b.shape) for name, b in aligned.items()}
+            self.changed = False
+        context = self.context
         with backend.lock:
             backend.settle()
-            aligned = {name: self._aligned(name, buffer) for name, buffer in self.buffers.items()}
-            wanted = {name: (b.pointer, b.shape) for name, b in aligned.items()}
-            if context.bound == wanted and context.capture is not None:
+            for name, copy in self.copies.items():
+                if name in session.inputs:
+                    backend.copy(copy, self.buffers[name])
+            if context.bound == self.wanted and context.capture is not None:
                 cuda.check(backend.cuda.cudaGraphLaunch(context.capture, backend.stream))
-            elif context.bound == wanted and context.captures:
+            elif context.bound == self.wanted and context.captures:
                 self._capture(context)
             else:
-                self._set(context, wanted)
+                self._set(context, self.wanted)
                 self._enqueue(context)
-            for name in session.outputs:
-                if aligned[name] is not self.buffers[name]:
-                    backend.copy(self.buffers[name], aligned[name])
+            for name, copy in self.copies.items():
+                if name in session.outputs:
+                    backend.copy(self.buffers[name], copy)
 
     def _aligned(self, name: str, buffer: Buffer) -> Buffer:
-        """The buffer, or a copy of it (of an output: room for it) at an address as TensorRT wants it.
+        """The buffer, or memory for a copy of it where its address is not as TensorRT wants it.
 
         Views into a buffer with several parts can lie anywhere; with the widths of real models they do not.
         """
         if buffer.pointer % ALIGNMENT == 0:
             return buffer
         copy = self.copies.get(name)
-        if copy is None or copy.shape != buffer.shape:
-            copy = self.copies[name] = self.backend.empty(buffer.shape, buffer.dtype)
-        if name in self.session.inputs:
-            self.backend.copy(copy, buffer)
-        return copy
+        if copy is not None and copy.shape == buffer.shape:
+            return copy
+        return self.backend.empty(buffer.shape, buffer.dtype)
 
     def _context(self) -> Context:
         session = self.session
