@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises what ``write`` raises, and OSError.
     """
-    partial = path.with_name(f".{path.stem[:100]}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem[:100]}.{os.getpid()}.partial{path.suffix}")
     try:
         write(partial)
         partial.replace(path)

@@ -70,9 +70,8 @@ def compile_bundle(
                     model, "M", sizes.capacity
                 )  # TensorRT wants a fixed size for caches updated in place
             given = replace(options, tf32=graph in GRAPHS)  # what prunes features is to be exact
-            blob, axes, seconds = compile_graph(trt, target, graph, model, source, listed, given, progress)
             file = work / f"{graph}.engine"
-            file.write_bytes(blob)
+            axes, seconds = compile_graph(trt, target, graph, model, source, listed, given, progress, file)
             size = file.stat().st_size
             digest = sha256(file)
             compiled[graph] = Engine(file.name, size, digest, tuple(listed), axes, round(seconds, 2))

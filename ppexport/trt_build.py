@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from .models.errors import BackendError, RequestError, SpaceError
 from .models.files import write_whole
@@ -88,15 +88,16 @@ def compile_graph(
     listed: Sequence[Profile],
     options: Options,
     progress: Progress,
+    file: Path,
     kernels: list[str] | None = None,
-) -> tuple[memoryview, dict[str, tuple[str, ...]], float]:
-    """One serialized engine, the names of its inputs' axes and the seconds it took.
+) -> tuple[dict[str, tuple[str, ...]], float]:
+    """Write one engine to ``file``; returns the names of its inputs' axes and the seconds it took.
 
     ``model``: the graph; ``source``: its file, beside which the weights lie; ``listed``: the profiles; ``options`` as
     ``prepare`` gave them; ``kernels`` gets "kind name" of every kernel, in their order.
 
-    Raises BackendError quoting the compiler, RequestError for profiles that do not fit the graph, and whatever
-    ``progress`` raised, KeyboardInterrupt for one.
+    Raises BackendError quoting the compiler, RequestError for profiles that do not fit the graph, OSError for the file,
+    and whatever ``progress`` raised, KeyboardInterrupt for one.
     """
     begin = time.perf_counter()
     log = trt_api.logger(trt, kernels)
@@ -104,10 +105,7 @@ def compile_graph(
         builder = trt.Builder(log)
     except TypeError as err:  # pybind11's words for a constructor that returned nothing
         raise BackendError(f"{target} {trt.__version__} does not start: {trt_api.quote(log)}") from err
-    typed = getattr(
-        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
-    )  # TensorRT 11 knows no other kind
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model, str(source)):
         told = " | ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
@@ -123,12 +121,14 @@ def compile_graph(
         config.add_optimization_profile(_profile(builder, network, axes, profile, graph))
     cache = _timing_cache(config, options)
     try:
-        blob = builder.build_serialized_network(network, config)
+        written = _write_engine(trt, builder, network, config, file)
+    except OSError:
+        raise
     except Exception as err:  # an interruption inside of the monitor's own lines
         raise monitor.raised or err from err
     if monitor.raised is not None:
         raise monitor.raised
-    if blob is None or blob.nbytes == 0:
+    if not written:
         told = trt_api.quote(log)
         hint = (
             "; smaller profiles or more --workspace may help"
@@ -138,7 +138,41 @@ def compile_graph(
         raise BackendError(f"{target} {trt.__version__} could not compile the {graph} graph: {told}{hint}")
     if cache is not None and options.timing_cache is not None:
         _keep_timings(cache, options.timing_cache)
-    return memoryview(blob), axes, time.perf_counter() - begin
+    return axes, time.perf_counter() - begin
+
+
+def _write_engine(trt: Any, builder: Any, network: Any, config: Any, file: Path) -> int:
+    """Build into a file, in pieces where this TensorRT can do that, so that no second copy is in memory.
+
+    Returns the number of bytes, 0 where the compiler failed. Raises OSError.
+    """
+    with file.open("wb") as out:
+        if not hasattr(builder, "build_serialized_network_to_stream"):  # from 10.12 on
+            blob = builder.build_serialized_network(network, config)
+            return 0 if blob is None else out.write(memoryview(blob))
+        writer = _writer(trt, out)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+        if writer.raised is not None:
+            raise writer.raised
+        return out.tell() if built else 0
+
+
+def _writer(trt: Any, out: IO[bytes]) -> Any:
+    """Takes an engine in pieces. What is raised while it writes is kept in ``raised``: TensorRT cannot pass it on."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.raised: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return out.write(data)
+            except OSError as err:
+                self.raised = err
+                return 0
+
+    return Writer()
 
 
 def _axes(network: Any) -> dict[str, tuple[str, ...]]:

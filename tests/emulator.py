@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -34,6 +34,7 @@ import pytest
 from ppexport.runtime.backends import cuda, gpu
 
 CAPABILITY = {"tensorrt": (8, 7), "tensorrt-rtx": (8, 9)}  # of the emulated GPU: a Jetson Orin, an RTX 4090
+PIECE = 1 << 20  # bytes of an engine that are written at once
 POISON = 0xFF  # a NaN in every float type
 NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
@@ -259,11 +260,37 @@ class ComputeCapability(enum.IntEnum):
     SM120 = 120
 
 
-RTX_ONLY = (CudaGraphStrategy, ComputeCapability)
+class IRuntimeCache:
+    """Of the emulated RTX: one line for each context that was made with it."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    def deserialize(self, blob: bytes) -> bool:
+        lines = blob.decode("ascii", "replace").split("\n")
+        if lines[0] != KERNELS or lines[-1] != "end":
+            return False
+        self.kernels = lines[1:-1]
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview("\n".join([KERNELS, *self.kernels, "end"]).encode())
+
+
+KERNELS = "kernels of the emulated GPU"
+RTX_ONLY = (CudaGraphStrategy, ComputeCapability, IRuntimeCache)
 
 
 class IRuntimeConfig:
     cuda_graph_strategy = CudaGraphStrategy.DISABLED
+    compiled: ClassVar[list[str]] = []  # of all processes there are
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self.strategy = strategy
@@ -353,6 +380,11 @@ class IBuilderConfig:
         return cache.old.replace(b"timed", b"") == b""
 
 
+class IStreamWriter:
+    def write(self, data: bytes) -> int:
+        raise NotImplementedError
+
+
 class Builder:
     def __init__(self, log: ILogger):
         self.log = log
@@ -366,6 +398,13 @@ class Builder:
 
     def create_optimization_profile(self) -> IOptimizationProfile:
         return IOptimizationProfile()
+
+    def build_serialized_network_to_stream(
+        self, network: Any, config: IBuilderConfig, writer: IStreamWriter
+    ) -> bool:
+        whole = self.build_serialized_network(network, config)
+        pieces = [whole[i : i + PIECE] for i in range(0, len(whole), PIECE)]
+        return all(writer.write(bytes(piece)) == len(piece) for piece in pieces)
 
     def build_serialized_network(self, network: Any, config: IBuilderConfig) -> memoryview:
         config.progress_monitor.phase_start("Building engine", None, 2)
@@ -462,6 +501,10 @@ class ICudaEngine:
     ) -> IExecutionContext:
         graphs = CudaGraphStrategy.DISABLED
         if isinstance(how, IRuntimeConfig):
+            kernel = f"{'-'.join(self.outputs[:1])} of {len(self.inputs)} inputs"
+            if kernel not in how.cache.kernels:
+                how.cache.kernels.append(kernel)
+                IRuntimeConfig.compiled.append(kernel)
             graphs, how = how.cuda_graph_strategy, how.strategy
         assert how == ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self, graphs)

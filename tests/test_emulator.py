@@ -17,6 +17,9 @@ INNER = {
     "shapes",
     "types",
     "run",
+    "kernels",
+    "compiled",
+    "cache",
     "scratch",
     "strategy",
 }

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def compiled(bundle: Path, graph: str) -> tuple[list[str], int, int]:
+def compiled(bundle: Path, graph: str, work: Path) -> tuple[list[str], int, int]:
     """The kernels of an engine, its bytes and those of its weights."""
     trt, options = prepare(RTX, Options(compute_capabilities=("8.9",)))
     directory, manifest = open_bundle(bundle)
@@ -51,9 +51,10 @@ def compiled(bundle: Path, graph: str) -> tuple[list[str], int, int]:
     if graph == "language" and dialect == "standard":
         model = set_axis(model, "M", CAPACITY)
     kernels: list[str] = []
-    blob, _, _ = compile_graph(trt, RTX, graph, model, source, listed, options, silent, kernels)
+    engine = work / f"{graph}.engine"
+    compile_graph(trt, RTX, graph, model, source, listed, options, silent, engine, kernels)
     weights = sum(file.stat().st_size for file in directory.glob(f"{source.stem}*"))
-    return kernels, blob.nbytes, weights
+    return kernels, engine.stat().st_size, weights
 
 
 @pytest.fixture(scope="module", params=["standard", "plain"])
@@ -65,17 +66,17 @@ def bundle(
     )
 
 
-def test_the_decoder(bundle: Path) -> None:
+def test_the_decoder(bundle: Path, tmp_path: Path) -> None:
     """One kernel of attention in each layer for prompts and tokens alike, and few others; weights are there once."""
-    kernels, engine, weights = compiled(bundle, "language")
+    kernels, engine, weights = compiled(bundle, "language", tmp_path)
     assert sum(ATTENTION in kernel for kernel in kernels) == 2 * LAYERS, kernels
     assert len(kernels) <= 2 * MOST_KERNELS, kernels
     assert not [kernel for kernel in kernels if EXPANSION in kernel]
     assert engine < 1.05 * weights
 
 
-def test_the_tower(bundle: Path) -> None:
-    kernels, engine, weights = compiled(bundle, "vision")
+def test_the_tower(bundle: Path, tmp_path: Path) -> None:
+    kernels, engine, weights = compiled(bundle, "vision", tmp_path)
     assert sum(ATTENTION in kernel for kernel in kernels) == LAYERS, kernels
     assert engine < 1.05 * weights
 
@@ -83,7 +84,7 @@ def test_the_tower(bundle: Path) -> None:
 def test_weights_in_int4(checkpoint: Path, tmp_path: Path) -> None:
     """They stay in 4 bits: no kernel expands a matrix before it is multiplied."""
     bundle = build(checkpoint, tmp_path / "bundle", dialect="plain", precision="int4")
-    kernels, engine, weights = compiled(bundle, "language")
+    kernels, engine, weights = compiled(bundle, "language", tmp_path)
     assert sum(ATTENTION in kernel for kernel in kernels) == 2 * LAYERS, kernels
     assert len(kernels) <= 2 * MOST_KERNELS, kernels
     assert engine < 1.1 * weights

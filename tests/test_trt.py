@@ -510,6 +510,56 @@ def test_a_capture_that_fails_is_left_out(
     assert "the language engine runs without a CUDA graph" in stats[0].notes[0]
 
 
+def test_a_disk_that_is_full(bundle: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an engine is written, in pieces: the bundle has what it had."""
+    before = {file.name: file.stat().st_mtime_ns for file in (bundle / "engines" / target).iterdir()}
+    whole = Path.open
+
+    def full(path: Path, *given: Any, **named: Any) -> Any:
+        return whole(Path("/dev/full") if path.suffix == ".engine" else path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ppexport.SpaceError, match=r"No space left on device; the bundle is as it was"):
+        compile_bundle(bundle, target, None, Options(max_pixels=E2E_PIXELS, capacity=1536))
+    monkeypatch.undo()
+    assert {f.name: f.stat().st_mtime_ns for f in (bundle / "engines" / target).iterdir()} == before
+    assert [folder.name for folder in (bundle / "engines").iterdir()] == [target]
+
+
+def test_kernels_are_kept_for_the_next_process(
+    bundle: Path, target: str, gpu: emulator.Cuda, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of RTX: they are compiled once for a GPU and driver; files that are torn, or cannot be there, do no harm."""
+    if target == "tensorrt":
+        pytest.skip("compiles kernels when it builds")
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    folder = copy / "engines" / target
+    for kept in folder.glob("*.cache"):
+        kept.unlink()
+    compiled = emulator.IRuntimeConfig.compiled
+
+    def loaded() -> int:
+        before = len(compiled)
+        with ppexport.load(copy, target) as pipe:
+            assert tokens(pipe, "one_tau0", 3)
+        return len(compiled) - before
+
+    assert loaded() > 3
+    assert loaded() == 0
+    (file,) = folder.glob("*.cache")
+    assert file.name == "kernels-Emulated-12060.cache"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    assert loaded() > 3
+    assert "is not of this GPU, driver and TensorRT-RTX; it is made anew" in caplog.text
+    assert (file.read_bytes(), loaded()) == (whole, 0)
+    file.unlink()
+    file.mkdir()
+    assert loaded() > 3
+    assert "kernels cannot be kept" in caplog.text
+    assert ppexport.load(copy, target, verify=True).chosen
+
+
 def test_memory_that_runs_out(bundle: Path, target: str, gpu: emulator.Cuda) -> None:
     """What is kept for later goes back first; then the error says what was asked for and what to lower."""
     with ppexport.load(bundle, target) as pipe:

@@ -15,6 +15,7 @@ from ...models.profiles import fitting, outside
 from ...models.version import release
 from . import cuda, trt_api
 from .gpu import GpuBackend
+from .kernels import KernelCache
 from .session import Buffer
 
 VERSION_COMPATIBLE = "VERSION_COMPATIBLE"
@@ -46,6 +47,8 @@ class TrtBackend(GpuBackend):
         self._scratch: cuda.Block | None = None
         self._settled = True  # has every context its scratch memory?
         self._graphs = engine_record.compiled_graphs(manifest)
+        rtx = hasattr(self.trt, "CudaGraphStrategy")
+        self.kernels = KernelCache(engine_record.folder(directory, target)) if rtx else None
 
     def add(self, session: TrtSession) -> None:
         """A session whose contexts share the scratch memory of all; they get it from ``settle``."""
@@ -68,6 +71,14 @@ class TrtBackend(GpuBackend):
                 self.forget_capture(context)  # it holds the address of the memory before
                 context.context.set_device_memory(self._scratch.pointer, self._scratch.size)
         self._settled = True
+        if self.kernels is not None:
+            self.kernels.keep()
+
+    def close(self) -> None:
+        """See session.Backend."""
+        if self.kernels is not None:
+            self.kernels.keep()  # those, too, that were compiled for the sizes of requests
+        super().close()
 
     def forget_capture(self, context: Context) -> None:
         """Before anything about a context changes: TensorRT forbids to replay what was captured before."""
@@ -132,8 +143,9 @@ class TrtSession:
         backend = self.backend
         trt = self.backend.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if hasattr(trt, "CudaGraphStrategy"):
+        if backend.kernels is not None:
             config = self.loaded.create_runtime_config()
+            backend.kernels.attach(config)
             if replays:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             config.set_execution_context_allocation_strategy(strategy)
@@ -146,7 +158,7 @@ class TrtSession:
                 f"{trt_api.quote(backend.log)}; build it with smaller or fewer profiles"
             )
         backend.wait()
-        return Context(made, captures=replays and not hasattr(trt, "CudaGraphStrategy"))
+        return Context(made, captures=replays and backend.kernels is None)
 
     def binding(self) -> TrtBinding:
         """See session.Session."""
