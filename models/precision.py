@@ -8,9 +8,8 @@ from .dtype import BY_PRECISION
 from .errors import CheckpointError
 
 BYTES = {name: BY_PRECISION[name].nbytes for name in ("fp32", "fp16", "bf16")}  # per value
-# per value; int8 and int4 in groups with a scale each, w8a8 with one per output and inputs that are rounded, too
+# per value; int4 in groups with a scale each, int8 too unless ``per_output``; w8a8 rounds the inputs of products, too
 BITS = {"int8": 8, "int4": 4, "w8a8": 8}
-GROUPED = ("int8", "int4")
 PARTS = ("language", "vision", "head", "embedding")
 GROUP_SIZES = (32, 64, 128)
 
@@ -44,6 +43,9 @@ class Precision:
     group_size: int = 32  # inputs of a matrix that share a scale
     symmetric: bool = True  # without zero points
     calibrated: int = 0  # images that matrices in int4 were fitted to
+    per_output: bool = (
+        False  # int8 has a scale per output of a matrix: TensorRT expands groups before each product
+    )
 
     def of(self, part: str) -> str:
         """What a part (one of PARTS) is stored in."""
@@ -62,23 +64,28 @@ class Precision:
     @property
     def in_groups(self) -> bool:
         """Is any part stored in groups?"""
-        return any(self.uses(stored) for stored in GROUPED)
+        return any(self.grouped(stored) for stored in BITS if self.uses(stored))
+
+    def grouped(self, stored: str) -> bool:
+        """Are matrices of a kind stored in groups? Else integers have a scale per output."""
+        return stored == "int4" or (stored == "int8" and not self.per_output)
 
     def bytes_of(self, part: str, count: int) -> int:
         """What ``count`` values of a part take, with float32 scales."""
         stored = self.of(part)
         if stored in BYTES:
             return count * BYTES[stored]
-        scales = 0 if stored == "w8a8" else count // self.group_size * (4 if self.symmetric else 5)
+        scales = 0 if not self.grouped(stored) else count // self.group_size * (4 if self.symmetric else 5)
         return count * BITS[stored] // 8 + scales
 
     def __str__(self) -> str:
         """For people: "bf16", or "int4, vision w8a8, head int8, embedding int8, groups of 32"."""
         others = [f"{part} {self.of(part)}" for part in PARTS[1:] if self.of(part) != self.language]
         zeros = "" if self.symmetric else " with zero points"
+        rows = ["int8 with a scale per output"] if self.per_output and self.uses("int8") else []
         groups = [f"groups of {self.group_size}{zeros}"] if self.in_groups else []
         fitted = [f"fitted to {self.calibrated} images"] if self.calibrated else []
-        return ", ".join([self.language, *others, *groups, *fitted])
+        return ", ".join([self.language, *others, *rows, *groups, *fitted])
 
 
 def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool = False) -> Precision:
@@ -110,7 +117,10 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
     head = wanted.head or ("int8" if integers else layers)
     follows = head if tied and head in BYTES else base  # they are one table
     embedding = wanted.embedding or ("int8" if integers and (head in BITS or not tied) else follows)
-    found = Precision(base, layers, vision, head, embedding, wanted.group_size, wanted.symmetric)
+    per_output = dialect != "ort"
+    found = Precision(
+        base, layers, vision, head, embedding, wanted.group_size, wanted.symmetric, per_output=per_output
+    )
     _check(found, wanted, dialect, tied)
     return found
 
@@ -135,9 +145,8 @@ def _check(found: Precision, wanted: Wanted, dialect: str, tied: bool) -> None:
             f"{'int8 or ' if dialect == 'ort' else ''}{found.base}: there is no operator that looks up such a table"
         )
     if not found.in_groups and (wanted.group_size, wanted.symmetric) != (Wanted.group_size, Wanted.symmetric):
-        raise CheckpointError(
-            f"group size and asymmetric are for int8 and int4, found {found}; leave them out"
-        )
+        grouped = "int4 (int8 has a scale per output for engines)" if found.per_output else "int8 and int4"
+        raise CheckpointError(f"group size and asymmetric are for {grouped}, found {found}; leave them out")
     if dialect != "ort" and found.in_groups and not wanted.symmetric:
         raise CheckpointError(
             "TensorRT takes no zero points; build with symmetric groups, or for ONNX Runtime"

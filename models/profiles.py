@@ -150,11 +150,11 @@ def _check_side(profile: Profile, name: str, side: int) -> None:
 
 
 def engine_profiles(
-    profiles: Profiles, model: ModelConfig, graph: str, dialect: str, in_groups: bool = False
+    profiles: Profiles, model: ModelConfig, graph: str, dialect: str, int4: bool = False
 ) -> list[Profile]:
     """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode.
 
-    ``graph``: as engine_record.compiled_graphs names it; ``in_groups``: the decoder's weights are stored in groups.
+    ``graph``: as engine_record.compiled_graphs names it; ``int4``: what the decoder's layers are stored in.
     """
     if graph not in ("prune", "vision", "language"):
         return [_of_features(profile["K"]) for profile in profiles.vision]
@@ -165,7 +165,10 @@ def engine_profiles(
                 profile[axis] = profile["K"] if axis == "U" else _windows(profiles, profile, model.vision)
         return found
     capacity = profiles.capacity
-    common = {"B": (1, 1, 1), "P": (1, 1, 1)}
+    # where it is always one row that is multiplied, an engine holds weights in 16 bits once more, laid out otherwise,
+    # and expands those in int8
+    row = (1, 1, 1) if int4 else (1, 1, 2)
+    common = {"B": (1, 1, 1), "P": row}
     start = common.copy()
     used = common.copy()
     if dialect == "plain":  # the used part of the cache; where caches are updated in place M is fixed
@@ -173,8 +176,7 @@ def engine_profiles(
         start["M"], used["M"] = (1, 1, capacity), (1, max(1, capacity // 2), capacity)
     else:
         used["E"] = (1, max(1, capacity // 2), capacity)
-    # an engine holds weights in 16 bits once more, laid out otherwise, for a profile in which S is always 1
-    decode = {"S": (1, 1, 1) if in_groups else (1, 1, 2), "K": (1, 1, 1), **used}
+    decode = {"S": row, "K": (1, 1, 1), **used}
     prefill = [{**p, **start} for p in profiles.prefill]
     if dialect == "standard":
         for profile in prefill:

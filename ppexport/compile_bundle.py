@@ -61,8 +61,8 @@ def compile_bundle(
     try:
         compiled = {}
         for graph, name in engine_record.compiled_graphs(manifest).items():
-            in_groups = manifest.precision.in_groups
-            listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, in_groups)
+            int4 = manifest.precision.language == "int4"
+            listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, int4)
             source = directory / name
             model = source.read_bytes()
             if graph == "language" and dialect == "standard":

@@ -45,7 +45,9 @@ def compiled(bundle: Path, graph: str, work: Path) -> tuple[list[str], int, int]
     directory, manifest = open_bundle(bundle)
     dialect = manifest.graphs[graph].dialect
     sizes = profiles.defaults(manifest.model, manifest.context, 1 << 20, CAPACITY)
-    listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, manifest.precision.in_groups)
+    listed = profiles.engine_profiles(
+        sizes, manifest.model, graph, dialect, manifest.precision.language == "int4"
+    )
     source = directory / manifest.graphs[graph].file
     model = source.read_bytes()
     if graph == "language" and dialect == "standard":
@@ -87,4 +89,17 @@ def test_weights_in_int4(checkpoint: Path, tmp_path: Path) -> None:
     kernels, engine, weights = compiled(bundle, "language", tmp_path)
     assert sum(ATTENTION in kernel for kernel in kernels) == 2 * LAYERS, kernels
     assert len(kernels) <= 2 * MOST_KERNELS, kernels
+    assert engine < 1.1 * weights
+
+
+def test_weights_in_int8(checkpoint: Path, tmp_path: Path) -> None:
+    """They stay in 8 bits, with a scale per output: groups would be expanded to a matrix of 16 bits in each run."""
+    bundle = build(checkpoint, tmp_path / "bundle", dialect="plain", precision="int8")
+    kernels, engine, weights = compiled(bundle, "language", tmp_path)
+    assert sum(ATTENTION in kernel for kernel in kernels) == 2 * LAYERS, kernels
+    assert sum("MulCastFc" in kernel for kernel in kernels) == 2 * (
+        4 * LAYERS + 1
+    )  # q, k and v together, gate and up
+    assert not [kernel for kernel in kernels if kernel.startswith("gemm")]
+    assert len(kernels) <= 2 * (MOST_KERNELS + 2), kernels
     assert engine < 1.1 * weights

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+import emulator
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -183,7 +184,8 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
     path = build(POCKET, tmp_path / "bundle", stored, dialect, ["tensorrt-rtx"], None, options)
     _, manifest = open_bundle(path)
     record = engine_record.read(path, manifest, "tensorrt-rtx")
-    assert str(manifest.precision) == f"{stored}, vision bf16, embedding bf16, groups of 32"
+    scales = {"int4": "groups of 32", "int8": "int8 with a scale per output"}
+    assert str(manifest.precision) == f"{stored}, vision bf16, embedding bf16, {scales[stored]}"
     assert record.engines["language"].bytes > 100_000
 
 
@@ -221,6 +223,12 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
         ),
         (Wanted("w8a8"), "standard", False, "w8a8 is for ONNX Runtime"),
         (Wanted("int4", symmetric=False), "plain", False, "TensorRT takes no zero points"),
+        (
+            Wanted("int8", group_size=64),
+            "plain",
+            False,
+            r"are for int4 \(int8 has a scale per output for engines\), found int8",
+        ),
     ],
 )
 def test_what_cannot_be_stored(wanted: Wanted, dialect: str, tied: bool, message: str) -> None:
@@ -273,3 +281,15 @@ def test_options_of_the_command(tmp_path: Path) -> None:
         main, ["run", str(tmp_path / "b"), "What is the Region?", "-i", "docs/settings.png"]
     )
     assert answer.stdout == "Porto\n"
+
+
+@pytest.mark.parametrize("stored", ["int4", "int8"])
+def test_engines_of_quantized_graphs_answer(stored: str, tmp_path: Path) -> None:
+    """On the emulated GPU, which calculates them in float32."""
+    with emulator.installed("tensorrt"):
+        options = Options(capacity=512)
+        path = build(POCKET, tmp_path / "bundle", stored, "plain", ["tensorrt"], None, options)
+        with ppexport.load(path, "tensorrt") as pipe:
+            screen = POCKET.parent.parent / "docs" / "settings.png"
+            answer = pipe.generate("What is the Region?", screen)
+            assert answer.text() == "Porto"

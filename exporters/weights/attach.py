@@ -19,7 +19,7 @@ from ..graphs import PRECISIONS, compute_precision
 from ..lowering.dialects import Dialect
 from ..towers import TOWERS
 from .gptq import Moments
-from .quantized_nodes import Stored, Users, store_groups, store_rows
+from .quantized_nodes import Stored, Users, one_product, store_integers, store_rows
 
 
 def attach(
@@ -58,7 +58,7 @@ def attach(
                     if what.kind == "w8a8":
                         store_rows(model, checkpoint, own, what, users, rounded)
                     else:
-                        store_groups(model, checkpoint, graph, own, what, users)
+                        store_integers(model, checkpoint, graph, own, what, users)
             if value.uses():
                 parts = list(_users(value, graph, name))
                 stored = precision.of(parts[0]) if precision.of(parts[0]) not in BITS else precision.base
@@ -67,6 +67,8 @@ def attach(
                 del model.graph.initializers[name]
         elif value.const_value is None or value.const_value.size > 64:
             raise CheckpointError(f"the {graph} graph has an initializer '{name}' that no weight table names")
+    if precision.per_output:
+        one_product(model)
 
 
 def part_of(graph: str, name: str, user: str = "") -> str:
@@ -118,7 +120,7 @@ def _divides(weight: Weight, part: str, precision: Precision) -> bool:
     """Can a matrix be stored in integers?"""
     if len(weight.shape) != 2 or weight.layout == "patch":
         return False
-    return precision.of(part) == "w8a8" or weight.shape[1] % precision.group_size == 0
+    return not precision.grouped(precision.of(part)) or weight.shape[1] % precision.group_size == 0
 
 
 def _users(value: ir.Value, graph: str, name: str) -> dict[str, Users]:

@@ -1,9 +1,10 @@
-"""How products and lookups read weights that are stored in integers: in groups, or a scale per output (w8a8)."""
+"""How products and lookups read weights that are stored in integers: in groups, or with a scale per output."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
@@ -32,13 +33,14 @@ class Stored:
     moments: Moments | None = None  # of the inputs of matrices in int4
 
 
-def store_groups(
+def store_integers(
     model: ir.Model, checkpoint: Checkpoint, graph: str, name: str, stored: Stored, users: Users
 ) -> None:
-    """DequantizeLinear in front of every reader, on new initializers."""
+    """DequantizeLinear in front of every reader, on new initializers: in groups, or with a scale per output."""
     weight = stored.weight
-    size = stored.precision.group_size
     outer, inner = weight.shape
+    grouped = stored.precision.grouped(stored.kind)
+    size = stored.precision.group_size if grouped else inner
     looked_up = users[0][0].op_type == "Gather"
     # a row of a table is read for its token alone: zero points would not pay
     symmetric = stored.precision.symmetric or looked_up
@@ -57,6 +59,8 @@ def store_groups(
     rows = inner // size
     if looked_up:
         parts = [lazy.value("values", integers, outer, inner), lazy.value("scales", floats, outer, rows)]
+    elif not grouped:
+        parts = [lazy.value("values", integers, inner, outer), lazy.value("scales", floats, outer)]
     else:
         parts = [lazy.value("values", integers, inner, outer), lazy.value("scales", floats, rows, outer)]
         parts += [] if symmetric else [lazy.value("zeros", integers, rows, outer)]
@@ -71,7 +75,10 @@ def store_groups(
                 row.type = part.type
             _replace(model, node, op, op("DequantizeLinear", *found, axis=-1, block_size=size))
             continue
-        weights = op("DequantizeLinear", *parts, axis=0, block_size=size)
+        if grouped:
+            weights = op("DequantizeLinear", *parts, axis=0, block_size=size)
+        else:
+            weights = op("DequantizeLinear", *parts, axis=1)
         weights.name = f"{name}.{node.name or 'use'}"
         weights.type = ir.TensorType(floats)
         if node.op_type == "Gemm":  # x @ table.t()
@@ -79,6 +86,73 @@ def store_groups(
         else:
             model.graph.insert_before(node, op.nodes)
             node.replace_input_with(index, weights)
+
+
+def one_product(model: ir.Model) -> None:
+    """Products of one value with several matrices that have a scale per output, as one product that is split again.
+
+    TensorRT joins such products by itself, and would expand the matrices to 16 bits in each run to put them side by
+    side.
+    """
+    for x in [value for node in model.graph for value in node.outputs]:
+        readers = [node for node, index in x.uses() if node.op_type == "MatMul" and index == 0]
+        products = [(node, source) for node in readers if (source := _scaled_per_output(node)) is not None]
+        if len(products) < 2:
+            continue
+        op = Ops()
+        name = "+".join(str(node.name) for node, _ in products)
+        scaled = [each for _, each in products]
+        parts = [_side_by_side([_tensor(each, i) for each in scaled], f"{name}.{i}") for i in (0, 1)]
+        for part in parts:
+            model.graph.register_initializer(part)
+        weights = op("DequantizeLinear", *parts, axis=1)
+        weights.type = parts[1].type
+        sizes = [_tensor(each, 1).size for each in scaled]
+        found = op.multi("Split", len(products), op("MatMul", x, weights), op.ints(sizes), axis=-1)
+        before = [node.outputs[0] for node, _ in products]
+        for old, new in zip(before, found, strict=True):
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+        nodes = [node for node, _ in products]
+        first = next(node for node in model.graph if node in nodes)
+        ir.convenience.replace_nodes_and_values(model.graph, first, nodes, op.nodes, before, found)
+        for each in scaled:
+            if not each.outputs[0].uses():
+                unread = [str(_tensor(each, i).name) for i in (0, 1)]
+                model.graph.remove(each, safe=True)
+                for initializer in unread:
+                    del model.graph.initializers[initializer]
+
+
+def _scaled_per_output(product: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear that computes a product's matrix from integers and a scale per output."""
+    matrix = product.inputs[1]
+    node = matrix.producer() if matrix is not None else None
+    if node is None or node.op_type != "DequantizeLinear" or "block_size" in node.attributes:
+        return None
+    return node
+
+
+def _tensor(node: ir.Node, index: int) -> ir.TensorProtocol:
+    """What an input of a node that is an initializer holds."""
+    value = node.inputs[index]
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _side_by_side(tensors: list[ir.TensorProtocol], name: str) -> ir.Value:
+    """An initializer of several, side by side along the last axis; each is read when it is written."""
+    dtype = tensors[0].dtype
+    outer = [int(n) for n in tensors[0].shape.numpy()[:-1]]
+    shape = ir.Shape([*outer, sum(tensor.shape.numpy()[-1] for tensor in tensors)])
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(
+            np.concatenate([tensor.numpy() for tensor in tensors], axis=-1), dtype=dtype, name=name
+        )
+
+    lazy = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=lazy)
 
 
 def store_rows(
