@@ -113,7 +113,7 @@ def plan(
 
 def _check_head(head_dim: int, dialect: str) -> None:
     """Raise CheckpointError for a head width that an operator does not take."""
-    if dialect == "ort" and head_dim % HEAD_DIM_STEP:
+    if dialect in ("ort", "cuda") and head_dim % HEAD_DIM_STEP:
         raise CheckpointError(
             f"head_dim is {head_dim}, expected a multiple of {HEAD_DIM_STEP} for ONNX Runtime's GroupQueryAttention; "
             "build it with --dialect plain, which runs on a CPU, too"

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import profiles
 from .errors import BundleError
 from .manifest import GRAPHS, Manifest, sha256
+from .precision import ENGINES
 from .profiles import Profile, Profiles
 from .pruners import of_family, pruners_of
 from .pruners.pixelprune import prune_file
@@ -90,7 +91,7 @@ def read(bundle: Path, manifest: Manifest, target: str, verify: bool = False) ->
     """
     path = folder(bundle, target) / FILE
     todo = rebuild(bundle, target)
-    if any(graph.dialect == "ort" for graph in manifest.graphs.values()):
+    if any(graph.dialect not in ENGINES for graph in manifest.graphs.values()):
         todo = (
             f"its graphs are for ONNX Runtime only: build a bundle from the checkpoint with --target {target}"
         )

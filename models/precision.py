@@ -10,6 +10,7 @@ from .errors import CheckpointError
 BYTES = {name: BY_PRECISION[name].nbytes for name in ("fp32", "fp16", "bf16")}  # per value
 # per value; int4 in groups with a scale each, int8 too unless ``per_output``; w8a8 rounds the inputs of products, too
 BITS = {"int8": 8, "int4": 4, "w8a8": 8}
+ENGINES = ("standard", "plain")  # dialects that TensorRT compiles; see exporters/lowering/dialects.py
 PARTS = ("language", "vision", "head", "embedding")
 GROUP_SIZES = (32, 64, 128)
 
@@ -94,8 +95,9 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
     "auto" keeps the checkpoint's dtype, but for ``engines``, which take bf16 for float32. With quantized layers, ONNX
     Runtime (dialect "ort") gets the other parts in 8 bits: vision in w8a8, which it calculates several times faster
     than floats, head and embedding in int8. For TensorRT the head is stored as the layers are, vision and embedding
-    stay as they are: vision is not bound by reading weights there, and there is no lookup in tables of integers.
-    Raises CheckpointError for what cannot be had.
+    stay as they are: vision is not bound by reading weights there, and there is no lookup in tables of integers. So it
+    is for ONNX Runtime on CUDA ("cuda"), where what is not in integers is in fp16 then: its matrices are not expanded
+    to bf16. Raises CheckpointError for what cannot be had.
     """
     for name, value in (("precision", wanted.precision), *((p, getattr(wanted, p)) for p in PARTS[1:])):
         if value is not None and value not in (*BYTES, *BITS) and (name, value) != ("precision", "auto"):
@@ -110,14 +112,16 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
         base = layers
     elif dialect != "ort" and base == "fp32":
         base = "bf16"  # engines calculate in 16 bits
-    if wanted.precision == "auto" and engines and base == "fp32":
+    if dialect == "cuda" and layers in BITS:
+        base = "fp16"
+    if wanted.precision == "auto" and (engines or dialect == "cuda") and base == "fp32":
         base = layers = "bf16"
     integers = layers in BITS and dialect == "ort"
     vision = wanted.vision or ("w8a8" if integers else base)
     head = wanted.head or ("int8" if integers else layers)
     follows = head if tied and head in BYTES else base  # they are one table
     embedding = wanted.embedding or ("int8" if integers and (head in BITS or not tied) else follows)
-    per_output = dialect != "ort"
+    per_output = dialect in ENGINES
     found = Precision(
         base, layers, vision, head, embedding, wanted.group_size, wanted.symmetric, per_output=per_output
     )
@@ -130,15 +134,25 @@ def _check(found: Precision, wanted: Wanted, dialect: str, tied: bool) -> None:
     stored = {found.of(part) for part in PARTS} & set(BYTES)
     if dialect != "ort" and not stored <= {found.base}:
         raise CheckpointError(
-            f"found {' and '.join(sorted(stored | {found.base}))}, expected {found.base} only: engines calculate in it"
+            f"found {' and '.join(sorted(stored | {found.base}))}, expected {found.base} only: graphs of dialect "
+            f"{dialect} calculate in it"
         )
     if tied and found.head not in BITS and found.embedding != found.head:
         raise CheckpointError(
             f"the head is stored in {found.head} and the embedding in {found.embedding}, expected the same: they are "
             "one table in this checkpoint; quantize the head too, or neither"
         )
+    if dialect == "cuda" and found.base == "fp32":
+        raise CheckpointError(
+            "dialect cuda is in 16 bits, expected fp16 or bf16: its attention takes no float32"
+        )
+    if dialect == "cuda" and found.quantized and found.base != "fp16":
+        raise CheckpointError(
+            f"found integers beside {found.base}, expected fp16 for dialect cuda; build it with --precision int4 or "
+            "int8"
+        )
     if dialect != "ort" and "w8a8" in (found.language, found.vision, found.head):
-        raise CheckpointError("w8a8 is for ONNX Runtime (dialect ort), expected int8 or int4 for engines")
+        raise CheckpointError("w8a8 is for CPUs (dialect ort), expected int8 or int4")
     if found.embedding in ("int4", "w8a8") or (found.embedding in BITS and dialect != "ort"):
         raise CheckpointError(
             f"the embedding cannot be stored in {found.embedding}, expected "
@@ -147,7 +161,7 @@ def _check(found: Precision, wanted: Wanted, dialect: str, tied: bool) -> None:
     if not found.in_groups and (wanted.group_size, wanted.symmetric) != (Wanted.group_size, Wanted.symmetric):
         grouped = "int4 (int8 has a scale per output for engines)" if found.per_output else "int8 and int4"
         raise CheckpointError(f"group size and asymmetric are for {grouped}, found {found}; leave them out")
-    if dialect != "ort" and found.in_groups and not wanted.symmetric:
+    if dialect in ENGINES and found.in_groups and not wanted.symmetric:
         raise CheckpointError(
             "TensorRT takes no zero points; build with symmetric groups, or for ONNX Runtime"
         )

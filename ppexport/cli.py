@@ -108,11 +108,12 @@ main.params += logs.options()
 )
 @click.option(
     "--dialect",
-    type=click.Choice(["auto", "ort", "standard", "plain"]),
+    type=click.Choice(["auto", "ort", "cuda", "standard", "plain"]),
     default="auto",
     show_default=True,
-    help="ort: for ONNX Runtime. standard: ONNX opset 24, for TensorRT 10.15 or later and TensorRT-RTX. plain: opset "
-    "20, for TensorRT 10.3 (JetPack 6). auto: standard with a target, else ort.",
+    help="ort: for ONNX Runtime on a CPU. cuda: for ONNX Runtime on an NVIDIA GPU, in 16 bits. standard: ONNX opset "
+    "24, for TensorRT 10.15 or later and TensorRT-RTX. plain: opset 20, for TensorRT 10.3 (JetPack 6). auto: standard "
+    "with a target, else ort.",
 )
 @click.option(
     "--target",

@@ -16,7 +16,7 @@ from .models.dtype import BY_NAME, BY_PRECISION
 from .models.engine_record import Engine, EngineRecord
 from .models.errors import BundleError, RequestError, SpaceError
 from .models.manifest import GRAPHS, sha256
-from .models.precision import BYTES
+from .models.precision import BYTES, ENGINES
 from .models.profiles import Profiles
 from .models.progress import Progress, silent
 from .models.pruners import Pruner, pruners_of
@@ -26,8 +26,6 @@ from .runtime.backends.cuda import rounded
 from .runtime.bundle import open_bundle
 from .table import aligned
 from .trt_build import Options, compile_graph, flags, prepare
-
-DIALECTS = ("standard", "plain")
 
 
 def compile_bundle(
@@ -118,7 +116,7 @@ def told(bundle: str | Path, target: str) -> list[str]:
 
 def check_dialect(dialects: set[str], compute: str, what: str) -> str:
     """The dialect of all graphs, if TensorRT takes it and what they calculate in; raises BundleError."""
-    if len(dialects) != 1 or not dialects <= set(DIALECTS):
+    if len(dialects) != 1 or not dialects <= set(ENGINES):
         raise BundleError(
             f"{what}: found graphs of dialect {', '.join(sorted(dialects))}, expected standard (TensorRT 10.15 or "
             "later, TensorRT-RTX) or plain (TensorRT 10.3 or later); build from the checkpoint with --dialect standard "

@@ -221,7 +221,7 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
             True,
             "found w8a8, head bf16",
         ),
-        (Wanted("w8a8"), "standard", False, "w8a8 is for ONNX Runtime"),
+        (Wanted("w8a8"), "standard", False, "w8a8 is for CPUs"),
         (Wanted("int4", symmetric=False), "plain", False, "TensorRT takes no zero points"),
         (
             Wanted("int8", group_size=64),

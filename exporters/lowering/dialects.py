@@ -1,13 +1,14 @@
 """How the nodes of ``ops.py`` are written in ONNX: one table of translations per dialect.
 
-``ort``       ONNX Runtime on CPU and CUDA: GroupQueryAttention and MultiHeadAttention, caches updated in place.
+``ort``       ONNX Runtime on a CPU: GroupQueryAttention and MultiHeadAttention, caches updated in place; in float32.
+``cuda``      The same for ONNX Runtime's CUDA provider, in 16 bits; decode is made of what a CUDA graph can hold.
 ``standard``  ONNX opset 24, no vendor op: caches by TensorScatter, the tower's attention by Attention, for TensorRT
               (10.15 or later) and TensorRT-RTX.
 ``plain``     ONNX opset 20 and the operators of TensorRT 10.3 (JetPack 6): attention from MatMul and Softmax.
 
 Sources: the ONNX operator pages (Attention-24, TensorScatter-24, RMSNormalization-23, Gelu-20), ONNX Runtime's
-docs/ContribOperators.md (com.microsoft: GroupQueryAttention, MultiHeadAttention, RotaryEmbedding) and onnx-tensorrt's
-docs/operators.md of release 10.
+docs/ContribOperators.md (com.microsoft: GroupQueryAttention, MultiHeadAttention, RotaryEmbedding) and
+docs/OperatorKernels.md (types by provider), and onnx-tensorrt's docs/operators.md of release 10.
 """
 
 from __future__ import annotations
@@ -123,10 +124,20 @@ def _ort_quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def _ort_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    q, k, v, k_cache, v_cache, own, _ = node.inputs
-    (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
-    last = op("ReduceMax", own, op.ints([1]), keepdims=0)  # [B] the row's last entry
+    last = _last_entry(op, node)
     total = op("Add", op("ReduceMax", last, keepdims=0), op("Cast", op.const(1), to=ir.DataType.INT32))
+    return _group_query_attention(op, node, last, total)
+
+
+def _last_entry(op: Ops, node: ir.Node) -> ir.Value:
+    """[B], of each row the entry of its last token."""
+    return op("ReduceMax", node.inputs[5], op.ints([1]), keepdims=0)
+
+
+def _group_query_attention(op: Ops, node: ir.Node, last: Any, total: Any) -> Sequence[ir.Value]:
+    """``total``: a scalar in the host's memory, how many entries to look at."""
+    q, k, v, k_cache, v_cache, _, _ = node.inputs
+    (heads, width), (kv_heads, _) = _sizes(node, 0), _sizes(node, 1)
     out, new_k, new_v = op.multi(
         "GroupQueryAttention",
         3,
@@ -168,6 +179,29 @@ def _ort_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     square = op("ReduceMean", op("Pow", x, op.const(2.0)), op.ints([-1]))
     root = op("Sqrt", op("Add", square, op.const(_attr(node, "epsilon"))))
     return [op("Mul", op("Div", x, root), weight)]
+
+
+# --------------------------------------------------------------------------------------------------- cuda
+
+
+def _cuda_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """How many entries to look at is the size of an input, which is known without waiting for the GPU."""
+    entries = node.inputs[6]
+    assert entries is not None
+    entries.name = ENTRIES  # of which a pass makes an input
+    total = op("Cast", op("Squeeze", op("Shape", entries), op.ints([0])), to=ir.DataType.INT32)
+    return _group_query_attention(op, node, _last_entry(op, node), total)
+
+
+def _cuda_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """In one kernel, with the sum before it where there is one; squares are summed up in float32."""
+    x, weight = node.inputs
+    assert x is not None and weight is not None  # noqa: PT018
+    if (fused := skip_norm(op, x, weight, _attr(node, "epsilon"))) is not None:
+        return [fused]
+    return [
+        op("SimplifiedLayerNormalization", x, weight, axis=-1, stash_type=1, epsilon=_attr(node, "epsilon"))
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- standard
@@ -292,6 +326,20 @@ DIALECTS = {
             "QuickGelu": _ort_quick_gelu,
         },
         passes=(one_reshape,),
+    ),
+    "cuda": Dialect(
+        "cuda",
+        opset=21,
+        cast_first=True,  # Max, Min and Shape of bytes are for CPUs only
+        table={
+            "Attention": _ort_attention,
+            "CachedAttention": _cuda_cached_attention,
+            "Rotary": _ort_rotary,
+            "RMSNorm": _cuda_rms_norm,
+            "Gelu": _gelu,
+            "QuickGelu": _ort_quick_gelu,
+        },
+        passes=(one_reshape, entries_input),
     ),
     "standard": Dialect(
         "standard",

@@ -67,7 +67,7 @@ def skip_norm(op: Ops, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Valu
     Other readers of the sum get it from the new node.
     """
     add = x.producer()
-    if add is None or add.op_type != "Add" or x.shape is None or x.dtype != ir.DataType.FLOAT:
+    if add is None or add.op_type != "Add" or x.shape is None or x.dtype is None:
         return None
     if any(part is None or part.shape != x.shape or part.dtype != x.dtype for part in add.inputs):
         return None
@@ -77,7 +77,7 @@ def skip_norm(op: Ops, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Valu
     found[3].type = x.type
     found[3].shape = x.shape
     for statistic in found[1:3]:  # mean and inverse deviation of each row, which nobody reads
-        statistic.type = x.type
+        statistic.type = ir.TensorType(ir.DataType.FLOAT)
         statistic.shape = ir.Shape([*x.shape[:-1], 1])
     ir.convenience.replace_all_uses_with(x, found[3])
     return found[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models.config import Preprocessing, Weight
 from ...models.errors import CheckpointError
-from ...models.precision import BITS, BYTES, PARTS, Precision
+from ...models.precision import BITS, BYTES, ENGINES, PARTS, Precision
 from ..checkpoint import Checkpoint, all_finite
 from ..decoders import DECODERS
 from ..graphs import PRECISIONS, compute_precision
@@ -50,7 +50,7 @@ def attach(
         elif name in table:
             for part, users in _users(value, graph, name).items():
                 if precision.of(part) in BITS and _fits(table[name], part, users, precision):
-                    signed = dialect.name == "ort"
+                    signed = dialect.name not in ENGINES
                     what = Stored(table[name], precision.of(part), precision, computed, signed, moments)
                     own = (
                         f"{name}.{part}" if table[name].layout == "same" else name

@@ -53,16 +53,15 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify
     dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
     found = f"{directory}: has {manifest.compute} graphs of dialect {dialects}"
     if device == "cuda":
-        if dialects != "plain":
-            raise BundleError(
-                f"{found}, expected 'plain' for CUDA; build it with --dialect plain --precision fp16"
-            )
+        if dialects not in ("cuda", "plain"):
+            raise BundleError(f"{found}, expected 'cuda' (or 'plain') for CUDA; build it with --dialect cuda")
         from .ort_cuda import OrtCuda
 
         return OrtCuda()
-    if dialects not in ("ort", "plain") or manifest.compute == "bf16":
+    if dialects not in ("ort", "plain", "cuda") or manifest.compute == "bf16":
         raise BundleError(
-            f"{found}, expected 'ort' for ONNX Runtime (or 'plain' in fp32 or fp16); build it with --dialect ort"
+            f"{found}, expected 'ort' for a CPU (or 'plain' in fp32 or fp16, or 'cuda' in fp16); build it with "
+            "--dialect ort"
         )
     if manifest.precision.uses("w8a8") and saturates():
         raise BackendError(
