@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ import click
 from . import logs
 from .bench.commands import bench
 from .interrupts import Interrupts
-from .models.errors import PpexportError, SpaceError
+from .models.errors import PpexportError
 from .models.precision import BITS, BYTES, Wanted
 from .models.pruners.pixelprune import MOST_SEED, PRUNE_METHODS
 from .models.version import __version__
@@ -324,14 +323,14 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
 
 
 @main.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(), help="The profile file to write.")
+@click.argument("images", nargs=-1, type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="The profile file to write.")
 @click.option("--bundle", type=click.Path(), help="Prune and resize as this bundle does.")
 @prune_options
 @size_options
 @click.option("--no-prune", is_flag=True, help="Plan for images that are not pruned.")
 @click.option(
-    "--capacity", type=click.IntRange(2), default=4096, show_default=True, help="Tokens in a cache."
+    "--capacity", type=click.IntRange(2), help="Tokens in a cache.  [default: 4096; --memory: as build]"
 )
 @click.option(
     "--text-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of the longest question."
@@ -347,43 +346,62 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
     is_flag=True,
     help="With --bundle: run its vision tower on the images, for budgets of PruneSID by --dynamic.",
 )
-def plan(images: tuple[str, ...], output: str, bundle: str | None, information: bool, **sizes: Any) -> None:
-    """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like."""
-    from . import plan as planner
-    from .models import profiles
-    from .models.pruners.pixelprune import PixelPrune
-    from .runtime.pdf import expanded
+@click.option(
+    "--memory", is_flag=True, help="With --bundle: what its engines take on a device; needs no IMAGES."
+)
+@click.option(
+    "--profiles",
+    "given_profiles",
+    type=click.Path(),
+    help="With --memory: engines of these sizes, a file of 'plan'.",
+)
+@click.option(
+    "--measure",
+    "device",
+    type=click.Choice(["cuda", "tensorrt", "tensorrt-rtx"]),
+    help="With --bundle: prune the images on this device and on the host, and keep in the bundle which is faster.",
+)
+def plan(
+    images: tuple[str, ...],
+    output: str | None,
+    bundle: str | None,
+    information: bool,
+    memory: bool,
+    given_profiles: str | None,
+    device: str | None,
+    **sizes: Any,
+) -> None:
+    """Sizes for engines (build --profiles) from what pruning keeps of your IMAGES. Edit the file as you like.
 
-    if information and bundle is None:
-        raise click.UsageError(
-            "--information looks at features: --bundle names the bundle that computes them"
-        )
+    With --memory: what engines take on a device. With --measure: whether a device or its host prunes faster.
+    """
+    from . import plan_commands
+    from .models import profiles as plan_profiles
+    from .models.pruners.pixelprune import PixelPrune
+
+    asked = [flag for flag, given in (("-o", output), ("--memory", memory), ("--measure", device)) if given]
+    if not asked:
+        raise click.UsageError("expected -o for a profile file, --memory or --measure")
+    if (memory or device or information) and bundle is None:
+        flag = "--memory" if memory else "--measure" if device else "--information"
+        raise click.UsageError(f"{flag} looks at a bundle: --bundle names it")
+    if given_profiles and not memory:
+        raise click.UsageError("--profiles goes with --memory")
+    if not images and (output or device):
+        raise click.UsageError(f"{asked[0]} looks at images, expected some")
     settings, no_prune = prune_settings(sizes)
     given = {name: value for name, value in sizes.items() if value is not None}
     if bundle is not None:
-        prune, given = planner.as_bundle(bundle, prune_for(bundle, settings, no_prune), given)
+        prune = prune_for(bundle, settings, no_prune)
     else:
-        prune = None if no_prune else PixelPrune(**settings)
-    images = tuple(page for image in images for page in expanded(image))
-    target = profiles.writable(output)
-    with click.progressbar(length=len(images), label="select", file=sys.stderr) as bar:
-        made = planner.plan(images, prune, progress=lambda done, total: bar.update(1), **given)
-    written = made.profiles
-    if bundle is not None and information:
-        with click.progressbar(length=len(images), label="vision", file=sys.stderr) as bar:
-            found = planner.information(bundle, images, prune, lambda done, total: bar.update(1))
-        written = replace(written, information=round(found, 6))
-    try:
-        profiles.write(written, target)
-    except OSError as err:
-        raise SpaceError(f"{output}: cannot be written: {err}") from err
-    for line in planner.report(made):
-        click.echo(line)
-    if written.information is not None:
-        click.echo(
-            f"information {written.information:.4f} on average; --dynamic {output} shares budgets by it"
-        )
-    click.echo(f"wrote {output}")
+        prune = as_asked((PixelPrune(),), settings, no_prune) if settings or no_prune else "default"
+    planned = plan_profiles.read(given_profiles) if given_profiles else None
+    if output:
+        planned = plan_commands.write_profiles(images, output, bundle, prune, information, given)
+    if device and bundle:
+        plan_commands.tell_measured(images, bundle, device, prune)
+    if memory and bundle:
+        plan_commands.tell_memory(bundle, planned, given)
 
 
 @main.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
@@ -12,17 +11,15 @@ from pathlib import Path
 
 from .models import engine_record, profiles
 from .models.config import ModelConfig, Preprocessing
-from .models.dtype import BY_NAME, BY_PRECISION
 from .models.engine_record import Engine, EngineRecord
 from .models.errors import BundleError, RequestError, SpaceError
 from .models.manifest import GRAPHS, sha256
-from .models.precision import BYTES, ENGINES
+from .models.precision import ENGINES
 from .models.profiles import Profiles
 from .models.progress import Progress, silent
 from .models.pruners import Pruner, pruners_of
 from .models.pruners.pixelprune import PixelPrune
 from .onnx_dims import set_axis
-from .runtime.backends.cuda import rounded
 from .runtime.bundle import open_bundle
 from .table import aligned
 from .trt_build import Options, compile_graph, flags, prepare
@@ -159,45 +156,6 @@ def plan_sizes(
             "smaller images to that"
         )
     return profiles.check(sizes, model, context)
-
-
-def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dialect: str) -> dict[str, int]:
-    """What running the engines will take on the device, in bytes, by what it is for. Activations are an estimate: the
-    widest layer with its inputs and outputs, and the scores of attention where no fused kernel keeps them away."""
-    c = model.text
-    v = model.vision
-    width = BYTES[compute]
-    kept = max(profile["K"][2] for profile in sizes.prefill)
-    pixels = max(profile["H"][2] * profile["W"][2] for profile in sizes.prune)
-    patches = max(profile["K"][2] for profile in sizes.vision) * v.merge**2
-    prompt = max(profile["S"][2] for profile in sizes.prefill)
-    mlp = 3 if v.mlp == "gated_silu" else 2
-    # q, k, v and what comes of them, in windows that are filled up
-    filled = 4 * v.width * profiles.most_windows(sizes, v) * (v.window * v.merge) ** 2
-    tower = patches * (4 * v.width + mlp * v.ffn) + filled
-    layer = max(tower, prompt * (4 * c.width + 3 * c.ffn)) * width
-    pairs = max(v.heads * patches**2, c.heads * prompt**2) * width if dialect == "plain" else 0
-    return {
-        "weights": weights,
-        "states": _state_bytes(model, BY_PRECISION[compute].name, sizes.capacity, dialect),
-        "activations": layer + 2 * pairs,
-        "image": rounded(min(3 * pixels, 3 * sizes.max_pixels)),
-        "features": rounded((1 + model.levels) * kept * c.width * width),
-        "logits": rounded(4 * c.vocab),
-    }
-
-
-def _state_bytes(model: ModelConfig, computed: str, capacity: int, dialect: str) -> int:
-    """Of one sequence: caches stand in one buffer (plain) or each in its own, other states are there twice."""
-    sizes = {
-        state: math.prod(state.sized(slots=1, capacity=capacity)) * BY_NAME[state.stored(computed)].nbytes
-        for state in model.states
-    }
-    caches = [size for state, size in sizes.items() if state.by_token]
-    others = [2 * size for state, size in sizes.items() if not state.by_token]
-    if dialect == "plain":
-        caches = [sum(caches)]
-    return sum(rounded(size) for size in [*caches, *others])
 
 
 def _replace(folder: Path, work: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,21 +11,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .models import profiles
+from .models import profiles, prune_place
 from .models.checks import integer
 from .models.errors import RequestError
 from .models.families import FAMILIES
 from .models.family import View, Views
 from .models.profiles import Profile, Profiles
+from .models.prune_place import Measured
 from .models.pruners import Pruner, listed, pruners_of
 from .models.pruners.pixelprune import PixelPrune
 from .models.resize import smart_resize
 from .runtime.bundle import open_bundle
 from .runtime.image import frames_of
 from .runtime.pipeline import load
-from .runtime.selector import packaged_selector
+from .runtime.selector import HostSelector, Selector, packaged_selector
 
 PruneLike = Pruner | Sequence[Pruner] | None
+TURNS = 5  # of each place, for an image that is measured
 APART = 1.5  # a further bucket pays where it is at least this much larger than the one before
 
 
@@ -202,3 +205,56 @@ def information(
             found.append(pipe.information(image, prune))
             progress(i + 1, len(images))
     return float(np.mean(found))
+
+
+def measure(
+    bundle: str | Path,
+    device: str,
+    images: Sequence[str],
+    prune: PruneLike | Literal["default"] = "default",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measured:
+    """How long pixels take to be pruned on the device and on the host, for these images; kept in the bundle.
+
+    From pixels in the host's memory to pixels and indices on the device, in turns; the bundle prunes where it is faster
+    from then on. Raises BackendError, BundleError, ImageError, RequestError, SpaceError.
+    """
+    with load(bundle, device, reuse=0) as pipe:
+        backend = pipe.backend
+        if not backend.gpu:
+            raise RequestError(
+                f"device is {device!r}, expected cuda, tensorrt or tensorrt-rtx: a CPU is the host"
+            )
+        graphs = pipe.manifest.graphs
+        block = pipe.manifest.model.vision.block
+        places: dict[str, Selector | HostSelector] = {
+            "device": Selector(backend, pipe.directory, block, graphs["prune"].dialect),
+            "host": HostSelector(backend, block),
+        }
+        pruners = [pruner for pruner in pipe.pruners_of(prune) if pruner.after == "image"]
+        if not pruners:
+            raise RequestError("the images are not pruned by their pixels, expected a pruner to measure")
+        found: dict[str, list[float]] = {place: [] for place in places}
+        for i, image in enumerate(images):
+            frames, shown = pipe.pixels(image)
+            times: dict[str, list[float]] = {place: [] for place in places}
+            for turn in range(1 + TURNS):  # the first one is not counted
+                for place, selector in places.items():
+                    backend.wait()
+                    begin = time.perf_counter()
+                    selector.looks(frames, shown, pruners)
+                    backend.wait()
+                    if turn:
+                        times[place].append((time.perf_counter() - begin) * 1e3)
+            for place, taken in times.items():
+                found[place].append(float(np.median(taken)))
+            progress(i + 1, len(images))
+        made = Measured(
+            backend.device,
+            backend.gpu,
+            len(images),
+            round(float(np.median(found["device"])), 3),
+            round(float(np.median(found["host"])), 3),
+        )
+        prune_place.keep(pipe.directory, made)
+    return made

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .compile_bundle import memory
+from .device_memory import memory
 from .interrupts import Interrupts
 from .models.config import ModelConfig
 from .models.manifest import Manifest

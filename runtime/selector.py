@@ -255,6 +255,28 @@ class Selector:
         return int(self.backend.download(counter)[0])
 
 
+class HostSelector:
+    """Prunes on the host for a pipeline on another device, with any method: what it gives is brought to ``backend``."""
+
+    def __init__(self, backend: Backend, block: int):
+        self.backend = backend
+        self.on_host = packaged_selector(block)
+
+    def looks(
+        self,
+        frames: Sequence[np.ndarray],
+        shown: Views,
+        prune: Pruner | Sequence[Pruner] | None,
+        worth: float = 0.0,
+    ) -> list[tuple[Buffer, Buffer, Selection]]:
+        """As Selector.looks."""
+        found = []
+        for pixels, _, selection in self.on_host.looks(frames, shown, prune, worth):
+            image = self.backend.upload(self.on_host.backend.download(pixels))
+            found.append((image, self.backend.upload(selection.keep), selection))
+        return found
+
+
 @functools.lru_cache(maxsize=len(SELECTOR_BLOCKS))
 def packaged_selector(block: int) -> Selector:
     """The selector that ships with the package, on the CPU. Raises RequestError for a block size without one."""

@@ -18,7 +18,8 @@ from ppexport.workloads.screens import HELD_OUT, SKILLS, sample
 
 pytestmark = pytest.mark.gpu
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
-KINDS = [("cuda", "cuda"), ("cuda", "plain"), ("tensorrt-rtx", "standard"), ("tensorrt-rtx", "plain"), ("tensorrt", "plain")]
+KINDS = [("cuda", "cuda"), ("cuda", "plain"), ("tensorrt", "plain")]
+KINDS += [("tensorrt-rtx", "standard"), ("tensorrt-rtx", "plain")]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

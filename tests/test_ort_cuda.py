@@ -53,7 +53,8 @@ IN_16_BITS = {  # float16 and bfloat16
     *(
         "ReduceSum",
         "Reshape",
-        "Sigmoid", "Softmax",
+        "Sigmoid",
+        "Softmax",
         "SimplifiedLayerNormalization",
         "Slice",
         "Squeeze",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import emulator
 import numpy as np
 import pytest
 from conftest import GOLDEN, IMAGES
@@ -16,10 +21,14 @@ from terminal import runner
 
 import ppexport
 from ppexport import plan as planner
+from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.exporters.checkpoint import Checkpoint
-from ppexport.models import profiles
+from ppexport.models import profiles, prune_place
 from ppexport.models.config import ModelConfig
+from ppexport.runtime.backends.cuda import rounded
+from ppexport.runtime.selector import HostSelector, Selector
+from ppexport.trt_build import Options
 
 
 @pytest.fixture(scope="module")
@@ -296,4 +305,116 @@ def test_a_file_without_information(pocket_bundle: Path, tmp_path: Path, model: 
     alone = runner().invoke(
         main, ["plan", str(IMAGES / "web_gnuplot.png"), "--information", "-o", str(tmp_path / "q")]
     )
-    assert "--bundle names the bundle that computes them" in alone.stderr
+    assert "--information looks at a bundle: --bundle names it" in alone.stderr
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, emulator.Cuda]]:
+    """The pocket model with engines for the emulated GPU."""
+    with emulator.installed("tensorrt") as gpu:
+        path = tmp_path_factory.mktemp("engines") / "bundle"
+        pocket = GOLDEN.parent.parent / "models" / "pocket"
+        yield build(pocket, path, "fp16", "plain", ["tensorrt"], options=Options(capacity=512)), gpu
+
+
+def test_memory_of_engines(engines: tuple[Path, emulator.Cuda], pocket_bundle: Path, tmp_path: Path) -> None:
+    """Of the sizes that build takes, of given ones, and of a profile file."""
+    bundle, _ = engines
+    command = ["plan", "--memory", "--bundle", str(bundle)]
+    result = runner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith(
+        "qwen3_vl, weights in fp16; one sequence of 2048 tokens, images of up to 307200 p"
+    )
+    sizes = {line.split("  ")[0]: line for line in lines[1:]}
+    states = rounded(2 * 6 * 2 * 48 * 2048 * 2)  # keys and values, layers, heads, width, tokens, bytes
+    assert sizes["states"].split()[1] == f"{states / 1e6:.0f}"
+    assert "assumed" in sizes["CUDA context"]
+    assert lines[-3:] == [
+        "to run, beside a system of 1.6 GB: a board of 8 GB",
+        "to run and keep, beside a system of 1.6 GB: a board of 8 GB",
+        "to build, beside a system of 1.6 GB: a board of 8 GB",
+    ]
+    assert "one sequence of 99 tokens" in runner().invoke(main, [*command, "--capacity", "99"]).output
+    file = tmp_path / "p.json"
+    made = runner().invoke(
+        main, ["plan", str(IMAGES / "web_gnuplot.png"), "-o", str(file), "--capacity", "3000"]
+    )
+    assert made.exit_code == 0, made.output
+    assert "one sequence of 3000 tokens" in runner().invoke(main, [*command, "--profiles", str(file)]).output
+    result = runner().invoke(main, ["plan", "--memory", "--bundle", str(pocket_bundle)])
+    assert result.exit_code != 0
+    assert (
+        "has graphs of dialect ort, expected standard or plain: memory is planned for engines"
+        in result.output
+    )
+
+
+def test_where_pixels_are_pruned(
+    engines: tuple[Path, emulator.Cuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was measured to be faster, on that GPU; kept by the bundle, and said."""
+    bundle, _ = engines
+    image = IMAGES / "web_gnuplot.png"
+    with ppexport.load(bundle, "tensorrt") as pipe:
+        assert isinstance(pipe.selector, Selector)
+        expected = pipe.encode(image)
+    slower = "_run"
+    for place, slow in (("host", Selector), ("device", HostSelector)):
+        name = slower if slow is Selector else "looks"
+        whole = getattr(slow, name)
+
+        def late(self: Any, *given: Any, whole: Any = whole) -> Any:
+            if getattr(self.backend, "gpu", ""):
+                time.sleep(0.05)
+            return whole(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(slow, name, late)
+            result = runner().invoke(
+                main, ["plan", str(image), "--bundle", str(bundle), "--measure", "tensorrt"]
+            )
+        assert result.exit_code == 0, result.output
+        assert re.search(r"1 images on Emulated: pixels are pruned on the device in [\d.]+ ms", result.output)
+        assert f"prunes on the {place} with --device tensorrt from now on" in result.output
+        with ppexport.load(bundle, "tensorrt") as pipe:
+            assert isinstance(pipe.selector, HostSelector if place == "host" else Selector)
+            assert ("pixels are pruned on the host" in pipe.chosen) == (place == "host")
+            found = pipe.encode(image)
+            np.testing.assert_array_equal(found.keep, expected.keep)
+            np.testing.assert_array_equal(found.features, expected.features)
+            if place == "host":  # with any method
+                assert pipe.encode(image, ppexport.PixelPrune("raster")).selection.kept
+    assert len(prune_place.read(bundle).measured) == 1
+    assert prune_place.place(bundle, "tensorrt", "another GPU") == "device"
+
+
+def test_what_cannot_be_measured(
+    engines: tuple[Path, emulator.Cuda], pocket_bundle: Path, tmp_path: Path
+) -> None:
+    image = str(IMAGES / "web_gnuplot.png")
+    for given, message in (
+        ([image], "expected -o for a profile file, --memory or --measure"),
+        ([image, "--measure", "tensorrt"], "--measure looks at a bundle: --bundle names it"),
+        (
+            ["--measure", "tensorrt", "--bundle", str(pocket_bundle)],
+            "--measure looks at images, expected some",
+        ),
+        (["--memory"], "--memory looks at a bundle"),
+        ([image, "-o", str(tmp_path / "p"), "--profiles", "x"], "--profiles goes with --memory"),
+        ([image, "--measure", "tensorrt", "--bundle", str(pocket_bundle)], "has no engines for tensorrt"),
+    ):
+        result = runner().invoke(main, ["plan", *given])
+        assert result.exit_code != 0
+        assert message in result.output, result.output
+    with pytest.raises(
+        ppexport.RequestError, match="device is 'cpu', expected cuda, tensorrt or tensorrt-rtx"
+    ):
+        planner.measure(pocket_bundle, "cpu", [image])
+    bundle, _ = engines
+    file = bundle / prune_place.FILE
+    file.write_text("{}")
+    with pytest.raises(ppexport.BundleError, match="is damaged .* ppexport plan --measure"):
+        ppexport.load(bundle, "tensorrt")
+    file.unlink()

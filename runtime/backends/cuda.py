@@ -69,6 +69,12 @@ def compute_capability(device: int = 0) -> str:
     return ".".join(str(check(cuda.cudaDeviceGetAttribute(kind, device))) for kind in kinds)
 
 
+def gpu_name(device: int = 0) -> str:
+    """ "NVIDIA GeForce RTX 4090", or "Orin". Raises BackendError where there is no GPU."""
+    name = check(api().cudaGetDeviceProperties(device)).name
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
 class Memory:
     """Device and pinned host memory that is kept for the next request instead of being given back to CUDA.
 

@@ -36,6 +36,7 @@ class GpuBackend:
 
     def __init__(self) -> None:
         self.cuda = cuda.api()
+        self.gpu = cuda.gpu_name()
         self.lock = threading.RLock()
         self.memory = cuda.Memory(self.cuda)
         self.stream = int(cuda.check(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking)))

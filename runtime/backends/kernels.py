@@ -21,10 +21,8 @@ class KernelCache:
     """
 
     def __init__(self, folder: Path):
-        api = cuda.api()
-        name = cuda.check(api.cudaGetDeviceProperties(0)).name
-        driver = cuda.check(api.cudaDriverGetVersion())
-        gpu = re.sub(r"\W+", "-", name.decode() if isinstance(name, bytes) else name).strip("-")
+        driver = cuda.check(cuda.api().cudaDriverGetVersion())
+        gpu = re.sub(r"\W+", "-", cuda.gpu_name()).strip("-")
         self.path = folder / f"kernels-{gpu}-{driver}.cache"
         self.cache: Any = None
         self.kept = b""  # what the file holds

@@ -110,6 +110,8 @@ class OrtCpu:
     """The backend. ``threads``: threads per graph, 0 for one per core."""
 
     name = "onnxruntime-cpu"
+    device = "cpu"
+    gpu = ""
     capacity: int | None = None
     max_pixels: int | None = None
     cache_multiple = 1

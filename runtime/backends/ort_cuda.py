@@ -30,6 +30,8 @@ MOST_GRAPHS = 64  # ONNX Runtime keeps every captured graph as long as the sessi
 class OrtCuda(GpuBackend):
     """The backend. Raises BackendError if onnxruntime-gpu or a GPU is missing."""
 
+    device = "cuda"
+
     def __init__(self) -> None:
         self.ort = import_onnxruntime("cuda")
         providers = self.ort.get_available_providers()

@@ -75,6 +75,8 @@ class Backend(Protocol):
     """Where graphs run and buffers live."""
 
     name: str
+    device: str  # as ppexport.load takes it
+    gpu: str  # its name; empty on a CPU
     capacity: int | None  # tokens that a cache holds, where that is fixed
     max_pixels: int | None  # of images, where there is a limit
     cache_multiple: int  # a cache by position is read in multiples of so many entries

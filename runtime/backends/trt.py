@@ -31,6 +31,7 @@ class TrtBackend(GpuBackend):
         check_fits(self.record, self.trt, directory)
         super().__init__()
         self.name = f"{target} {self.trt.__version__}"
+        self.device = target
         self.capacity = self.record.profiles.capacity
         self.max_pixels = self.record.profiles.max_pixels
         # profiles may be edited to begin higher
