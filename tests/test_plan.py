@@ -339,10 +339,10 @@ def test_memory_of_engines(engines: tuple[Path, emulator.Cuda], pocket_bundle: P
     assert "one sequence of 99 tokens" in runner().invoke(main, [*command, "--capacity", "99"]).output
     file = tmp_path / "p.json"
     made = runner().invoke(
-        main, ["plan", str(IMAGES / "web_gnuplot.png"), "-o", str(file), "--capacity", "3000"]
+        main, ["plan", str(IMAGES / "web_gnuplot.png"), "-o", str(file), "--capacity", "1000"]
     )
     assert made.exit_code == 0, made.output
-    assert "one sequence of 3000 tokens" in runner().invoke(main, [*command, "--profiles", str(file)]).output
+    assert "one sequence of 1000 tokens" in runner().invoke(main, [*command, "--profiles", str(file)]).output
     result = runner().invoke(main, ["plan", "--memory", "--bundle", str(pocket_bundle)])
     assert result.exit_code != 0
     assert (
