@@ -38,6 +38,28 @@ PACKAGES = [
     "safetensors",
 ]
 EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes")
+TEGRA_RELEASE = Path("/etc/nv_tegra_release")
+UPDATE = "JetPack 6.1 or later: engines need TensorRT 10.3"
+
+
+@dataclass(frozen=True)
+class JetPack:
+    """What a release brings, by NVIDIA's release notes."""
+
+    name: str
+    tensorrt: str
+    cuda: str
+    python: str
+
+
+JETPACKS = (  # by the first L4T release of each
+    ((35, 0), JetPack("5", "8.5", "11.4", "3.8")),
+    ((36, 2), JetPack("6.0", "8.6", "12.2", "3.10")),
+    ((36, 4), JetPack("6.1", "10.3", "12.6", "3.10")),
+    ((36, 4, 3), JetPack("6.2", "10.3", "12.6", "3.10")),
+    ((38, 0), JetPack("7.0", "10.13", "13.0", "3.12")),
+    ((38, 4), JetPack("7.1", "10.13", "13.0", "3.12")),
+)
 
 
 @dataclass(frozen=True)
@@ -88,16 +110,30 @@ def _pip(extra: str) -> str:
 
 
 def _jetpack() -> Finding:
-    """The L4T release, and the JetPack that it belongs to."""
-    release = Path("/etc/nv_tegra_release")
-    if not release.is_file():
+    """The L4T release, the JetPack that it belongs to, and what runs there."""
+    if not TEGRA_RELEASE.is_file():
         return Finding("Jetson", "no")
-    line = release.read_text(encoding="utf-8", errors="replace").splitlines()[0].lstrip("# ")
-    found = re.match(r"R(\d+)", line)
-    jetpack = {"35": "JetPack 5", "36": "JetPack 6", "38": "JetPack 7"}.get(
-        found[1] if found else "", "unknown JetPack"
+    line = TEGRA_RELEASE.read_text(encoding="utf-8", errors="replace").splitlines()[0].lstrip("# ")
+    found = re.match(r"R(\d+)[^,]*, REVISION: ([\d.]+)", line)
+    if found is None:
+        return Finding(
+            "Jetson", f"found {line!r} in {TEGRA_RELEASE}, expected 'R36 (release), REVISION: 4.3, ...'"
+        )
+    release = (int(found[1]), *(int(n) for n in found[2].split(".") if n))
+    known = [jetpack for since, jetpack in JETPACKS if release >= since]
+    name = f"L4T {found[1]}.{found[2]}"
+    if not known:
+        return Finding("Jetson", f"{name}, older than JetPack 5", UPDATE)
+    jetpack = known[-1]
+    brings = f"JetPack {jetpack.name} ({name}): TensorRT {jetpack.tensorrt}, Python {jetpack.python}, CUDA "
+    brings += jetpack.cuda
+    if jetpack.tensorrt.startswith("8."):
+        return Finding("Jetson", f"{brings}; runs bundles on its CPU only", UPDATE)
+    cuda_python = f"cuda-python=={jetpack.cuda}.*"
+    return Finding(
+        "Jetson",
+        f"{brings}; runs engines of dialect plain, with {cuda_python}; a bundle of dialect ort on its CPU",
     )
-    return Finding("Jetson", f"{jetpack} ({line})")
 
 
 def _gpu() -> Finding:

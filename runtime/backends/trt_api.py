@@ -12,7 +12,8 @@ from ...models.errors import BackendError
 
 MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 INSTALL = {
-    "tensorrt": "install TensorRT 10.3 or later (on a Jetson it comes with JetPack; elsewhere: pip install tensorrt)",
+    "tensorrt": "install TensorRT 10.3 or later (on a Jetson: sudo apt install nvidia-jetpack; elsewhere: pip install "
+    "tensorrt)",
     "tensorrt-rtx": "install it with: pip install 'ppexport[rtx]'",
 }
 KERNEL = re.compile(r"^Name: (\S+), LayerType: (\w+)", re.M)
