@@ -470,9 +470,13 @@ def _check_inspect(options: dict[str, Any], budget: dict[str, Any]) -> None:
 @click.option(
     "--against",
     "checkpoint",
-    required=True,
     type=click.Path(),
     help="The checkpoint they were built from, a directory or a name on the hub.",
+)
+@click.option(
+    "--against-cpu",
+    is_flag=True,
+    help="Hold --device against the CPU instead; needs neither torch nor a checkpoint.",
 )
 @click.option(
     "-i", "--image", "images", multiple=True, type=click.Path(), help="An image; may be given several times."
@@ -498,10 +502,23 @@ def _check_inspect(options: dict[str, Any], budget: dict[str, Any]) -> None:
     "--agreement", type=float, default=0.9, show_default=True, help="Least share of equal greedy tokens."
 )
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
-def verify(bundles: tuple[str, ...], checkpoint: str, images: tuple[str, ...], **options: Any) -> None:
-    """Hold what bundles compute against CHECKPOINT in float32, stage by stage; exit code 1 if one is too far off."""
+def verify(
+    bundles: tuple[str, ...],
+    checkpoint: str | None,
+    against_cpu: bool,
+    images: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Hold what bundles compute against their checkpoint in float32, or a device against the CPU, stage by stage.
+
+    The exit code is 1 if one is too far off.
+    """
     from .verify import main as run_verify
 
+    if (checkpoint is None) != against_cpu:
+        raise click.UsageError("expected either --against, the checkpoint, or --against-cpu")
+    if against_cpu and options["device"] in ("auto", "cpu"):
+        raise click.UsageError("--against-cpu needs a --device to hold against the CPU")
     settings, no_prune = prune_settings(options)
     budget = budget_of(options)
     prunes = [prune_for(bundle, settings, no_prune, budget) for bundle in bundles]

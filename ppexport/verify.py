@@ -1,12 +1,13 @@
-"""``ppexport verify``: what bundles compute, against their checkpoint in float32, stage by stage on the same images."""
+"""``ppexport verify``: what bundles compute, stage by stage on the same images, against their checkpoint in float32, or
+on a device against the CPU."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,20 @@ import numpy as np
 
 from .calibration import QUESTION, prompt_ids
 from .models.errors import BackendError, RequestError
+from .models.family import Prompt
 from .models.manifest import Manifest, sha256
 from .models.progress import Progress, silent
 from .models.pruners import Pruner
 from .models.pruners.prunesid import PruneSID
 from .progress import Bar
-from .runtime.answer import Step, Steps
+from .runtime.answer import Steps
 from .runtime.bundle import open_bundle
 from .runtime.pdf import expanded
 from .runtime.pipeline import WORTH, Pipeline, load
 from .runtime.prune import Selection
+from .runtime.sampling import Sampling
 from .runtime.sequence import PruneLike
-from .runtime.sequence import Sequence as Running
+from .runtime.stats import Stats
 from .table import aligned
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Report:
-    """One bundle against the checkpoint."""
+    """One bundle against what it should compute."""
 
     bundle: str
     precision: str
@@ -134,47 +137,133 @@ def verify(
         if reference.checkpoint.config != model:
             raise RequestError(f"{checkpoint}: is not of the model in {bundle}: their configurations differ")
         progress(f"{Path(bundle).name}", 0, 1)
-        # features of what the vision tower sees; pruners after it take some of them
-        before = [pruner for pruner in pipe.pruners_of(prune) if pruner.after == "image"]
+        before = _before(pipe, prune)
         images = [page for image in images for page in expanded(image)]
-        encoded = [pipe.encode(image, before) for image in images]
         looks = [_looks(pipe, image, before) for image in images]
-        ids = prompt_ids(pipe.text, model, question, [pipe.pixels(image)[1].placeholders for image in images])
-        sequence, steps, seconds = _run(pipe, ids, images, prune, tokens)
+        ran = _run(pipe, images, question, prune, tokens)
         progress(f"{Path(bundle).name}", 1, 1)
-        manifest = pipe.manifest
-        decoded = len(steps) - 1
         del pipe  # gives back its memory before the reference takes some
-    stats = sequence.stats
     D = model.text.width
     L = model.levels
     seen = [reference.seen(of_image) for of_image in looks]
-    nothing = np.zeros((1 + L, 1, D), np.float32)
     whole_images = [joined([view["features"] for view in of], of) for of in seen]
-    features = np.concatenate(whole_images, axis=1) if images else nothing
-    mine = np.concatenate([each.features for each in encoded], axis=1) if images else features
-    left = _left(looks, seen, stats.images) if images else nothing
-    said = np.array([step.token for step in steps], np.int32)
-    prompt = sequence.prompt
-    after = prompt.next_position + np.arange(len(said) - 1, dtype=np.int32)
-    whole = np.concatenate([prompt.ids, said[:-1]])
+    features = np.concatenate(whole_images, axis=1) if images else None
+    left = _left(looks, seen, ran.stats.images) if images else np.zeros((1 + L, 1, D), np.float32)
+    prompt = ran.prompt
+    after = prompt.next_position + np.arange(len(ran.said) - 1, dtype=np.int32)
+    whole = np.concatenate([prompt.ids, ran.said[:-1]])
     positions = np.concatenate([prompt.positions, np.broadcast_to(after, (model.axes, len(after)))], axis=1)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1, np.int32)])
-    expected = reference.logits(whole, rows, np.ascontiguousarray(positions), left, len(said))
-    logits = np.stack([step.logits for step in steps])
-    size = sum(file.bytes for file in manifest.files.values()) / 1e6
+    expected = reference.logits(whole, rows, np.ascontiguousarray(positions), left, len(ran.said))
+    return _report(bundle, ran, features, expected)
+
+
+def verify_device(
+    bundle: str | Path,
+    device: str,
+    images: Sequence[str],
+    question: str = QUESTION,
+    prune: PruneLike = "default",
+    tokens: int = TOKENS,
+    progress: Progress = silent,
+) -> Report:
+    """Run one bundle greedily on a device, then on the CPU over the same tokens; needs neither torch nor a checkpoint.
+
+    Raises BackendError, BundleError for graphs that a CPU does not run, ImageError, RequestError.
+    """
+    images = [page for image in images for page in expanded(image)]
+    progress(f"on {device}", 0, 1)
+    with load(bundle, device, reuse=0) as pipe:
+        ran = _run(pipe, images, question, prune, tokens)
+        pixels = None if pipe.manifest.model.vision.side else pipe.preprocessing.max_pixels
+    progress(f"on {device}", 1, 1)
+    progress("on cpu", 0, 1)
+    with load(bundle, "cpu", max_pixels=pixels, reuse=0) as pipe:
+        other = _run(pipe, images, question, prune, tokens, ran.said)
+    progress("on cpu", 1, 1)
+    if len(ran.prompt.ids) != len(other.prompt.ids):
+        raise BackendError(
+            f"{bundle}: found {len(ran.prompt.ids)} tokens after pruning on {device}, expected {len(other.prompt.ids)} "
+            "as on the CPU: pixels are pruned otherwise"
+        )
+    return _report(bundle, ran, other.features, other.logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Ran:
+    """A bundle's answer to a question about images."""
+
+    manifest: Manifest
+    prompt: Prompt
+    features: np.ndarray | None  # [1 + L, K, D] of what the vision tower saw; None without images
+    said: np.ndarray  # int32 [n]
+    logits: np.ndarray  # [n, V], of each of them
+    stats: Stats
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Said(Sampling):
+    """Takes what another one said, whatever the logits."""
+
+    tokens: Iterator[int] = field(default_factory=lambda: iter(()))
+
+    def choose(self, logits: np.ndarray, rng: np.random.Generator) -> int:
+        """The next of ``tokens``."""
+        return int(next(self.tokens))
+
+
+def _before(pipe: Pipeline, prune: PruneLike) -> list[Pruner]:
+    """Those that decide what the vision tower sees; pruners after it take some of that."""
+    return [pruner for pruner in pipe.pruners_of(prune) if pruner.after == "image"]
+
+
+def _run(
+    pipe: Pipeline,
+    images: Sequence[str],
+    question: str,
+    prune: PruneLike,
+    tokens: int,
+    said: np.ndarray | None = None,
+) -> Ran:
+    """Greedily, or over what was ``said``; stop tokens do not stop."""
+    encoded = [pipe.encode(image, _before(pipe, prune)).features for image in images]
+    shown = [pipe.pixels(image)[1].placeholders for image in images]
+    ids = prompt_ids(pipe.text, pipe.manifest.model, question, shown)
+    sampling = Sampling() if said is None else Said(tokens=iter(said))
+    sequence = pipe.prepare_tokens(ids, images, prune, max_new_tokens=tokens, sampling=sampling, stop=())
+    steps = []
+    begin = 0.0
+    for step in Steps(pipe.engine, sequence):
+        begin = begin or time.perf_counter()
+        steps.append(step)
+    seconds = max(time.perf_counter() - begin, 1e-9)
+    return Ran(
+        pipe.manifest,
+        sequence.prompt,
+        np.concatenate(encoded, axis=1) if encoded else None,
+        np.array([step.token for step in steps], np.int32),
+        np.stack([step.logits for step in steps]),
+        sequence.stats,
+        round((len(steps) - 1) / seconds, 1),
+    )
+
+
+def _report(bundle: str | Path, ran: Ran, features: np.ndarray | None, expected: np.ndarray) -> Report:
+    """Of what a bundle computed, beside what it should have: features [1 + L, K, D] and logits [n, V]."""
+    mine = ran.features
     return Report(
         bundle=str(bundle),
-        precision=str(manifest.precision),
-        megabytes=round(size, 1),
-        embeds=compare(mine[0], features[0]) if images else None,
-        deepstack=compare(mine[1:], features[1:]) if images else None,
-        logits=compare(logits, expected),
-        kl=divergence(logits, expected) if np.isfinite(logits).all() else float("nan"),
-        agreement=float((expected.argmax(1) == said).mean()),
-        tokens=len(said),
-        first_token_ms=round(stats.ttft, 1),
-        tokens_per_second=round(decoded / seconds, 1),
+        precision=str(ran.manifest.precision),
+        megabytes=round(sum(file.bytes for file in ran.manifest.files.values()) / 1e6, 1),
+        embeds=None if mine is None or features is None else compare(mine[0], features[0]),
+        deepstack=None if mine is None or features is None else compare(mine[1:], features[1:]),
+        logits=compare(ran.logits, expected),
+        kl=divergence(ran.logits, expected) if np.isfinite(ran.logits).all() else float("nan"),
+        agreement=float((expected.argmax(1) == ran.said).mean()),
+        tokens=len(ran.said),
+        first_token_ms=round(ran.stats.ttft, 1),
+        tokens_per_second=ran.tokens_per_second,
     )
 
 
@@ -232,19 +321,6 @@ def other_files(bundle: str | Path, checkpoint: str | Path, revision: str | None
     ]
 
 
-def _run(
-    pipe: Pipeline, ids: np.ndarray, images: Sequence[str], prune: PruneLike, tokens: int
-) -> tuple[Running, list[Step], float]:
-    """The sequence, its steps, seconds of decoding; stop tokens do not stop."""
-    sequence = pipe.prepare_tokens(ids, images, prune, max_new_tokens=tokens, stop=())
-    steps = []
-    begin = 0.0
-    for step in Steps(pipe.engine, sequence):
-        begin = begin or time.perf_counter()
-        steps.append(step)
-    return sequence, steps, max(time.perf_counter() - begin, 1e-9)
-
-
 def finite(value: Any) -> Any:
     """The same for JSON, which has no NaN and no infinity: null."""
     if isinstance(value, dict):
@@ -277,7 +353,7 @@ def table(reports: Sequence[Report]) -> list[str]:
 
 def main(
     bundles: Sequence[str],
-    checkpoint: str,
+    checkpoint: str | None,
     images: Sequence[str],
     question: str,
     prunes: Sequence[PruneLike],
@@ -289,16 +365,24 @@ def main(
     agreement: float,
     revision: str | None,
 ) -> int:
-    """Print a table or JSON; 0 if every bundle is within the limits, else 1. ``prunes``: of each bundle."""
+    """Print a table or JSON; 0 if every bundle is within the limits, else 1. ``prunes``: of each bundle.
+
+    ``checkpoint``: None to hold them against the CPU.
+    """
     for bundle in bundles:
         open_bundle(bundle)  # before minutes of work
+    reports = []
     with Bar(as_json) as bar:
-        reports = [
-            verify(bundle, checkpoint, images, question, prune, device, tokens, bar.update, revision)
-            for bundle, prune in zip(bundles, prunes, strict=True)
-        ]
+        for bundle, prune in zip(bundles, prunes, strict=True):
+            if checkpoint is None:
+                made = verify_device(bundle, device, images, question, prune, tokens, bar.update)
+            else:
+                made = verify(
+                    bundle, checkpoint, images, question, prune, device, tokens, bar.update, revision
+                )
+            reports.append(made)
     for bundle in bundles:
-        if changed := other_files(bundle, checkpoint, revision):
+        if checkpoint is not None and (changed := other_files(bundle, checkpoint, revision)):
             click.echo(
                 f"{bundle}: was not built from these files of {checkpoint}: {', '.join(changed)}", err=True
             )

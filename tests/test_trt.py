@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import re
 import shutil
 import threading
@@ -29,10 +30,14 @@ from ppexport.runtime.backends import gpu as gpu_backend
 from ppexport.runtime.bundle import open_bundle
 from ppexport.runtime.stats import Stats
 from ppexport.trt_build import Options
+from ppexport.verify import verify_device
 
 NAMES = {"one": ["web_gnuplot.png"], "two": ["web_gnuplot.png", "gui_mousepad.png"]}
 PRUNE = [ppexport.PixelPrune(), ppexport.PruneSID(60)]  # so both are compiled
 CASES = ["one_full", "one_tau0", "two_full", "two_tau0"]
+REPOSITORY = Path(__file__).resolve().parent.parent
+POCKET = REPOSITORY / "models" / "pocket"
+SCREEN = REPOSITORY / "docs" / "settings.png"
 
 
 KINDS = [("tensorrt", "standard"), ("tensorrt", "plain"), ("tensorrt-rtx", "standard")]
@@ -647,3 +652,46 @@ def test_an_engine_is_not_read_into_memory(
             trt.TrtSession(pipe.backend, "vision", engine, bundle)  # type: ignore[arg-type]
     assert seen["bytes"] == size
     assert seen["grown"] < 0.1 * size
+
+
+def test_verify_against_the_cpu(
+    target: str, bundle: Path, gpu: emulator.Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage by stage over the same tokens, without torch; engines that compute something else are caught."""
+    if "standard" in str(bundle):
+        with pytest.raises(ppexport.BundleError, match="expected 'ort' for a CPU"):
+            verify_device(bundle, target, [])
+        return
+    image = str(IMAGES / NAMES["one"][0])
+    report = verify_device(bundle, target, [image], prune=ppexport.PixelPrune(), tokens=8)
+    assert not report.problems(0.999, 0.01, 0.99)
+    assert (report.tokens, report.agreement) == (8, 1.0)
+    pocket = build(POCKET, tmp_path / "pocket", "fp16", "plain", [target], options=Options(capacity=512))
+    command = [
+        "verify",
+        str(pocket),
+        "--against-cpu",
+        "--device",
+        target,
+        "-i",
+        str(SCREEN),
+        "-n",
+        "6",
+        "--json",
+    ]
+    result = runner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert (row["tokens"], row["problems"]) == (6, [])
+    whole = emulator.write
+
+    def wrong(pointer: int, value: np.ndarray, dtype: Any) -> None:
+        whole(pointer, value[::-1] if value.ndim == 3 and value.shape[0] == 3 else value, dtype)
+
+    monkeypatch.setattr(emulator, "write", wrong)
+    result = runner().invoke(main, command)
+    assert result.exit_code == 1
+    (row,) = json.loads(result.stdout)
+    assert any(problem.startswith("embeds: cosine") for problem in row["problems"])
+    for given in (["--against-cpu"], [], ["--against-cpu", "--device", "cpu"]):
+        assert runner().invoke(main, ["verify", str(pocket), *given]).exit_code == 2
