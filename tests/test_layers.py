@@ -82,6 +82,7 @@ main(["run", {str(tiny_bundle)!r}, "-i", image, "Title?", "-n", "4"], standalone
 main(["inspect", image, "--overlay", {str(tmp_path / "o.png")!r}], standalone_mode=False)
 main(["doctor", {str(tiny_bundle)!r}], standalone_mode=False)
 main(["plan", image, "-o", {str(tmp_path / "p.json")!r}], standalone_mode=False)
+import ppexport.verify  # for verify --against-cpu
 print("through")
 """,
         encoding="utf-8",
