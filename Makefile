@@ -76,6 +76,11 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/build.py -o build/bench/build.json
 	$(BIN)/python bench/build.py --precision int4 --runs 1 -o build/bench/build_int4.json
 	$(BIN)/python bench/build.py --target tensorrt-rtx --runs 1 -o build/bench/build_rtx.json
+	$(BIN)/python bench/build.py --target tensorrt-rtx --precision int4 --runs 1 -o build/bench/build_rtx_int4.json
+	$(BIN)/python bench/build.py --target tensorrt-rtx --precision int8 --runs 1 -o build/bench/build_rtx_int8.json
+	$(BIN)/python bench/memory.py -o build/bench/memory.json
+	$(BIN)/python bench/host_time.py -o build/bench/host_time.json
+	$(BIN)/python bench/sampling.py -o build/bench/sampling.json
 	$(BIN)/python bench/build.py --model qwen3_vl:2b --model qwen2_vl:2b --model qwen2_5_vl:3b --model qwen3_vl:4b \
 		--runs 1 -o build/bench/build_families.json
 	$(BIN)/python bench/build.py --model qwen3_vl:8b --runs 1 -o build/bench/build_8b.json

@@ -27,6 +27,7 @@ from machine import describe
 import ppexport
 from ppexport.build_bundle import build
 from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
+from ppexport.runtime.backends import cuda
 from ppexport.runtime.language import Inputs
 from ppexport.trt_build import Options
 
@@ -37,6 +38,7 @@ NARROW = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+GIVE_BACK = cuda.Memory.give_back
 CAPACITY = 2048
 PROMPT = 200  # tokens that are there before
 
@@ -57,6 +59,7 @@ def without_work() -> None:
     done = (0,)
     for name in ("cudaMemcpyAsync", "cudaMemcpy2DAsync", "cudaMemsetAsync", "cudaStreamSynchronize"):
         setattr(emulator.Cuda, name, lambda *_: done)
+    cuda.Memory.give_back = GIVE_BACK  # type: ignore[method-assign]  # without poison
     emulator.ICudaEngine.run = lambda *_: True  # type: ignore[method-assign]
     emulator.Cuda.cudaGraphLaunch = lambda *_: done  # type: ignore[method-assign]
     emulator.IExecutionContext.execute_async_v3 = lambda *_: True  # type: ignore[method-assign]

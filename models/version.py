@@ -1,6 +1,6 @@
 """The version of the package, in one place (setup.cfg and the bundle's record read it)."""
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ CUDA_CONTEXT = (
 )  # bytes; libraries and kernels of CUDA and TensorRT, 0.3 to 0.6 GB by others' reports
 SYSTEM = 1500 << 20  # bytes; Linux on a board without a desktop
 BOARDS = (8, 16, 32, 64)  # GB, of the Jetson Orin series
+USABLE = 0.95  # of that; the rest is the firmware's
 # times the weights: what building takes in all, by the compiler of TensorRT-RTX (bench/results/build_rtx.json)
 BUILDING = 2.5
 
@@ -89,7 +90,7 @@ def told(
     weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".onnx.data"))
     need = memory(manifest.model, manifest.compute, weights, sizes, dialect)
     running = sum(need.values()) + CUDA_CONTEXT
-    building = int(weights * BUILDING) + CUDA_CONTEXT
+    building = building_bytes(weights)
     yield (
         f"{manifest.family}, weights in {manifest.precision}; one sequence of {sizes.capacity} tokens, images of up to "
         f"{sizes.max_pixels} pixels"
@@ -112,7 +113,15 @@ def told(
     rows.append(["to build", f"{building / 1e6:.0f} MB", f"about {BUILDING:g} times the weights"])
     yield from aligned(rows)
     for what, size in (("run", running), ("run and keep", running + REUSE), ("build", building)):
-        board = next(
-            (f"{gb} GB" for gb in BOARDS if size + SYSTEM <= gb * 10**9 * 0.95), f"more than {BOARDS[-1]} GB"
-        )
-        yield f"to {what}, beside a system of {SYSTEM / 1e9:.1f} GB: a board of {board}"
+        yield f"to {what}, beside a system of {SYSTEM / 1e9:.1f} GB: a board of {board(size)}"
+
+
+def building_bytes(weights: int) -> int:
+    """What compiling engines of so many bytes of weights takes, about."""
+    return int(weights * BUILDING) + CUDA_CONTEXT
+
+
+def board(size: int) -> str:
+    """The smallest of BOARDS that has so many bytes beside its system: "8 GB"."""
+    fits = [gb for gb in BOARDS if size + SYSTEM <= gb * 10**9 * USABLE]
+    return f"{fits[0]} GB" if fits else f"more than {BOARDS[-1]} GB"

@@ -515,6 +515,21 @@ def test_a_capture_that_fails_is_left_out(
     assert "the language engine runs without a CUDA graph" in stats[0].notes[0]
 
 
+def test_int8_in_groups_is_refused(
+    bundle: Path, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bundles of earlier releases have it."""
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    file = copy / "bundle.json"
+    text = json.loads(file.read_text())
+    text["precision"] |= {"language": "int8", "per_output": False}
+    file.write_text(json.dumps(text))
+    with pytest.raises(
+        ppexport.BundleError, match="int8 with a scale per group, expected one per output: TensorRT"
+    ):
+        compile_bundle(copy, target)
+
+
 def test_a_disk_that_is_full(bundle: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While an engine is written, in pieces: the bundle has what it had."""
     before = {file.name: file.stat().st_mtime_ns for file in (bundle / "engines" / target).iterdir()}

@@ -2,9 +2,9 @@
 
     python check_board.py pocket.bundle -i screens/ -o board.json
 
-The bundle is of dialect plain in fp16, which the board's CPU runs, too. Each step is a command of ppexport. What it said
-and how long it took goes into one JSON file, with the board's power mode, clocks and temperatures, whether all of it
-works or not. The exit code is 1 if a step failed.
+The bundle is of dialect plain in fp16, which the board's CPU runs, too. Each step is a command of ppexport. What it
+said and how long it took goes into one JSON file, with the board's power mode, clocks and temperatures, whether all of
+it works or not. The exit code is 1 if a step failed.
 """
 
 from __future__ import annotations
