@@ -43,8 +43,8 @@ def compile_bundle(
     check_pruners(pruners_of(manifest.prune))
     if manifest.precision.uses("int8") and manifest.precision.grouped("int8"):
         raise BundleError(
-            f"{directory}: has matrices in int8 with a scale per group, expected one per output: TensorRT would write each "
-            "out in 16 bits in every run; build the bundle again from the checkpoint (or in int4, which stays in groups)"
+            f"{directory}: has matrices in int8 with a scale per group, expected one per output: TensorRT would write "
+            "each out in 16 bits in every run; build the bundle again from the checkpoint (or in int4, in groups)"
         )
     sizes = plan_sizes(manifest.model, manifest.context, manifest.preprocessing, dialect, sizes, options)
     if manifest.compute == "bf16" and (old := [c for c in options.compute_capabilities if float(c) < 8]):

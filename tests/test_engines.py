@@ -321,7 +321,7 @@ def test_options_that_do_not_fit_a_target(bundle: Path, tmp_path: Path) -> None:
         compile_bundle(bundle, RTX, None, Options(capacity=64, compute_capabilities=("1.0",)))
     with pytest.raises(ppexport.RequestError, match="a timing cache is for tensorrt only"):
         compile_bundle(bundle, RTX, None, Options(capacity=64, timing_cache=tmp_path / "cache"))
-    with pytest.raises(ppexport.BackendError, match=r"tensorrt cannot be imported .*JetPack"):
+    with pytest.raises(ppexport.BackendError, match=r"tensorrt cannot be imported .*nvidia-jetpack"):
         compile_bundle(bundle, "tensorrt")
     with pytest.raises(
         ppexport.BackendError, match="target is 'tpu', expected one of: tensorrt, tensorrt-rtx"
