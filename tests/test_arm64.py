@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "examples" / "jetson" / "arm64.py"
 
 
+@pytest.mark.slow  # emulation keeps all cores busy for a minute and a half
 def test_a_bundle_answers(tmp_path: Path) -> None:
     """doctor, inspect, run and plan, in a Python for ARM."""
     if shutil.which("qemu-aarch64-static") is None:
