@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises what ``write`` raises, and OSError.
     """
-    partial = path.with_name(f".{path.stem[:100]}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(
+        f".{path.stem[:100]}.{os.getpid()}-{threading.get_native_id()}.partial{path.suffix}"
+    )
     try:
         write(partial)
         partial.replace(path)

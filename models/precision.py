@@ -97,7 +97,7 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
     than floats, head and embedding in int8. For TensorRT the head is stored as the layers are, vision and embedding
     stay as they are: vision is not bound by reading weights there, and there is no lookup in tables of integers. So it
     is for ONNX Runtime on CUDA ("cuda"), where what is not in integers is in fp16 then: its matrices are not expanded
-    to bf16. Raises CheckpointError for what cannot be had.
+    to bf16; for engines it is in what ``wanted.vision`` says. Raises CheckpointError for what cannot be had.
     """
     for name, value in (("precision", wanted.precision), *((p, getattr(wanted, p)) for p in PARTS[1:])):
         if value is not None and value not in (*BYTES, *BITS) and (name, value) != ("precision", "auto"):
@@ -110,6 +110,8 @@ def resolve(wanted: Wanted, base: str, dialect: str, tied: bool, engines: bool =
     layers = base if wanted.precision == "auto" else wanted.precision
     if layers in BYTES:
         base = layers
+    elif dialect in ENGINES and wanted.vision in ("fp16", "bf16"):
+        base = wanted.vision
     elif dialect != "ort" and base == "fp32":
         base = "bf16"  # engines calculate in 16 bits
     if dialect == "cuda" and layers in BITS:

@@ -154,7 +154,7 @@ def engine_profiles(
 ) -> list[Profile]:
     """The profiles of one engine, with every dynamic axis: "language" gets the prefill ones, then one for decode.
 
-    ``graph``: as engine_record.compiled_graphs names it; ``int4``: what the decoder's layers are stored in.
+    ``graph``: as engine_record.compiled_graphs names it; ``int4``: are the decoder's layers and its head?
     """
     if graph not in ("prune", "vision", "language"):
         return [_of_features(profile["K"]) for profile in profiles.vision]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,16 +43,17 @@ class Places:
 def read(bundle: Path) -> Places:
     """What was measured; nothing where there is no file. Raises BundleError for one that is damaged."""
     path = bundle / FILE
-    if not path.is_file():
+    if not path.exists():
         return Places(SCHEMA, ())
     try:
         found = from_json(Places, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, StrictError) as err:
-        raise BundleError(
-            f"{path}: is damaged ({err}); remove it, or measure again: ppexport plan --measure"
-        ) from err
+        raise BundleError(f"{path}: is damaged ({err}); remove it") from err
     if found.schema != SCHEMA:
         raise BundleError(f"{path}: found schema {found.schema}, expected {SCHEMA}; remove it")
+    for each in found.measured:
+        if not (0 < each.on_device_ms < math.inf and 0 < each.on_host_ms < math.inf):
+            raise BundleError(f"{path}: holds times that are none, expected milliseconds; remove it")
     return found
 
 
@@ -61,11 +63,22 @@ def place(bundle: Path, device: str, gpu: str) -> str:
     return found[-1] if found else "device"
 
 
+def forget(bundle: Path, device: str) -> None:
+    """What was measured on a device does not hold any more. Raises BundleError, SpaceError."""
+    left = tuple(each for each in read(bundle).measured if each.device != device)
+    if left != read(bundle).measured:
+        _write(bundle, left)
+
+
 def keep(bundle: Path, measured: Measured) -> None:
     """Write what was measured, in place of what is known of that device and GPU. Raises BundleError, SpaceError."""
     same = (measured.device, measured.gpu)
     others = [each for each in read(bundle).measured if (each.device, each.gpu) != same]
-    text = json.dumps(to_json(Places(SCHEMA, (*others, measured))), indent=1) + "\n"
+    _write(bundle, (*others, measured))
+
+
+def _write(bundle: Path, measured: tuple[Measured, ...]) -> None:
+    text = json.dumps(to_json(Places(SCHEMA, measured)), indent=1) + "\n"
     path = bundle / FILE
     try:
         write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

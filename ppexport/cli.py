@@ -111,8 +111,8 @@ main.params += logs.options()
     default="auto",
     show_default=True,
     help="ort: for ONNX Runtime on a CPU. cuda: for ONNX Runtime on an NVIDIA GPU, in 16 bits. standard: ONNX opset "
-    "24, for TensorRT 10.15 or later and TensorRT-RTX. plain: opset 20, for TensorRT 10.3 (JetPack 6). auto: standard "
-    "with a target, else ort.",
+    "24, for TensorRT 10.15 or later and TensorRT-RTX. plain: opset 20, or 21 with integers, for TensorRT 10.3 "
+    "(JetPack 6). auto: standard with a target, else ort.",
 )
 @click.option(
     "--target",
@@ -385,8 +385,12 @@ def plan(
     if (memory or device or information) and bundle is None:
         flag = "--memory" if memory else "--measure" if device else "--information"
         raise click.UsageError(f"{flag} looks at a bundle: --bundle names it")
-    if given_profiles and not memory:
-        raise click.UsageError("--profiles goes with --memory")
+    if given_profiles and (output or not memory):
+        raise click.UsageError("--profiles goes with --memory, and without -o")
+    if information and not output:
+        raise click.UsageError("--information goes into a profile file: -o names it")
+    if images and not (output or device):
+        raise click.UsageError("--memory looks at no images, expected none, or -o or --measure, too")
     if not images and (output or device):
         raise click.UsageError(f"{asked[0]} looks at images, expected some")
     settings, no_prune = prune_settings(sizes)

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .models import engine_record, profiles
+from .models import engine_record, profiles, prune_place
 from .models.config import ModelConfig, Preprocessing
 from .models.engine_record import Engine, EngineRecord
 from .models.errors import BundleError, RequestError, SpaceError
 from .models.manifest import GRAPHS, sha256
-from .models.precision import ENGINES
+from .models.precision import ENGINES, Precision
 from .models.profiles import Profiles
 from .models.progress import Progress, silent
 from .models.pruners import Pruner, pruners_of
@@ -61,7 +61,7 @@ def compile_bundle(
     try:
         compiled = {}
         for graph, name in engine_record.compiled_graphs(manifest).items():
-            int4 = manifest.precision.language == "int4"
+            int4 = all_int4(manifest.precision)
             listed = profiles.engine_profiles(sizes, manifest.model, graph, dialect, int4)
             source = directory / name
             model = source.read_bytes()
@@ -93,6 +93,7 @@ def compile_bundle(
         )
         engine_record.write(record, work)
         _replace(folder, work)
+        prune_place.forget(directory, target)  # measured of other engines
     except OSError as err:
         raise SpaceError(f"{folder}: cannot be written: {err}; the bundle is as it was") from err
     finally:
@@ -100,6 +101,11 @@ def compile_bundle(
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
     return record
+
+
+def all_int4(precision: Precision) -> bool:
+    """Are the matrices of the decoder stored so, those of its head, too?"""
+    return precision.language == precision.head == "int4"
 
 
 def told(bundle: str | Path, target: str) -> list[str]:

@@ -32,7 +32,8 @@ BUILDING = 2.5
 def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dialect: str) -> dict[str, int]:
     """What running the engines will take on the device, in bytes, by what it is for.
 
-    Activations are an estimate: the widest layer with its inputs and outputs. Attention keeps no scores.
+    Activations are an estimate: the widest layer with its inputs and outputs. Attention keeps no scores, as
+    TensorRT-RTX compiles it.
     """
     c = model.text
     v = model.vision

@@ -53,12 +53,12 @@ class JetPack:
 
 
 JETPACKS = (  # by the first L4T release of each
-    ((35, 0), JetPack("5", "8.5", "11.4", "3.8")),
+    ((34, 0), JetPack("5", "8.5", "11.4", "3.8")),
     ((36, 2), JetPack("6.0", "8.6", "12.2", "3.10")),
     ((36, 4), JetPack("6.1", "10.3", "12.6", "3.10")),
     ((36, 4, 3), JetPack("6.2", "10.3", "12.6", "3.10")),
     ((38, 0), JetPack("7.0", "10.13", "13.0", "3.12")),
-    ((38, 4), JetPack("7.1", "10.13", "13.0", "3.12")),
+    ((38, 4), JetPack("7.1 or later", "10.13", "13.0", "3.12")),
 )
 
 
@@ -113,7 +113,8 @@ def _jetpack() -> Finding:
     """The L4T release, the JetPack that it belongs to, and what runs there."""
     if not TEGRA_RELEASE.is_file():
         return Finding("Jetson", "no")
-    line = TEGRA_RELEASE.read_text(encoding="utf-8", errors="replace").splitlines()[0].lstrip("# ")
+    text = TEGRA_RELEASE.read_text(encoding="utf-8", errors="replace")
+    line = text.partition("\n")[0].lstrip("# ")
     found = re.match(r"R(\d+)[^,]*, REVISION: ([\d.]+)", line)
     if found is None:
         return Finding(

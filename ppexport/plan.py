@@ -132,11 +132,14 @@ def as_bundle(
     _, manifest = open_bundle(bundle)
     vision = manifest.model.vision
     family = FAMILIES[manifest.family]
+    dialect = manifest.graphs["language"].dialect
+    dialect = dialect if dialect in profiles.CAPACITY else "standard"
     own = {
         "patch": vision.patch,
         "merge": vision.merge,
         "min_pixels": manifest.preprocessing.min_pixels,
-        "max_pixels": min(profiles.MAX_PIXELS["standard"], manifest.preprocessing.max_pixels),
+        "max_pixels": min(profiles.MAX_PIXELS[dialect], manifest.preprocessing.max_pixels),
+        "capacity": min(profiles.CAPACITY[dialect], manifest.context),
         "compiled": manifest.graphs["prune"].file.removesuffix(".onnx"),
     }
     if vision.side:

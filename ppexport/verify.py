@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 from .calibration import QUESTION, prompt_ids
-from .models.errors import BackendError, RequestError
+from .models.errors import BackendError, BundleError, RequestError
 from .models.family import Prompt
 from .models.manifest import Manifest, sha256
 from .models.progress import Progress, silent
@@ -171,6 +171,13 @@ def verify_device(
 
     Raises BackendError, BundleError for graphs that a CPU does not run, ImageError, RequestError.
     """
+    _, manifest = open_bundle(bundle)
+    dialect = manifest.graphs["language"].dialect
+    if dialect == "standard" or manifest.compute == "bf16":
+        raise BundleError(
+            f"{bundle}: has {manifest.compute} graphs of dialect {dialect}, expected plain or cuda in fp16, which "
+            "a CPU runs, too; build it with --dialect plain --precision fp16, or int4 with --vision-precision fp16"
+        )
     images = [page for image in images for page in expanded(image)]
     progress(f"on {device}", 0, 1)
     with load(bundle, device, reuse=0) as pipe:
@@ -179,7 +186,7 @@ def verify_device(
     progress(f"on {device}", 1, 1)
     progress("on cpu", 0, 1)
     with load(bundle, "cpu", max_pixels=pixels, reuse=0) as pipe:
-        other = _run(pipe, images, question, prune, tokens, ran.said)
+        other = _run(pipe, images, question, prune, len(ran.said), ran.said)
     progress("on cpu", 1, 1)
     if len(ran.prompt.ids) != len(other.prompt.ids):
         raise BackendError(

@@ -17,7 +17,7 @@ import numpy as np
 from ..models import prune_place
 from ..models.checks import integer
 from ..models.dtype import BY_PRECISION
-from ..models.errors import BundleError, RequestError
+from ..models.errors import BackendError, BundleError, RequestError
 from ..models.families import FAMILIES
 from ..models.family import Views
 from ..models.manifest import Manifest
@@ -112,12 +112,7 @@ class Pipeline:
         self.context = most if context is None else integer("context", context, 2, most)
         self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
         self.load_pruners()
-        self.selector: Selector | HostSelector
-        if prune_place.place(directory, backend.device, backend.gpu) == "host":
-            self.selector = HostSelector(backend, model.vision.block)
-            self.chosen += "; pixels are pruned on the host, which was measured to be faster"
-        else:
-            self.selector = Selector(backend, directory, model.vision.block, manifest.graphs["prune"].dialect)
+        self.selector = self._selector()
         dialect = manifest.graphs["language"].dialect
         # first: loading the largest graph takes the most memory
         self.language = Language(backend, graphs["language"], model, dtype, dialect)
@@ -128,6 +123,21 @@ class Pipeline:
         if manifest.interface == "text":
             self.text = Text(directory, model.image_token, manifest.special_tokens)
         backend.settle()
+
+    def _selector(self) -> Selector | HostSelector:
+        """Where it was measured to be faster, on the host; there with onnxruntime only."""
+        backend = self.backend
+        block = self.manifest.model.vision.block
+        if backend.gpu and prune_place.place(self.directory, backend.device, backend.gpu) == "host":
+            try:
+                selector = HostSelector(backend, block)
+                self.chosen += "; pixels are pruned on the host, which was measured to be faster"
+                return selector
+            except BackendError as err:
+                text = f"pixels are pruned on the device, though the host was measured to be faster: {err}"
+                LOG.warning(text)
+                backend.notes.append(text)
+        return Selector(backend, self.directory, block, self.manifest.graphs["prune"].dialect)
 
     def __enter__(self) -> Pipeline:
         return self

@@ -65,23 +65,38 @@ def test_on_the_emulated_board(bundle: Path, tmp_path: Path, monkeypatch: pytest
     assert names == ["doctor", "plan", "build", "doctor", "plan", "verify", "run", "bench", "bench"]
     assert json.loads(found["steps"][5]["out"])[0]["problems"] == []
     assert set(found["bench"]) == {"tensorrt", "cpu"}
-    assert not output.with_suffix(".parts").exists()
 
 
 def test_what_fails_is_told(bundle: Path, tmp_path: Path) -> None:
     """Here, without TensorRT: what works has its result, what does not its error."""
+    if importlib.util.find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed")
     output = tmp_path / "board.json"
     screen = sorted(SCREENS.glob("*.png"))[0]
     command = [sys.executable, SCRIPT, bundle, "-i", screen, "-o", output, "--seconds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if importlib.util.find_spec("tensorrt"):
-        pytest.skip("TensorRT is installed")
     assert done.returncode == 1, done.stderr
     assert "failed: build, plan, verify, run, bench" in done.stdout
     found = json.loads(output.read_text())
     assert "tensorrt cannot be imported" in found["steps"][2]["err"]
     assert "cpu" in found["bench"]
-    refused = subprocess.run(
-        [sys.executable, SCRIPT, "nothing", "-i", SCREENS, "-o", output], capture_output=True
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bundle": "nothing"}, "nothing: is not here"),
+        ({"-i": "empty"}, "empty: holds no image"),
+        ({"-o": "missing/b.json"}, "missing/b.json: cannot be written"),
+        ({"--seconds": "-5"}, "--seconds is -5, expected 1 at least"),
+    ],
+)
+def test_what_is_refused(bundle: Path, tmp_path: Path, changed: dict[str, str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    given = {"bundle": str(bundle), "-i": str(SCREENS), "-o": "b.json", "--seconds": "1"} | changed
+    options = [part for name in ("-i", "-o", "--seconds") for part in (name, given[name])]
+    command = [sys.executable, str(SCRIPT), given["bundle"], *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (2, True, False), (
+        done.stderr
     )
-    assert (refused.returncode, b"nothing: is not here" in refused.stderr) == (2, True)

@@ -149,6 +149,7 @@ class Session:
     """An InferenceSession of the CUDA provider; ``api``: the emulated GPU."""
 
     refuse_graphs = ""
+    fail_captures = False
     replays = 0
 
     def __init__(self, path: str, options: Any, providers: list[Any], api: emulator.Cuda):
@@ -178,6 +179,8 @@ class Session:
         number = options.entries.get("gpu_graph_id", "-1")
         assert self.captures or number == "-1"
         bound = (dict(binding.inputs), dict(binding.outputs))
+        if number != "-1" and Session.fail_captures:
+            raise RuntimeError("capturing failed")
         if number != "-1":
             Session.replays += number in self.captured
             bound = self.captured.setdefault(number, bound)
@@ -253,13 +256,15 @@ def test_decode_replays_a_graph(gpu: emulator.Cuda, bundle: Path, monkeypatch: p
             found[turn].append(next(steps[turn]).token)
         assert found == alone
         assert Session.replays >= 12
-        monkeypatch.setattr(ort_cuda, "MOST_GRAPHS", 0)
-        before = dict(pipe.language.session.graphs)  # type: ignore[attr-defined]
-        pipe.engine.forget()
-        pipe.language.session.graphs.clear()  # type: ignore[attr-defined]
-        assert [s.token for s in pipe.generate_tokens(ids[0], max_new_tokens=12, stop=())] == alone[0]
-        assert not pipe.language.session.graphs  # type: ignore[attr-defined]
-        assert before
+    for name, value in ((ort_cuda, "MOST_GRAPHS"), 0), ((Session, "fail_captures"), True):
+        with monkeypatch.context() as patch, ppexport.load(bundle, "cuda") as pipe:
+            patch.setattr(*name, value)
+            stats = [Stats(), Stats()]
+            for each in stats:
+                steps = pipe.generate_tokens(ids[0], max_new_tokens=12, stop=(), stats=each)
+                assert [s.token for s in steps] == alone[0]
+            assert [len(each.notes) for each in stats] == [1, 0]
+            assert "decode goes on without CUDA graphs" in stats[0].notes[0]
 
 
 def test_graphs_that_cannot_be(gpu: emulator.Cuda, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import ppexport
 from ppexport import plan as planner
 from ppexport.build_bundle import build
 from ppexport.cli import main
+from ppexport.compile_bundle import compile_bundle
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.models import profiles, prune_place
 from ppexport.models.config import ModelConfig
@@ -231,8 +232,10 @@ REST = ", GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:
         ),
         ("R36 (release), REVISION: 4.7", "JetPack 6.2 (L4T 36.4.7)"),
         ("R38 (release), REVISION: 2.1", "JetPack 7.0 (L4T 38.2.1): TensorRT 10.13"),
-        ("R38 (release), REVISION: 4.0", "JetPack 7.1 (L4T 38.4.0)"),
+        ("R38 (release), REVISION: 4.0", "JetPack 7.1 or later (L4T 38.4.0)"),
         ("R32 (release), REVISION: 7.1", "L4T 32.7.1, older than JetPack 5"),
+        ("R34 (release), REVISION: 1.1", "JetPack 5 (L4T 34.1.1): TensorRT 8.5"),
+        ("R40 (release), REVISION: 1.0", "JetPack 7.1 or later (L4T 40.1.0)"),
         ("R39", "found 'R39, GCID"),
     ],
 )
@@ -440,7 +443,15 @@ def test_what_cannot_be_measured(
             "--measure looks at images, expected some",
         ),
         (["--memory"], "--memory looks at a bundle"),
-        ([image, "-o", str(tmp_path / "p"), "--profiles", "x"], "--profiles goes with --memory"),
+        (
+            [image, "-o", str(tmp_path / "p"), "--profiles", "x"],
+            "--profiles goes with --memory, and without -o",
+        ),
+        ([image, "--memory", "--bundle", str(pocket_bundle)], "--memory looks at no images"),
+        (
+            ["--memory", "--information", "--bundle", str(pocket_bundle)],
+            "--information goes into a profile file",
+        ),
         ([image, "--measure", "tensorrt", "--bundle", str(pocket_bundle)], "has no engines for tensorrt"),
     ):
         result = runner().invoke(main, ["plan", *given])
@@ -452,7 +463,57 @@ def test_what_cannot_be_measured(
         planner.measure(pocket_bundle, "cpu", [image])
     bundle, _ = engines
     file = bundle / prune_place.FILE
-    file.write_text("{}")
-    with pytest.raises(ppexport.BundleError, match="is damaged .* ppexport plan --measure"):
-        ppexport.load(bundle, "tensorrt")
+    ppexport.load(bundle, "cpu").close()
+    times = {
+        "device": "tensorrt",
+        "gpu": "Emulated",
+        "images": 1,
+        "on_device_ms": float("nan"),
+        "on_host_ms": 1.0,
+    }
+    for text, message in (
+        ("{}", "is damaged .*; remove it"),
+        (json.dumps({"schema": 9, "measured": []}), "found schema 9, expected 1; remove it"),
+        (json.dumps({"schema": 1, "measured": [times]}), "holds times that are none|is damaged"),
+    ):
+        file.write_text(text)
+        ppexport.load(bundle, "cpu").close()  # does not look at it
+        with pytest.raises(ppexport.BundleError, match=message):
+            ppexport.load(bundle, "tensorrt")
     file.unlink()
+
+
+def test_without_onnxruntime_the_device_prunes(
+    engines: tuple[Path, emulator.Cuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was measured; it is told. New engines have not been measured."""
+    bundle, _ = engines
+    prune_place.keep(bundle, prune_place.Measured("tensorrt", "Emulated", 1, 9.0, 1.0))
+
+    def missing(*_: object) -> None:
+        raise ppexport.BackendError("onnxruntime is not installed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSelector, "__init__", missing)
+        with ppexport.load(bundle, "tensorrt") as pipe:
+            assert isinstance(pipe.selector, Selector)
+            assert "though the host was measured to be faster: onnxruntime is not" in pipe.backend.notes[0]
+    compile_bundle(bundle, "tensorrt", None, Options(capacity=512))
+    assert prune_place.read(bundle).measured == ()
+
+
+def test_a_plan_fits_its_bundle(engines: tuple[Path, emulator.Cuda], tmp_path: Path) -> None:
+    """Its context, and the sizes that its dialect is compiled for by itself."""
+    file = tmp_path / "p.json"
+    arguments = [
+        "plan",
+        str(IMAGES / "web_gnuplot.png"),
+        "-o",
+        str(file),
+        "--bundle",
+        str(engines[0]),
+        "--memory",
+    ]
+    result = runner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert profiles.read(file).capacity == 2048

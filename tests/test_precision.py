@@ -28,6 +28,7 @@ from ppexport.models import engine_record
 from ppexport.models.precision import Precision, Wanted, resolve
 from ppexport.runtime.bundle import open_bundle
 from ppexport.trt_build import Options
+from ppexport.verify import verify_device
 
 MODEL = GOLDEN / "e2e" / "model"
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
@@ -208,7 +209,12 @@ def test_engines_of_quantized_graphs_compile(dialect: str, stored: str, tmp_path
             "embedding cannot be stored in int8, expected bf16",
         ),
         (Wanted("bf16", embedding="int8"), "ort", True, "they are one table in this checkpoint"),
-        (Wanted("int4", vision="fp16"), "standard", False, "found bf16 and fp16, expected bf16 only"),
+        (
+            Wanted("int4", vision="fp16", embedding="bf16"),
+            "standard",
+            False,
+            "found bf16 and fp16, expected fp16 only",
+        ),
         (
             Wanted("bf16", group_size=64),
             "ort",
@@ -285,11 +291,12 @@ def test_options_of_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", ["int4", "int8"])
 def test_engines_of_quantized_graphs_answer(stored: str, tmp_path: Path) -> None:
-    """On the emulated GPU, which calculates them in float32."""
+    """On the emulated GPU, and the same graphs on the CPU: what is in no integers is in fp16."""
     with emulator.installed("tensorrt"):
         options = Options(capacity=512)
-        path = build(POCKET, tmp_path / "bundle", stored, "plain", ["tensorrt"], None, options)
+        wanted = Wanted(stored, vision="fp16")
+        path = build(POCKET, tmp_path / "bundle", wanted, "plain", ["tensorrt"], None, options)
+        screen = POCKET.parent.parent / "docs" / "settings.png"
         with ppexport.load(path, "tensorrt") as pipe:
-            screen = POCKET.parent.parent / "docs" / "settings.png"
-            answer = pipe.generate("What is the Region?", screen)
-            assert answer.text() == "Porto"
+            assert pipe.generate("What is the Region?", screen).text() == "Porto"
+        assert not verify_device(path, "tensorrt", [str(screen)], tokens=6).problems(0.99, 0.05, 0.9)

@@ -14,11 +14,14 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 KEPT = 20_000  # characters of what a step said
+LONGEST = 3 * 3600  # seconds of a step; building a large model takes a while
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # what the board itself tells; each is left out where it is missing
 SYSTEM = (
     ["nvpmodel", "-q"],
@@ -37,7 +40,7 @@ def said(command: list[str], seconds: float | None = None) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
         code, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as stopped:  # tegrastats never ends by itself
-        code = 0
+        code = 0 if command[0] == "tegrastats" else 124
         out, err = ((raw or b"").decode(errors="replace") for raw in (stopped.stdout, stopped.stderr))
     except OSError as failed:
         code, out, err = 127, "", str(failed)
@@ -55,14 +58,16 @@ def system() -> list[dict[str, Any]]:
     return [said(command, 3) for command in SYSTEM if shutil.which(command[0])]
 
 
+def pictures(image: Path) -> list[str]:
+    """The image, or those of a folder."""
+    if not image.is_dir():
+        return [str(image)]
+    return sorted(str(path) for path in image.iterdir() if path.suffix.lower() in PICTURES)
+
+
 def steps(bundle: Path, image: Path, target: str, seconds: int, work: Path) -> list[list[str]]:
     """The commands, in their order."""
-    images = (
-        sorted(p for p in image.iterdir() if p.suffix.lower() in (".png", ".jpg"))
-        if image.is_dir()
-        else [image]
-    )
-    shown = [str(each) for each in images]
+    shown = pictures(image)
     asked = [part for each in shown[:3] for part in ("-i", each)]
     bench = ["bench", "run", str(bundle), "-i", str(image), "--tau", "0,off", "--duration", str(seconds)]
     return [
@@ -91,21 +96,29 @@ def main() -> None:
     for path in (given.bundle, given.image):
         if not path.exists():
             parser.error(f"{path}: is not here")
-    if given.output.is_dir() or not given.output.absolute().parent.is_dir():
-        parser.error(f"{given.output}: expected a file in an existing directory")
-    work = given.output.absolute().with_suffix(".parts")
-    work.mkdir(exist_ok=True)
+    if not pictures(given.image):
+        parser.error(f"{given.image}: holds no image, expected some ({', '.join(PICTURES)})")
+    if given.seconds < 1:
+        parser.error(f"--seconds is {given.seconds}, expected 1 at least")
+    try:
+        given.output.write_text("{}\n", encoding="utf-8")
+    except OSError as err:
+        parser.error(f"{given.output}: cannot be written: {err}")
+    work = Path(tempfile.mkdtemp(prefix="check_board."))
     found: dict[str, Any] = {"target": given.target, "before": system(), "steps": [], "bench": {}}
     failed = []
     for command in steps(given.bundle, given.image, given.target, given.seconds, work):
         print(f"ppexport {' '.join(command)[:100]} ...", end=" ", flush=True)
-        step = said([sys.executable, "-m", "ppexport", *command])
+        step = said([sys.executable, "-m", "ppexport", *command], LONGEST)
         found["steps"].append(step)
         print("ok" if step["exit_code"] == 0 else f"failed: {step['err'].strip().splitlines()[-1:]}")
         if step["exit_code"]:
             failed.append(command[0])
         for part in work.glob("*.json"):
-            found["bench"][part.stem] = json.loads(part.read_text(encoding="utf-8"))
+            try:
+                found["bench"][part.stem] = json.loads(part.read_text(encoding="utf-8"))
+            except ValueError as err:  # of a bench that was cut off
+                found["bench"][part.stem] = {"error": str(err)}
         found["after"] = system()
         given.output.write_text(
             json.dumps(found, indent=1) + "\n", encoding="utf-8"

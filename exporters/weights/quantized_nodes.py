@@ -96,31 +96,37 @@ def one_product(model: ir.Model) -> None:
     """
     for x in [value for node in model.graph for value in node.outputs]:
         readers = [node for node, index in x.uses() if node.op_type == "MatMul" and index == 0]
-        products = [(node, source) for node in readers if (source := _scaled_per_output(node)) is not None]
-        if len(products) < 2:
-            continue
-        op = Ops()
-        name = "+".join(str(node.name) for node, _ in products)
-        scaled = [each for _, each in products]
-        parts = [_side_by_side([_tensor(each, i) for each in scaled], f"{name}.{i}") for i in (0, 1)]
-        for part in parts:
-            model.graph.register_initializer(part)
-        weights = op("DequantizeLinear", *parts, axis=1)
-        weights.type = parts[1].type
-        sizes = [_tensor(each, 1).size for each in scaled]
-        found = op.multi("Split", len(products), op("MatMul", x, weights), op.ints(sizes), axis=-1)
-        before = [node.outputs[0] for node, _ in products]
-        for old, new in zip(before, found, strict=True):
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-        nodes = [node for node, _ in products]
-        first = next(node for node in model.graph if node in nodes)
-        ir.convenience.replace_nodes_and_values(model.graph, first, nodes, op.nodes, before, found)
-        for each in scaled:
-            if not each.outputs[0].uses():
-                unread = [str(_tensor(each, i).name) for i in (0, 1)]
-                model.graph.remove(each, safe=True)
-                for initializer in unread:
-                    del model.graph.initializers[initializer]
+        products = {node: source for node in readers if (source := _scaled_per_output(node)) is not None}
+        if len(products) > 1:
+            _join_products(model, x, products)
+
+
+def _join_products(model: ir.Model, x: ir.Value, products: dict[ir.Node, ir.Node]) -> None:
+    """``products``: each MatMul of x, and the DequantizeLinear of its matrix."""
+    name = "+".join(str(product.name) for product in products)
+    op = Ops()
+    values, scales = (
+        _side_by_side([_tensor(source, i) for source in products.values()], f"{name}.{i}") for i in (0, 1)
+    )
+    for initializer in (values, scales):
+        model.graph.register_initializer(initializer)
+    weights = op("DequantizeLinear", values, scales, axis=1)
+    weights.type = scales.type
+    sizes = [_tensor(source, 1).size for source in products.values()]
+    parts = op.multi("Split", len(products), op("MatMul", x, weights), op.ints(sizes), axis=-1)
+
+    before = [product.outputs[0] for product in products]
+    for old, new in zip(before, parts, strict=True):
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+    first = next(node for node in model.graph if node in products)
+    ir.convenience.replace_nodes_and_values(model.graph, first, list(products), op.nodes, before, parts)
+
+    for source in products.values():
+        if not source.outputs[0].uses():
+            unread = [str(_tensor(source, i).name) for i in (0, 1)]
+            model.graph.remove(source, safe=True)
+            for initializer_name in unread:
+                del model.graph.initializers[initializer_name]
 
 
 def _scaled_per_output(product: ir.Node) -> ir.Node | None:

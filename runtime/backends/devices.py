@@ -18,7 +18,8 @@ def open_device(
 ) -> tuple[Backend, str]:
     """The backend of a device and one line that says what was chosen and why. ``verify``: check hashes of engines.
 
-    "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, else the CPU. Raises BackendError,
+    "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, CUDA for graphs that are made for
+    it, else the CPU. Raises BackendError,
     BundleError.
     """
     if device not in DEVICES:
@@ -27,12 +28,15 @@ def open_device(
         backend = _open(device, directory, manifest, threads, verify)
         return backend, f"{backend.name}, as asked for"
     problems = []
-    for target in reversed(TARGETS):
-        if not folder(directory, target).is_dir():
-            continue
+    own = [target for target in reversed(TARGETS) if folder(directory, target).is_dir()]
+    own += ["cuda"] if manifest.graphs["language"].dialect == "cuda" else []
+    for target in own:
         try:
             backend = _open(target, directory, manifest, threads, verify)
-            return backend, f"{backend.name}: the bundle has engines for it that run here"
+            why = (
+                "its graphs are for it" if target == "cuda" else "the bundle has engines for it that run here"
+            )
+            return backend, f"{backend.name}: {why}"
         except PpexportError as err:
             problems.append(str(err))
     if not problems:

@@ -14,7 +14,7 @@ LOG = logging.getLogger(__name__)
 
 
 class KernelCache:
-    """A runtime cache beside the engines of a bundle, for one GPU and driver: kernels-<GPU>-<driver>.cache.
+    """A runtime cache beside the engines of a bundle, for one GPU and CUDA of its driver: kernels-<GPU>-<CUDA>.cache.
 
     A file that does not fit, torn or of another release, is left out and replaced. One that cannot be written is told
     in the log: engines run without it, only loading takes longer. Source: IRuntimeCache of the TensorRT-RTX API.

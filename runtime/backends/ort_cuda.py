@@ -93,6 +93,7 @@ class OrtCudaSession:
     def __init__(self, backend: OrtCuda, session: Any, captures: bool = False):
         self.backend = backend
         self.loaded = session
+        self.prepared = captures  # was it loaded so?
         self.captures = captures
         self.graphs: dict[
             tuple[Any, ...], int
@@ -107,8 +108,14 @@ class OrtCudaSession:
     def graph(self, bound: tuple[Any, ...]) -> int:
         """The number of the CUDA graph for a run with these addresses and shapes, NO_GRAPH where there are enough."""
         if bound not in self.graphs and len(self.graphs) >= MOST_GRAPHS:
+            self.leave_graphs(f"{MOST_GRAPHS} are captured already, each for memory at other places")
             return NO_GRAPH
         return self.graphs.setdefault(bound, len(self.graphs) + 1)
+
+    def leave_graphs(self, why: str) -> None:
+        """Runs that come are neither captured nor, if they were, replayed."""
+        self.captures = False
+        self.backend.note(f"decode goes on without CUDA graphs, somewhat slower: {why}")
 
 
 class OrtCudaBinding:
@@ -138,18 +145,28 @@ class OrtCudaBinding:
     def run(self) -> None:
         """See session.Binding. What repeats the last run is captured as a CUDA graph, and replayed from then on."""
         session = self.session
-        if self.changed:
-            self.number = NO_GRAPH
-        elif session.captures and self.number == NO_GRAPH:
-            self.number = session.graph(
-                tuple((name, b.pointer, b.shape) for name, b in sorted(self.buffers.items()))
-            )
-        self.changed = False
+        with session.backend.lock:
+            if self.changed or not session.captures:
+                self.number = NO_GRAPH
+            elif self.number == NO_GRAPH:
+                bound = tuple((name, b.pointer, b.shape) for name, b in sorted(self.buffers.items()))
+                self.number = session.graph(bound)
+            self.changed = False
+            try:
+                self._run()
+            except BackendError as err:
+                if self.number == NO_GRAPH:
+                    raise
+                session.leave_graphs(str(err))
+                self.number = NO_GRAPH
+                self._run()  # writes the same entries once more
+
+    def _run(self) -> None:
+        session = self.session
         options = session.backend.ort.RunOptions()
-        if session.captures:
+        if session.prepared:
             options.add_run_config_entry("gpu_graph_id", str(self.number))
         try:
-            with session.backend.lock:
-                session.loaded.run_with_iobinding(self.io, options)
+            session.loaded.run_with_iobinding(self.io, options)
         except Exception as err:
             raise BackendError(f"ONNX Runtime could not run the graph on CUDA: {err}") from err

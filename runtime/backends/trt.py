@@ -77,9 +77,11 @@ class TrtBackend(GpuBackend):
 
     def close(self) -> None:
         """See session.Backend."""
-        if self.kernels is not None:
-            self.kernels.keep()  # those, too, that were compiled for the sizes of requests
-        super().close()
+        try:
+            if self.kernels is not None:
+                self.kernels.keep()  # those, too, that were compiled for the sizes of requests
+        finally:
+            super().close()
 
     def forget_capture(self, context: Context) -> None:
         """Before anything about a context changes: TensorRT forbids to replay what was captured before."""
