@@ -117,6 +117,8 @@ class Checkpoint:
                 summed = tensor.float().sum(2) if tensor.ndim == 5 else tensor.float()
                 merged = summed.permute(2, 3, 1, 0)  # [C, 3, p, p] -> [p, p, 3, C]
                 return merged.reshape(-1, tensor.shape[0]).contiguous()
+            if weight.layout == "one_plus":
+                return tensor.float() + 1
             return tensor.clone()
 
 

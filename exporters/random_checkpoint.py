@@ -44,6 +44,8 @@ class Shape:
     marked: tuple[
         int, ...
     ] = ()  # blocks with deepstack levels (Qwen3-VL), or that see the whole image (Qwen2.5-VL)
+    # of linear attention (Qwen3.5): key heads, value heads, their widths
+    linear: tuple[int, int, int, int] = (0, 0, 0, 0)
     # of LLaVA
     text: str = "llama"  # model_type of the decoder
     side: int = 336  # pixels of a view
@@ -73,6 +75,44 @@ SHAPES: dict[str, dict[str, Shape]] = {
             36, 2048, 11008, 16, 2, 128, 151936, True, (16, 24, 24), 32, 1280, 3420, 16, (7, 15, 23, 31)
         ),
     },
+    "qwen3_5": {
+        "tiny": Shape(4, 64, 128, 4, 2, 32, VOCAB + 1, True, (2, 1, 1), 3, 64, 128, 4, linear=(2, 4, 16, 16)),
+        "300m": Shape(
+            16, 1024, 3072, 8, 2, 128, 32000, True, (6, 5, 5), 12, 768, 3072, 12, linear=(8, 16, 64, 64)
+        ),
+        "2b": Shape(
+            24,
+            2048,
+            6144,
+            8,
+            2,
+            256,
+            248320,
+            True,
+            (11, 11, 10),
+            24,
+            1024,
+            4096,
+            16,
+            linear=(16, 16, 128, 128),
+        ),
+        "4b": Shape(
+            32,
+            2560,
+            9216,
+            16,
+            4,
+            256,
+            248320,
+            True,
+            (11, 11, 10),
+            24,
+            1024,
+            4096,
+            16,
+            linear=(16, 32, 128, 128),
+        ),
+    },
     "qwen3_vl": {
         "tiny": Shape(2, 64, 128, 4, 2, 16, VOCAB + 1, False, (4, 2, 2), 3, 64, 128, 4, (0, 1)),
         "pocket": Shape(6, 192, 512, 4, 2, 48, VOCAB, True, (8, 8, 8), 4, 128, 512, 4, (0, 2)),
@@ -93,6 +133,7 @@ def random_config(family: str, shape: str, dtype: str = "bfloat16") -> dict[str,
         "llava_next": _llava_next,
         "qwen2_vl": _qwen2_vl,
         "qwen2_5_vl": _qwen2_5_vl,
+        "qwen3_5": _qwen3_5,
         "qwen3_vl": _qwen3_vl,
     }
     return made[family](SHAPES[family][shape], dtype)
@@ -245,8 +286,35 @@ def _qwen3_vl(c: Shape, dtype: str) -> dict[str, Any]:
     return {**top, "text_config": text, "vision_config": vision}
 
 
+def _qwen3_5(c: Shape, dtype: str) -> dict[str, Any]:
+    made = _qwen3_vl(c, dtype)
+    key_heads, value_heads, key_dim, value_dim = c.linear
+    text = made["text_config"]
+    del text["rope_theta"], text["rope_scaling"]
+    text |= {
+        "model_type": "qwen3_5_text",
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": key_dim,
+        "linear_value_head_dim": value_dim,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True,
+            "mrope_section": list(c.sections),
+        },
+    }
+    vision = made["vision_config"]
+    del vision["deepstack_visual_indexes"]
+    vision["model_type"] = "qwen3_5"
+    return {**made, "model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
+
+
 def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_bytes: int = 1 << 30) -> None:
-    """Write config.json and safetensors shards with weights drawn from N(0, 0.02); norms are near 1, biases near 0.
+    """Write config.json and safetensors shards with weights drawn from N(0, 0.02); norms multiply by about 1.
 
     The dtype is the config's. No more than one shard is in memory.
     """
@@ -255,6 +323,7 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
     dtype = DTYPES[config["dtype"]]
     tables = family.weights(family.parse(config))
     shapes = {w.source: w.shape for table in tables.values() for w in table.values()}
+    centred = {w.source for table in tables.values() for w in table.values() if w.layout == "one_plus"}
     generator = torch.Generator().manual_seed(seed)
     shards: list[list[str]] = [[]]
     size = 0
@@ -272,7 +341,7 @@ def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_b
         for name in names:
             tensor = torch.empty(shapes[name], dtype=torch.bfloat16 if dtype != torch.float32 else dtype)
             tensor.normal_(0.0, 0.02, generator=generator)
-            if name.endswith("weight") and len(shapes[name]) == 1:  # of a norm
+            if name.endswith("weight") and len(shapes[name]) == 1 and name not in centred:  # of a norm
                 tensor += 1
             tensors[name] = tensor.to(dtype)
             where[name] = file
@@ -289,7 +358,7 @@ def write_text_files(directory: Path, family: str = "qwen3_vl") -> None:
     pre = named.preprocessing
     processor: dict[str, Any] = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": 16 if family == "qwen3_vl" else 14,
+        "patch_size": 16 if family in ("qwen3_vl", "qwen3_5") else 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "size": {"shortest_edge": pre.min_pixels, "longest_edge": 2359296},

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import Rope, TextConfig, Weight, Yarn
+from .config import DeltaNet, Rope, TextConfig, Weight, Yarn
 from .hfconfig import CLASS_DEFAULT, Reader
 
 HEAD = "lm_head.weight"
@@ -39,24 +39,44 @@ def decoder_weights(c: TextConfig) -> Table:
     for i in range(c.layers):
         source = f"{ROOT}.layers.{i}"
         name = f"layers.{i}"
-        norm(table, f"{name}.norm1", f"{source}.input_layernorm", c.width, "rms")
-        norm(table, f"{name}.norm2", f"{source}.post_attention_layernorm", c.width, "rms")
-        attention = f"{source}.self_attn"
-        for part, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)):
-            linear(
-                table, f"{name}.{part}", f"{attention}.{part}_proj", c.width, heads * c.head_dim, c.qkv_bias
-            )
-        linear(table, f"{name}.o", f"{attention}.o_proj", c.heads * c.head_dim, c.width, bias=False)
-        if c.qk_norm:
-            norm(table, f"{name}.q_norm", f"{attention}.q_norm", c.head_dim, "rms")
-            norm(table, f"{name}.k_norm", f"{attention}.k_norm", c.head_dim, "rms")
+        _decoder_norm(table, c, f"{name}.norm1", f"{source}.input_layernorm", c.width)
+        _decoder_norm(table, c, f"{name}.norm2", f"{source}.post_attention_layernorm", c.width)
+        if c.delta is not None and i in c.delta.layers:
+            _delta_net(table, c, c.delta, name, f"{source}.linear_attn")
+        else:
+            _attention(table, c, name, f"{source}.self_attn")
         linear(table, f"{name}.gate", f"{source}.mlp.gate_proj", c.width, c.ffn, bias=False)
         linear(table, f"{name}.up", f"{source}.mlp.up_proj", c.width, c.ffn, bias=False)
         linear(table, f"{name}.down", f"{source}.mlp.down_proj", c.ffn, c.width, bias=False)
-    norm(table, "norm", f"{ROOT}.norm", c.width, "rms")
+    _decoder_norm(table, c, "norm", f"{ROOT}.norm", c.width)
     if not c.tied_head:
         table["head"] = Weight(HEAD, (c.vocab, c.width))
     return table
+
+
+def _decoder_norm(table: Table, c: TextConfig, name: str, source: str, width: int) -> None:
+    table[f"{name}.weight"] = Weight(f"{source}.weight", (width,), "one_plus" if c.norm_offset else "same")
+
+
+def _attention(table: Table, c: TextConfig, name: str, source: str) -> None:
+    queries = c.heads * (2 if c.gated else 1)  # and gates, head by head
+    for part, heads in (("q", queries), ("k", c.kv_heads), ("v", c.kv_heads)):
+        linear(table, f"{name}.{part}", f"{source}.{part}_proj", c.width, heads * c.head_dim, c.qkv_bias)
+    linear(table, f"{name}.o", f"{source}.o_proj", c.heads * c.head_dim, c.width, bias=False)
+    if c.qk_norm:
+        _decoder_norm(table, c, f"{name}.q_norm", f"{source}.q_norm", c.head_dim)
+        _decoder_norm(table, c, f"{name}.k_norm", f"{source}.k_norm", c.head_dim)
+
+
+def _delta_net(table: Table, c: TextConfig, d: DeltaNet, name: str, source: str) -> None:
+    values = d.value_heads * d.value_dim
+    for part, outer in (("qkv", d.channels), ("z", values), ("b", d.value_heads), ("a", d.value_heads)):
+        linear(table, f"{name}.{part}", f"{source}.in_proj_{part}", c.width, outer, bias=False)
+    table[f"{name}.conv"] = Weight(f"{source}.conv1d.weight", (d.channels, 1, d.kernel))
+    table[f"{name}.dt_bias"] = Weight(f"{source}.dt_bias", (d.value_heads,))
+    table[f"{name}.log_decay"] = Weight(f"{source}.A_log", (d.value_heads,))
+    norm(table, f"{name}.gated_norm", f"{source}.norm", d.value_dim, "rms")
+    linear(table, f"{name}.o", f"{source}.out_proj", values, c.width, bias=False)
 
 
 def is_tied(top: Reader, text: Mapping[str, Any]) -> bool:
@@ -101,24 +121,26 @@ def decoder_numbers(
     qk_norm: bool,
     mrope: Sequence[int] | None = None,
     interleaved: bool = False,
+    turned: float = 1.0,
 ) -> TextConfig:
     """The numbers that all decoders have, the rotary ones among them.
 
-    ``mrope``: the sections of several axes, where the configuration does not say; None for a single axis.
+    ``mrope``: the sections of several axes, where the configuration does not say; None for a single axis. ``turned``:
+    the share of a head that is, where the configuration does not say; only 1 for decoders that turn all of it.
     """
     r.expect("hidden_act", "silu")
     context = r.get("max_position_embeddings", int)
     rope = r.decoder_rope()
     if head_dim % 2:
         r.fail(f"heads are {head_dim} wide, expected an even number, halves of which are turned")
-    sections: tuple[int, ...] = (head_dim // 2,)
+    width = _turned_width(r, rope, head_dim, turned)
+    sections: tuple[int, ...] = (width // 2,)
     if mrope is not None:
         sections = rope.integers("mrope_section", list(mrope))
         if len(sections) != 3 or min(sections) < 1:
             rope.fail(f"mrope_section is {sections!r}, expected three positive integers")
         if interleaved:
             rope.expect("mrope_interleaved", True, default=True)
-    rope.expect("partial_rotary_factor", 1.0, default=1.0)
     yarn = _yarn(rope, context)
     heads = r.get("num_attention_heads", int)
     each_head_its_own = "num_key_value_heads" in r.raw  # as null; absent is the class's number
@@ -135,7 +157,7 @@ def decoder_numbers(
         rope=Rope(
             theta=rope.get("rope_theta", float),
             sections=sections,
-            width=head_dim,
+            width=width,
             interleaved=interleaved,
             yarn=yarn,
         ),
@@ -149,9 +171,25 @@ def decoder_numbers(
         r.fail(
             f"{config.heads} attention heads, expected a multiple of the {config.kv_heads} key/value heads"
         )
-    if 2 * sum(sections) != head_dim:
-        r.fail(f"mrope_section {list(sections)}, expected a sum of half the head's width, {head_dim // 2}")
+    if 2 * sum(sections) != width:
+        r.fail(
+            f"mrope_section {list(sections)}, expected a sum of half the width that is turned, {width // 2}"
+        )
     return config
+
+
+def _turned_width(r: Reader, rope: Reader, head_dim: int, turned: float) -> int:
+    """How many values of a head are turned."""
+    beside = r.get("partial_rotary_factor", float, turned)
+    share = rope.get("partial_rotary_factor", float, beside)
+    if turned == 1.0 and share != 1.0:
+        rope.fail(f"'partial_rotary_factor' is {share}, expected 1.0: other values are not supported")
+    width = int(head_dim * share)
+    if width % 2 or not 0 < width <= head_dim:
+        rope.fail(
+            f"partial_rotary_factor {share} of heads {head_dim} wide, expected an even number of values"
+        )
+    return width
 
 
 def _yarn(rope: Reader, context: int) -> Yarn | None:

@@ -114,8 +114,28 @@ class Output:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Layers of linear attention by the gated delta rule: what they remember of a sequence has one size.
+
+    Source: Yang et al. 2024, "Gated Delta Networks", arXiv:2412.06464.
+    """
+
+    layers: tuple[int, ...]  # which ones, rising; the others have attention
+    key_heads: int
+    value_heads: int  # a multiple of the key heads
+    key_dim: int  # width of a key head
+    value_dim: int
+    kernel: int  # tokens that the convolution over queries, keys and values sees
+
+    @property
+    def channels(self) -> int:
+        """Width of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class TextConfig:
-    """Decoder with grouped-query attention and rotary positions."""
+    """Decoder with grouped-query attention and rotary positions, and perhaps other layers between."""
 
     layers: int
     width: int  # D
@@ -130,11 +150,25 @@ class TextConfig:
     tied_head: bool  # the output head is the embedding table
     qkv_bias: bool = False
     qk_norm: bool = True  # queries and keys are normalised before they are turned
+    gated: bool = (
+        False  # what a head of attention puts out is multiplied by a gate, computed beside its queries
+    )
+    norm_offset: bool = False  # norms multiply by 1 + weight
+    delta: DeltaNet | None = None
 
-    def caches(self) -> tuple[State, ...]:
-        """Keys and values of every layer: key_0, value_0, key_1, ..."""
-        shape = ("slots", self.kv_heads, "M", self.head_dim)
-        return tuple(State(f"{kind}_{i}", shape) for i in range(self.layers) for kind in ("key", "value"))
+    def states(self) -> tuple[State, ...]:
+        """Of every layer keys and values (key_0, value_0), or what linear attention remembers (conv_1, recurrent_1)."""
+        found: list[State] = []
+        for i in range(self.layers):
+            if self.delta is not None and i in self.delta.layers:
+                d = self.delta
+                found.append(State(f"conv_{i}", ("slots", d.kernel - 1, d.channels), rewindable=False))
+                shape: tuple[int | str, ...] = ("slots", d.value_heads, d.key_dim, d.value_dim)
+                found.append(State(f"recurrent_{i}", shape, "float32", rewindable=False))
+            else:
+                cache = ("slots", self.kv_heads, "M", self.head_dim)
+                found += [State(f"key_{i}", cache), State(f"value_{i}", cache)]
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -191,7 +225,8 @@ class Preprocessing:
 class Weight:
     """Where an initializer of a graph comes from in the checkpoint, and how it is laid out there.
 
-    ``layout`` is ``"same"``, ``"transpose"`` (a linear layer stored [out, in], used as [in, out]) or ``"patch"``
+    ``layout`` is ``"same"``, ``"one_plus"`` (used as 1 + what is stored), ``"transpose"`` (a linear layer stored
+    [out, in], used as [in, out]) or ``"patch"``
     (a kernel [C, 3, F, p, p] or [C, 3, p, p], used as [p * p * 3, C]: the frames are summed, a still image repeats
     itself).
     """

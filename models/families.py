@@ -11,10 +11,11 @@ from .llava import LLAVA
 from .llava_next import LLAVA_NEXT
 from .qwen2_5_vl import QWEN2_5_VL
 from .qwen2_vl import QWEN2_VL
+from .qwen3_5 import QWEN3_5
 from .qwen3_vl import QWEN3_VL
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA, LLAVA_NEXT, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
+    family.model_type: family for family in (LLAVA, LLAVA_NEXT, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
 }
 
 

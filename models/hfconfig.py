@@ -197,7 +197,6 @@ class Reader:
         """
         name = "rope_scaling" if self.get("rope_scaling", Mapping, None) else "rope_parameters"
         self.get("rope_parameters", Mapping, None)
-        self.expect("partial_rotary_factor", 1.0, default=1.0)
         beside = {"rope_theta": self.get("rope_theta", float)}
         return Reader(self.raw.get(name) or {}, f"{self.where}: {name}", self.notices, beside, ["type"])
 

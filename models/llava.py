@@ -91,7 +91,7 @@ class Llava:
             decoder="attention",
             vision=vision,
             text=text,
-            states=text.caches(),
+            states=text.states(),
             image_token=self._image_token(top),
             eos_tokens=eos,
         )

@@ -54,6 +54,7 @@ class QwenVL:
     chat_template: str
     sections: Sequence[int]  # mRoPE, where the configuration does not say
     interleaved: bool  # are they?
+    decoder = "attention"  # its architecture: a file of exporters/decoders
     head = HEAD
     prune: tuple[Pruner, ...] = (PixelPrune(),)
 
@@ -88,10 +89,10 @@ class QwenVL:
         model = ModelConfig(
             family=self.model_type,
             tower="qwen_vit",
-            decoder="attention",
+            decoder=self.decoder,
             vision=vision,
             text=text,
-            states=text.caches(),
+            states=text.states(),
             image_token=top.get("image_token_id", int, at_least=0),
             eos_tokens=end_tokens(top) or text_eos,
         )
@@ -168,9 +169,11 @@ class QwenVL:
             **own,
         )
 
-    def text_numbers(self, r: Reader, tied: bool, head_dim: int, qkv_bias: bool, qk_norm: bool) -> TextConfig:
-        """The numbers of a decoder with positions on three axes."""
-        return decoder_numbers(r, tied, head_dim, qkv_bias, qk_norm, self.sections, self.interleaved)
+    def text_numbers(
+        self, r: Reader, tied: bool, head_dim: int, qkv_bias: bool, qk_norm: bool, turned: float = 1.0
+    ) -> TextConfig:
+        """The numbers of a decoder with positions on three axes; ``turned``: see decoder_numbers."""
+        return decoder_numbers(r, tied, head_dim, qkv_bias, qk_norm, self.sections, self.interleaved, turned)
 
 
 def patch_embedding(table: Table, c: VisionConfig) -> None:

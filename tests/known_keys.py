@@ -22,6 +22,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -34,6 +35,7 @@ FAMILIES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLImageProcessorPil),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2VLImageProcessorPil),
     "qwen3_vl": (Qwen3VLConfig, Qwen2VLImageProcessorPil),
+    "qwen3_5": (Qwen3_5Config, Qwen2VLImageProcessorPil),
 }
 # models of which families of several parts take one as a section, by its model_type
 PARTS = {

@@ -40,7 +40,7 @@ class MadeUp(Qwen3VL):
             decoder="mixing",
             text=text,
             vision=replace(model.vision, deepstack=()),
-            states=(*text.caches(), last),
+            states=(*text.states(), last),
             image_token=PLACEHOLDER,
         )
 

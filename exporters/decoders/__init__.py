@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import attention
+from . import attention, hybrid
 
-DECODERS: dict[str, ModuleType] = {"attention": attention}  # by ModelConfig.decoder
+DECODERS: dict[str, ModuleType] = {"attention": attention, "hybrid": hybrid}  # by ModelConfig.decoder

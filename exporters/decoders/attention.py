@@ -1,5 +1,7 @@
 """A decoder of attention layers: one graph for prefill and decode, with the features of images put in where they stand.
 
+Layers of another kind take two states, too (hybrid.py).
+
 Source of the architecture: transformers ``models/qwen2_vl`` (biases of q, k and v, rotary positions on several axes)
 and ``models/qwen3_vl`` (q/k norm, deepstack).
 """
@@ -18,9 +20,11 @@ from ..layers import Linear, RMSNorm
 from ..lowering import ops
 from .rotary import attention_factor, axis_frequencies
 
+FLOAT32 = (".dt_bias", ".log_decay")  # exponents, of hybrid.py
 
-class Layer(nn.Module):
-    """Pre-norm decoder layer: grouped-query attention over the cache, gated MLP."""
+
+class Block(nn.Module):
+    """Pre-norm decoder layer, without what mixes tokens: its norms, and a gated MLP."""
 
     def __init__(self, c: TextConfig, dtype: torch.dtype, float32_kinds: Set[str]):
         super().__init__()
@@ -29,15 +33,34 @@ class Layer(nn.Module):
         self.float32_mlp = "mlp" in float32_kinds
         self.norm1 = RMSNorm(c.width, c.norm_eps)
         self.norm2 = RMSNorm(c.width, c.norm_eps)
-        self.q = Linear(c.width, c.heads * c.head_dim, c.qkv_bias)
+        self.gate = Linear(c.width, c.ffn, False)
+        self.up = Linear(c.width, c.ffn, False)
+        self.down = Linear(c.ffn, c.width, False)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add what the mixer made of x [B, S, D], then what the MLP makes of that."""
+        x = ops.watch("residual", x + mixed.to(x.dtype))
+        h = self.norm2(x).to(self.dtype)
+        if self.float32_mlp:
+            h = h.float()
+        gate = ops.watch("mlp", self.gate(h))
+        up = ops.watch("mlp", self.up(h))
+        inner = ops.watch("mlp", F.silu(gate) * up)
+        x = x + ops.watch("mlp", self.down(inner)).to(x.dtype)
+        return ops.watch("residual", x)
+
+
+class Layer(Block):
+    """A layer with grouped-query attention over the cache; its heads may have gates."""
+
+    def __init__(self, c: TextConfig, dtype: torch.dtype, float32_kinds: Set[str]):
+        super().__init__(c, dtype, float32_kinds)
+        self.q = Linear(c.width, (2 if c.gated else 1) * c.heads * c.head_dim, c.qkv_bias)
         self.o = Linear(c.heads * c.head_dim, c.width, False)
         self.k = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
         self.v = Linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.gate = Linear(c.width, c.ffn, False)
-        self.up = Linear(c.width, c.ffn, False)
-        self.down = Linear(c.ffn, c.width, False)
 
     def forward(
         self,
@@ -53,24 +76,20 @@ class Layer(nn.Module):
         c = self.c
         B, S, _ = x.shape
         h = self.norm1(x).to(self.dtype)
-        q, k, v = (
-            ops.watch("attention", part(h)).reshape(B, S, -1, c.head_dim) for part in (self.q, self.k, self.v)
-        )
+        q = ops.watch("attention", self.q(h)).reshape(B, S, c.heads, -1)
+        k, v = (ops.watch("attention", part(h)).reshape(B, S, -1, c.head_dim) for part in (self.k, self.v))
+        gates = None
+        if c.gated:
+            q, gates = (q.narrow(3, first, c.head_dim) for first in (0, c.head_dim))
         q = self.turn(self.q_norm(q), cos, sin)
         k = self.turn(self.k_norm(k), cos, sin)
         out, k_cache, v_cache = ops.cached_attention(
             q, k, v, k_cache, v_cache, own, entries, c.head_dim**-0.5
         )
+        if gates is not None:
+            out = out * torch.sigmoid(gates)
         out = ops.watch("attention", self.o(out.reshape(B, S, c.heads * c.head_dim)))
-        x = ops.watch("residual", x + out.to(x.dtype))
-        h = self.norm2(x).to(self.dtype)
-        if self.float32_mlp:
-            h = h.float()
-        gate = ops.watch("mlp", self.gate(h))
-        up = ops.watch("mlp", self.up(h))
-        inner = ops.watch("mlp", F.silu(gate) * up)
-        x = x + ops.watch("mlp", self.down(inner)).to(x.dtype)
-        return ops.watch("residual", x), k_cache, v_cache
+        return self.finish(x, out), k_cache, v_cache
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions for the first values of each head. x [B, S, heads, Dh]; cos, sin [B, S, width / 2]."""
@@ -93,12 +112,17 @@ class Decoder(nn.Module):
         self.dtype = dtype
         self.residual = torch.float32 if "residual" in float32_kinds else dtype
         self.token_table = nn.Parameter(torch.empty(c.vocab, c.width))
-        self.layers = nn.ModuleList(Layer(c, dtype, float32_kinds) for _ in range(c.layers))
+        self.layers = nn.ModuleList(self.layer(i, float32_kinds) for i in range(c.layers))
         self.norm = RMSNorm(c.width, c.norm_eps)
         self.head = None if c.tied_head else nn.Parameter(torch.empty(c.vocab, c.width))
         self.register_buffer("axis_freq", torch.empty(model.axes, c.rope.width // 2))
-        for parameter in self.parameters():  # the constants stay float32
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in self.named_parameters():  # the constants stay float32
+            if not name.endswith(FLOAT32):
+                parameter.data = parameter.data.to(dtype)
+
+    def layer(self, index: int, float32_kinds: Set[str]) -> nn.Module:
+        """A new layer."""
+        return Layer(self.c, self.dtype, float32_kinds)
 
     def forward(
         self,
@@ -115,7 +139,8 @@ class Decoder(nn.Module):
         input_ids int32 [B, S]; features [1 + L, K, D], K at least 1: embeddings and deepstack levels of images;
         feature_rows int32 [B, S]: which of the K stands at a position, -1 where a token does; position_ids int32
         [A, B, S]; start int32 [B], entries already in the cache; logits_at int32 [B, P], positions in S; states: key,
-        value per layer, [B, kv_heads, M, Dh] each. Returns logits float32 [B, P, V] and the states in the same order.
+        value per layer, [B, kv_heads, M, Dh] each
+        (TextConfig.states). Returns logits float32 [B, P, V] and the states in the same order.
         """
         x = self.embed(input_ids, features, feature_rows)
         x, new_states = self.attend(x, features, feature_rows, position_ids, start, states)
@@ -135,22 +160,27 @@ class Decoder(nn.Module):
         feature_rows: Tensor,
         position_ids: Tensor,
         start: Tensor,
-        caches: Sequence[Tensor],
+        states: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """All layers: x [B, S, D], the others as of ``forward`` -> x [B, S, D] and the updated caches."""
+        """All layers: x [B, S, D], the others as of ``forward`` -> x [B, S, D] and the updated states."""
         S = x.shape[1]
         image_gate = (feature_rows >= 0).unsqueeze(2).to(self.residual)
         cos, sin = self.rotary_tables(position_ids)
         own = start.unsqueeze(1) + torch.arange(S, device=start.device, dtype=torch.int32)
-        entries = torch.arange(caches[0].shape[2], device=start.device, dtype=torch.int32)
-        new_caches: list[Tensor] = []
+        full = next(i for i, layer in enumerate(self.layers) if isinstance(layer, Layer))
+        entries = torch.arange(states[2 * full].shape[2], device=start.device, dtype=torch.int32)
+        new_states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
-            x, k, v = layer(x, cos, sin, caches[2 * i], caches[2 * i + 1], own, entries)
-            new_caches += [k, v]
+            own_states = states[2 * i : 2 * i + 2]
+            if isinstance(layer, Layer):
+                x, *changed = layer(x, cos, sin, *own_states, own, entries)
+            else:
+                x, *changed = layer(x, *own_states)
+            new_states += changed
             if i + 1 < features.shape[0]:
                 level = _placed(features, feature_rows, i + 1).to(self.residual)
                 x = ops.watch("residual", x + level * image_gate)
-        return x, new_caches
+        return x, new_states
 
     def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, width / 2]; frequency i turns with the axis that ``axis_freq`` gives it."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from .delta_rule import causal_convolution, delta_rule
 from .onnx_writer import Ops
 from .ops import DOMAIN
 from .passes import (
@@ -181,6 +182,44 @@ def _ort_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     return [op("Mul", op("Div", x, root), weight)]
 
 
+def _ort_causal_convolution(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    x, weight, state = node.inputs
+    return op.multi(
+        "CausalConvWithState",
+        2,
+        x,
+        weight,
+        None,
+        state,
+        domain="com.microsoft",
+        ndim=1,
+        channels_last=1,
+        activation="silu",
+    )
+
+
+def _ort_delta_rule(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """Queries are divided by the square root of their width there."""
+    q, k, v, decay, beta, state = node.inputs
+    (key_heads, key_width), (heads, width) = _sizes(node, 0), _sizes(node, 2)
+    out, new = op.multi(
+        "LinearAttention",
+        2,
+        _join(op, q, key_heads, key_width),
+        _join(op, k, key_heads, key_width),
+        _join(op, v, heads, width),
+        state,
+        decay,
+        beta,
+        domain="com.microsoft",
+        q_num_heads=key_heads,
+        kv_num_heads=heads,
+        update_rule="gated_delta",
+        scale=0.0,
+    )
+    return [_split(op, out, heads, width), new]
+
+
 # --------------------------------------------------------------------------------------------------- cuda
 
 
@@ -324,6 +363,8 @@ DIALECTS = {
             "RMSNorm": _ort_rms_norm,
             "Gelu": _gelu,
             "QuickGelu": _ort_quick_gelu,
+            "CausalConvolution": _ort_causal_convolution,
+            "DeltaRule": _ort_delta_rule,
         },
         passes=(one_reshape,),
     ),
@@ -338,6 +379,8 @@ DIALECTS = {
             "RMSNorm": _cuda_rms_norm,
             "Gelu": _gelu,
             "QuickGelu": _ort_quick_gelu,
+            "CausalConvolution": _ort_causal_convolution,
+            "DeltaRule": _ort_delta_rule,
         },
         passes=(one_reshape, entries_input),
     ),
@@ -352,6 +395,8 @@ DIALECTS = {
             "RMSNorm": _standard_rms_norm,
             "Gelu": _gelu,
             "QuickGelu": _quick_gelu,
+            "CausalConvolution": causal_convolution,
+            "DeltaRule": delta_rule,
         },
         passes=(entries_input,),
     ),
@@ -366,6 +411,8 @@ DIALECTS = {
             "RMSNorm": _plain_rms_norm,
             "Gelu": _gelu,
             "QuickGelu": _quick_gelu,
+            "CausalConvolution": causal_convolution,
+            "DeltaRule": delta_rule,
         },
         passes=(float_cumsum, shapes_after_cast, cache_rows),
     ),

@@ -121,3 +121,80 @@ def quick_gelu(x: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
         return _node("QuickGelu", (x,), (x,))[0]
     return x * torch.sigmoid(1.702 * x)
+
+
+def causal_convolution(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel of a token mixed with those of the tokens before it, then SiLU.
+
+    x [B, S, C]; weight [C, 1, n], of the n - 1 tokens before and of its own; state [B, n - 1, C], the inputs of the
+    tokens before the first. Returns [B, S, C] and the state behind the last.
+    """
+    if torch.compiler.is_exporting():
+        out, new = _node("CausalConvolution", (x, weight, state), (x, state))
+        return out, new
+    whole = torch.cat((state.to(x.dtype), x), dim=1)
+    out = F.conv1d(whole.transpose(1, 2), weight.to(x.dtype), groups=x.shape[2]).transpose(1, 2)
+    return F.silu(out), whole[:, x.shape[1] :].to(state.dtype)
+
+
+CHUNK = 64  # tokens of the gated delta rule that are calculated together
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Linear attention by the gated delta rule, in float32.
+
+    q, k [B, S, Hk, dk] of length 1, each head for Hv / Hk value heads in a row; v [B, S, Hv, dv]; decay (its logarithm)
+    and beta [B, S, Hv]; state M [B, Hv, dk, dv]. With each token the state decays, what it knows under the key is
+    replaced by v in the share beta, and the query reads it: M = e^decay M; M = M + beta k (v - M k);
+    out = M q / sqrt(dk). Returns [B, S, Hv, dv] and the state behind the last token.
+    """
+    if torch.compiler.is_exporting():
+        out, new = _node("DeltaRule", (q, k, v, decay, beta, state), (v, state))
+        return out, new
+    groups = v.shape[2] // q.shape[2]
+    B, S, heads, width = v.shape
+    q = q * q.shape[-1] ** -0.5
+    q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
+    count = -(-S // CHUNK)
+    padding = count * CHUNK - S
+
+    def chunks(x: Tensor) -> Tensor:
+        """[B, S, H, ...] -> [B, H, chunks, CHUNK, ...]; what is filled up changes nothing: no decay, no beta."""
+        filled = F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding))
+        return filled.unflatten(1, (count, CHUNK)).movedim(3, 1)
+
+    q, k, v, decay, beta = (chunks(x) for x in (q, k, v, decay, beta))
+    outputs = []
+    for step in range(count):
+        parts = (x[:, :, step] for x in (q, k, v, decay, beta))
+        out, state = _chunk(*parts, state)
+        outputs.append(out)
+    found = torch.stack(outputs, 2).movedim(1, 3).reshape(B, count * CHUNK, heads, width)
+    return found[:, :S], state
+
+
+def _chunk(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens of one chunk together: q, k [B, H, n, dk], v [B, H, n, dv], decay, beta [B, H, n], state
+    [B, H, dk, dv].
+
+    What token i puts in, u_i, depends on what the tokens before it in the chunk put in: a triangular system, solved at
+    once. Source: Yang et al. 2024, section 3.3.
+    """
+    n = q.shape[2]
+    since = decay.cumsum(-1)  # from the beginning of the chunk
+    lower = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    between = (since.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(~lower, float("-inf")).exp()
+    keys = k * beta.unsqueeze(-1)
+    system = (keys @ k.transpose(-1, -2)) * between  # its diagonal is not read
+    known = keys * since.exp().unsqueeze(-1) @ state
+    put_in = torch.linalg.solve_triangular(
+        system, v * beta.unsqueeze(-1) - known, upper=False, unitriangular=True
+    )
+    out = (q * since.exp().unsqueeze(-1)) @ state + ((q @ k.transpose(-1, -2)) * between) @ put_in
+    last = since[..., -1:]
+    left = k * (last - since).exp().unsqueeze(-1)
+    return out, state * last.exp().unsqueeze(-1) + left.transpose(-1, -2) @ put_in

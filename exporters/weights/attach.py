@@ -144,11 +144,13 @@ def _store(
     shape = [int(n) for n in value.shape]  # type: ignore[union-attr, arg-type]
     # vectors cost nothing; the patch kernel is a sum of two frames, which 16 bits would round
     dtype = PRECISIONS[stored if len(shape) > 1 and weight.layout != "patch" else computed]
+    if value.dtype == ir.DataType.FLOAT and len(shape) == 1:  # whatever the graph calculates in
+        dtype = ir.DataType.FLOAT
     name = value.name
     value.const_value = ir.LazyTensor(
         _reader(checkpoint, weight, dtype), dtype=dtype, shape=ir.Shape(shape), name=name
     )
-    if dtype != PRECISIONS[computed]:
+    if dtype not in (PRECISIONS[computed], value.dtype):
         cast_after_load(model, value, dtype, PRECISIONS[computed])
 
 
