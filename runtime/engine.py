@@ -240,23 +240,41 @@ class Engine:
         slot = sequence.slot
         assert rest is not None
         assert slot is not None
-        begin = sequence.done
-        end = len(rest.ids) if most is None else min(begin + most, len(rest.ids))
+        end = len(rest.ids) if most is None else min(sequence.done + most, len(rest.ids))
         with sequence.stats.stage("prefill"):
-            self.placement.make_room(slot.slots, slot.length + end - begin)
-            inputs = Inputs(
-                rest.ids[None, begin:end],
-                rest.feature_rows[None, begin:end],
-                rest.positions[:, None, begin:end],
-                np.array([slot.length], np.int32),
-            )
-            logits = self.language.run(slot.slots, slot.index, [slot.index], inputs, sequence.features)
-            slot.append(rest.columns[:, begin:end])
-        sequence.done = end
+            self.placement.make_room(slot.slots, slot.length + end - sequence.done)
+            marks = [mark for mark in self._marks(sequence) if sequence.done < mark < end]
+            for until in (*marks, end):
+                begin = sequence.done
+                inputs = Inputs(
+                    rest.ids[None, begin:until],
+                    rest.feature_rows[None, begin:until],
+                    rest.positions[:, None, begin:until],
+                    np.array([slot.length], np.int32),
+                )
+                logits = self.language.run(slot.slots, slot.index, [slot.index], inputs, sequence.features)
+                slot.append(rest.columns[:, begin:until])
+                sequence.done = until
+                if until in self._marks(sequence):
+                    slot.keep()
         if end < len(rest.ids):
             return []
         sequence.features = None
         return self._choose([sequence], logits)
+
+    def _marks(self, sequence: Sequence) -> list[int]:
+        """After how many tokens of its rest another question may go on: where images begin, and where they end.
+
+        Only of models whose states cannot be cut back; with others a question may go on from anywhere.
+        """
+        rest = sequence.rest
+        slot = sequence.slot
+        assert rest is not None
+        assert slot is not None
+        if self.placement.reuse is None or slot.slots.rewindable or not self.language.backend.appends:
+            return []
+        shown = np.flatnonzero(rest.image_of >= 0)
+        return [int(shown[0]), int(shown[-1]) + 1] if len(shown) else []
 
     # -------------------------------------------------------------------------------------- tokens
 

@@ -83,8 +83,8 @@ class Reuse:
                 if slot.busy or not slot.length:
                     continue
                 count = shared(slot.held, slot.images, prompt.columns, images)
-                if not slots.rewindable and count < slot.length:
-                    continue
+                if not slots.rewindable:
+                    count = max((n for n in (slot.length, *slot.kept) if n <= count), default=0)
                 worth = bool((prompt.image_of[:count] >= 0).any()) or 2 * count >= slot.length
                 if worth and count > most:
                     best = slot

@@ -23,6 +23,7 @@ class Slot:
         self.images: Digests = ()
         self.busy = False  # does a sequence run in it?
         self.last_used = 0  # rising
+        self.kept: list[int] = []  # lengths that it can be cut back to, where states are not rewindable
         self._columns: list[np.ndarray] = []
 
     @property
@@ -35,9 +36,19 @@ class Slot:
     def rewind(self, length: int) -> None:
         """Go on after the first ``length`` tokens; the entries behind them are written anew."""
         self._columns = [self.held[:, :length]]
-        self.length = length
         if not length:
             self.slots.clear(self.index)
+        elif length < self.length and not self.slots.rewindable:
+            for form in self.slots.forms:
+                form.rewind(self.index, length)
+        self.length = length
+        self.kept = [each for each in self.kept if each <= length]
+
+    def keep(self) -> None:
+        """Let a later sequence go on from here, though states cannot be cut back."""
+        for form in self.slots.forms:
+            form.keep(self.index, self.length)
+        self.kept.append(self.length)
 
     def append(self, columns: np.ndarray) -> None:
         """Entries for further tokens, int32 [2 + A, n], have been written."""

@@ -13,7 +13,9 @@ from .backends.session import Backend, Binding, Buffer
 class Form(Protocol):
     """Memory of some of the states, in the way that the decoder graph takes them."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
 
     def grow(self, slots: int, capacity: int, used: int) -> None:
         """Move to memory for more slots or tokens; the first ``used`` entries of every slot stay."""
@@ -29,6 +31,12 @@ class Form(Protocol):
 
     def clear(self, slot: int) -> None:
         """A new sequence begins in the slot."""
+
+    def keep(self, slot: int, length: int) -> None:
+        """A sequence may go on from here again, after its first ``length`` tokens."""
+
+    def rewind(self, slot: int, length: int) -> None:
+        """Go on after the first ``length`` tokens, where that was kept."""
 
 
 class InPlace:
@@ -76,6 +84,12 @@ class InPlace:
 
     def clear(self, slot: int) -> None:
         """See Form; the graph looks at no entry before it has written it."""
+
+    def keep(self, slot: int, length: int) -> None:
+        """See Form; entries stay as they are."""
+
+    def rewind(self, slot: int, length: int) -> None:
+        """See Form; what lies behind is written anew."""
 
 
 class ByPosition:
@@ -133,6 +147,12 @@ class ByPosition:
     def clear(self, slot: int) -> None:
         """See Form."""
 
+    def keep(self, slot: int, length: int) -> None:
+        """See Form; entries stay as they are."""
+
+    def rewind(self, slot: int, length: int) -> None:
+        """See Form; what lies behind is written anew."""
+
 
 class Copied:
     """States without an entry per token: the graph puts out new ones, which are copied back for active slots only."""
@@ -143,7 +163,13 @@ class Copied:
         self.dtype = dtype
         self.memory: dict[str, Buffer] = {}
         self.new: dict[tuple[int, int], dict[str, Buffer]] = {}  # by first row and count
-        self.nbytes = 0
+        self.kept: dict[tuple[int, int], dict[str, Buffer]] = {}  # by slot and length of the sequence
+
+    @property
+    def nbytes(self) -> int:
+        """See Form; with what is kept to go on from."""
+        every = [self.memory, *self.kept.values()]
+        return sum(buffer.nbytes for states in every for buffer in states.values())
 
     def grow(self, slots: int, capacity: int, used: int) -> None:
         """See Form; they have the same size for any number of tokens."""
@@ -158,7 +184,6 @@ class Copied:
             moved[state.name] = new
         self.new.clear()
         self.memory.update(moved)
-        self.nbytes = sum(buffer.nbytes for buffer in self.memory.values())
 
     def attach(self, binding: Binding, first: int, count: int) -> None:
         """See Form."""
@@ -183,9 +208,30 @@ class Copied:
 
     def clear(self, slot: int) -> None:
         """See Form."""
+        self._forget(slot, 0)
         for buffer in self.memory.values():
             row = buffer.rows(slot, slot + 1)
             self.backend.copy_into(_flat(row), 0, _flat(self.backend.zeros(row.shape, row.dtype)))
+
+    def keep(self, slot: int, length: int) -> None:
+        """See Form; a copy."""
+        copies = {}
+        for name, buffer in self.memory.items():
+            row = buffer.rows(slot, slot + 1)
+            copies[name] = self.backend.zeros(row.shape, row.dtype)
+            self.backend.copy_into(_flat(copies[name]), 0, _flat(row))
+        self.kept[slot, length] = copies
+
+    def rewind(self, slot: int, length: int) -> None:
+        """See Form."""
+        for name, copy in self.kept[slot, length].items():
+            self.backend.copy_into(_flat(self.memory[name].rows(slot, slot + 1)), 0, _flat(copy))
+        self._forget(slot, length)
+
+    def _forget(self, slot: int, length: int) -> None:
+        """What was kept of longer sequences."""
+        for key in [key for key in self.kept if key[0] == slot and key[1] > length]:
+            del self.kept[key]
 
 
 def _entries(buffer: Buffer, state: State) -> Buffer:

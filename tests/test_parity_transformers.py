@@ -21,6 +21,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -119,6 +121,36 @@ VARIANTS = {
         "qwen3_vl", TEXT3, {**VISION3, "depth": 2, "deepstack_visual_indexes": []}, False, ((4, 4),)
     ),
 }
+TEXT35 = TEXT | {
+    "num_hidden_layers": 5,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+    },
+}
+VISION35 = {key: value for key, value in VISION3.items() if key != "deepstack_visual_indexes"}
+VARIANTS |= {
+    "qwen3_5": Variant("qwen3_5", TEXT35, VISION35, True, ((2, 3), (5, 1))),
+    "qwen3_5_other_layers": Variant(
+        "qwen3_5",
+        TEXT35
+        | {
+            "linear_num_value_heads": 2,
+            "linear_conv_kernel_dim": 3,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "linear", "full", "linear", "linear")],
+        },
+        VISION35 | {"depth": 2},
+        False,
+        ((3, 7),),
+    ),
+}
 LLAMA = {
     "model_type": "llama",
     "num_key_value_heads": 4,
@@ -147,6 +179,7 @@ USUAL = [
     "qwen2_5",
     "qwen3_tied_two_levels",
     "qwen3_no_deepstack",
+    "qwen3_5",
     "llava_vicuna",
     "llava_next_mistral",
 ]
@@ -156,6 +189,7 @@ CLASSES = {  # of transformers
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
 }
 
 

@@ -68,6 +68,29 @@ def delta_rule(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     v = chunked(v, width)
     decay, beta = (chunked(op("Unsqueeze", x, op.ints([3])), 1) for x in (decay, beta))
 
+    parts = _parts(op, q, k, v, decay, beta, size)
+    first, state = _step(op, parts, op.const(0), state)
+    inner = Ops("chunk_")
+    step, go = ir.val("step", ir.DataType.INT64, []), ir.val("go", ir.DataType.BOOL, [])
+    before_it = ir.val("state_in", ir.DataType.FLOAT, ["B", heads, key_width, width])
+    out, after = _step(inner, parts, inner("Add", step, inner.const(1)), before_it)
+    still = inner("Identity", go)
+    still.type, still.shape = go.type, go.shape
+    after.type, after.shape = before_it.type, before_it.shape
+    out.type, out.shape = before_it.type, ir.Shape(["B", heads, "n", width])
+    body = ir.Graph([step, go, before_it], [still, after, out], nodes=inner.nodes, name="chunk")
+    always = op("Cast", op.const(1), to=ir.DataType.BOOL)  # TensorRT wants a condition
+    times = op("Squeeze", op("Sub", count, op.ints([1])))
+    state, others = op.multi("Loop", 2, times, always, state, body=body)
+    found = op("Concat", op("Unsqueeze", first, op.ints([0])), others, axis=0)  # [chunks, B, H, size, dv]
+    found = op("Transpose", found, perm=[1, 0, 3, 2, 4])
+    whole = op("Concat", op.ints([0]), op("Mul", count, size), op.ints([heads, width]), axis=0)
+    found = op("Slice", op("Reshape", found, whole), op.ints([0]), tokens, op.ints([1]))
+    return [found, state]
+
+
+def _parts(op: Ops, q: Any, k: Any, v: Any, decay: Any, beta: Any, size: Any) -> dict[str, ir.Value]:
+    """What needs no state, of all chunks at once: q, k, v, decay and beta [B, H, chunks, size, ...]."""
     number = op("Range", op.const(0), op("Squeeze", size), op.const(1))
     row, column = op("Unsqueeze", number, op.ints([1])), op("Unsqueeze", number, op.ints([0]))
     before = op("Less", column, row)
@@ -88,7 +111,7 @@ def delta_rule(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
         inverse = op("Add", inverse, op("MatMul", inverse, power))
     grown = op("Exp", since)
     last = op("Gather", since, op.ints([-1]), axis=3)  # [B, H, chunks, 1, 1]
-    parts = {
+    return {
         "u": op("MatMul", inverse, op("Mul", v, beta)),
         "w": op("MatMul", inverse, op("Mul", keys, grown)),
         "att": op("Mul", op("MatMul", q, turned), between),
@@ -96,24 +119,6 @@ def delta_rule(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
         "k": op("Mul", k, op("Exp", op("Sub", last, since))),
         "e": op("Exp", last),
     }
-    first, state = _step(op, parts, op.const(0), state)
-    inner = Ops("chunk_")
-    step, go = ir.val("step", ir.DataType.INT64, []), ir.val("go", ir.DataType.BOOL, [])
-    before_it = ir.val("state_in", ir.DataType.FLOAT, ["B", heads, key_width, width])
-    out, after = _step(inner, parts, inner("Add", step, inner.const(1)), before_it)
-    still = inner("Identity", go)
-    still.type, still.shape = go.type, go.shape
-    after.type, after.shape = before_it.type, before_it.shape
-    out.type, out.shape = before_it.type, ir.Shape(["B", heads, "n", width])
-    body = ir.Graph([step, go, before_it], [still, after, out], nodes=inner.nodes, name="chunk")
-    always = op("Cast", op.const(1), to=ir.DataType.BOOL)  # TensorRT wants a condition
-    times = op("Squeeze", op("Sub", count, op.ints([1])))
-    state, others = op.multi("Loop", 2, times, always, state, body=body)
-    found = op("Concat", op("Unsqueeze", first, op.ints([0])), others, axis=0)  # [chunks, B, H, size, dv]
-    found = op("Transpose", found, perm=[1, 0, 3, 2, 4])
-    whole = op("Concat", op.ints([0]), op("Mul", count, size), op.ints([heads, width]), axis=0)
-    found = op("Slice", op("Reshape", found, whole), op.ints([0]), tokens, op.ints([1]))
-    return [found, state]
 
 
 def _step(op: Ops, parts: dict[str, ir.Value], number: Any, state: Any) -> tuple[Any, Any]:

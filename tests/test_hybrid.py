@@ -1,0 +1,171 @@
+"""Decoders with layers of linear attention: the gated delta rule, its states, and what of them can be reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import GOLDEN
+from invariants import relative_error
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+import ppexport
+from ppexport.build_bundle import build
+from ppexport.exporters import graphs
+from ppexport.exporters.checkpoint import Checkpoint
+from ppexport.exporters.lowering import ops
+from ppexport.exporters.lowering.dialects import DIALECTS
+from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
+from ppexport.exporters.run_model import EagerModel
+from ppexport.exporters.weights.attach import attach
+from ppexport.models.precision import Wanted, resolve
+from ppexport.trt_build import Options
+
+SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
+ROOM = 256  # tokens in a cache
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen3_5") / "checkpoint"
+    write_random(random_config("qwen3_5", "tiny", "float32"), directory, seed=3)
+    write_text_files(directory, "qwen3_5")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    return build(checkpoint, checkpoint.parent / "bundle")
+
+
+@pytest.fixture
+def pipe(bundle: Path) -> ppexport.Pipeline:
+    return ppexport.load(bundle)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("heads", [(2, 4), (3, 3)], ids=str)
+def test_the_delta_rule(tokens: int, heads: tuple[int, int]) -> None:
+    """Chunk by chunk against transformers token by token, behind a state that is there already."""
+    generator = torch.Generator().manual_seed(tokens)
+    normal = lambda *sizes: torch.randn(2, *sizes, generator=generator)  # noqa: E731
+    q, k = (torch.nn.functional.normalize(normal(tokens, heads[0], 16), dim=-1) for _ in range(2))
+    v, state = normal(tokens, heads[1], 24), normal(heads[1], 16, 24)
+    decay, beta = -normal(tokens, heads[1]).abs(), torch.sigmoid(normal(tokens, heads[1]))
+    out, after = ops.delta_rule(q, k, v, decay, beta, state)
+    expected, expected_after = modeling_qwen3_5.torch_recurrent_gated_delta_rule(
+        q, k, v, g=decay, beta=beta, initial_state=state, output_final_state=True
+    )
+    assert relative_error(out.numpy(), expected.numpy()) < 1e-5
+    assert relative_error(after.numpy(), expected_after.numpy()) < 1e-5
+
+
+@pytest.fixture(scope="module", params=list(DIALECTS))
+def decoder(
+    request: pytest.FixtureRequest, checkpoint: Path
+) -> Callable[[np.ndarray, list[int]], np.ndarray]:
+    """Logits [S, V] of ids [S], run in parts of so many tokens, by the graph of a dialect in float32."""
+    name = request.param
+    opened = Checkpoint.open(checkpoint)
+    model = opened.config
+    graph = graphs.language_graph(model, DIALECTS[name])
+    stored = resolve(Wanted(), "fp32", "ort" if name == "cuda" else name, False)  # cuda: 16 bits only
+    attach(graph, opened, "language", opened.family.preprocessing, DIALECTS[name], stored)
+    path = checkpoint.parent / f"{name}.onnx"
+    ir.save(graph, path, external_data=f"{name}.data")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    caches = [state.name for state in model.states if state.by_token]
+
+    def run(ids: np.ndarray, parts: list[int]) -> np.ndarray:
+        states = {state.name: np.zeros(state.sized(1, ROOM), np.float32) for state in model.states}
+        found = []
+        at = 0
+        for count in parts:
+            place = np.arange(at, at + count, dtype=np.int32)
+            feed: dict[str, Any] = {
+                "input_ids": ids[None, at : at + count],
+                "features": np.zeros((1, 1, model.text.width), np.float32),
+                "feature_rows": np.full((1, count), -1, np.int32),
+                "position_ids": np.broadcast_to(place, (3, 1, count)),
+                "start": np.array([at], np.int32),
+                "logits_at": np.arange(count, dtype=np.int32)[None],
+            }
+            for state, value in states.items():
+                by_position = name == "plain" and state in caches
+                feed[state] = value.transpose(2, 0, 1, 3) if by_position else value
+            if "entries" in {value.name for value in session.get_inputs()}:
+                feed["entries"] = np.arange(at + count, dtype=np.int32)
+            made = dict(
+                zip([value.name for value in session.get_outputs()], session.run(None, feed), strict=True)
+            )
+            found.append(made["logits"][0])
+            for state in states:
+                states[state] = made.get(f"new_{state}", states[state])
+            for i, rows in enumerate(made.get("rows", ())):
+                states[caches[i]][:, :, at : at + count] = rows.transpose(1, 2, 0, 3)
+            at += count
+        return np.concatenate(found)
+
+    return run
+
+
+@pytest.mark.parametrize("parts", [[1], [63], [64], [65], [200], [64, 5, 1], [63, 66, 1, 1]], ids=str)
+def test_every_dialect_is_the_model(
+    decoder: Callable[[np.ndarray, list[int]], np.ndarray], checkpoint: Path, parts: list[int]
+) -> None:
+    """However a prompt is cut, and token by token behind it."""
+    opened = Checkpoint.open(checkpoint)
+    count = sum(parts)
+    ids = np.random.default_rng(count).integers(5, 200, count).astype(np.int32)
+    places = np.broadcast_to(np.arange(count, dtype=np.int32), (3, count))
+    eager = EagerModel(opened, opened.family.preprocessing, "reference")
+    none = np.zeros((1, 1, opened.config.text.width), np.float32)
+    expected = eager.logits(ids, np.full(count, -1, np.int32), np.ascontiguousarray(places), none, count)
+    assert relative_error(decoder(ids, parts), expected) < 1e-5
+
+
+def asked(pipe: ppexport.Pipeline, question: str, *images: Any) -> tuple[str, ppexport.Stats]:
+    answer = pipe.generate(question, list(images), max_new_tokens=9)
+    return answer.text(), answer.stats
+
+
+def test_another_question_goes_on_behind_the_image(pipe: ppexport.Pipeline, bundle: Path) -> None:
+    """From the states that were kept there; what is kept counts as memory. A picture of its own begins before it."""
+    first = asked(pipe, "What is this?", SCREEN)
+    held = pipe.engine.held_bytes
+    (slots,) = pipe.engine.placement.pools
+    assert len(slots.listed[0].kept) == 2
+    copied = slots.forms[1]
+    assert copied.nbytes == 3 * sum(buffer.nbytes for buffer in copied.memory.values())  # type: ignore[attr-defined]
+    text, stats = asked(pipe, "And what else?", SCREEN)
+    assert stats.reused_tokens >= first[1].kept > 0
+    assert pipe.engine.held_bytes >= held
+    other = np.full((64, 96, 3), 90, np.uint8)
+    other_text, other_stats = asked(pipe, "And this?", other)
+    assert 0 < other_stats.reused_tokens < 40  # what stands before the image
+    with ppexport.load(bundle, reuse=0) as fresh:
+        assert asked(fresh, "And what else?", SCREEN)[0] == text
+        assert asked(fresh, "And this?", other)[0] == other_text
+
+
+def test_a_picture_of_which_one_token_is_left(pipe: ppexport.Pipeline) -> None:
+    flat = np.full((320, 320, 3), 200, np.uint8)
+    text, stats = asked(pipe, "What?", flat)
+    assert (stats.kept, stats.total, stats.generated_tokens) == (1, 100, 9)
+    assert text
+
+
+@pytest.mark.parametrize("dialect", ["standard", "plain"])
+def test_engines_compile(checkpoint: Path, tmp_path: Path, dialect: str) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
+    options = Options(capacity=256, max_pixels=65536, compute_capabilities=("8.9",))
+    path = build(checkpoint, tmp_path / "bundle", "bf16", dialect, ["tensorrt-rtx"], None, options)
+    assert (path / "engines" / "tensorrt-rtx" / "language.engine").stat().st_size > 100_000
