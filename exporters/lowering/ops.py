@@ -168,8 +168,8 @@ def delta_rule(
     q, k, v, decay, beta = (chunks(x) for x in (q, k, v, decay, beta))
     outputs = []
     for step in range(count):
-        parts = (x[:, :, step] for x in (q, k, v, decay, beta))
-        out, state = _chunk(*parts, state)
+        own_q, own_k, own_v, own_decay, own_beta = (x[:, :, step] for x in (q, k, v, decay, beta))
+        out, state = _chunk(own_q, own_k, own_v, own_decay, own_beta, state)
         outputs.append(out)
     found = torch.stack(outputs, 2).movedim(1, 3).reshape(B, count * CHUNK, heads, width)
     return found[:, :S], state
