@@ -172,9 +172,8 @@ def decoder_numbers(
             f"{config.heads} attention heads, expected a multiple of the {config.kv_heads} key/value heads"
         )
     if 2 * sum(sections) != width:
-        r.fail(
-            f"mrope_section {list(sections)}, expected a sum of half the width that is turned, {width // 2}"
-        )
+        part = "the head's width" if width == head_dim else "the width that is turned"
+        r.fail(f"mrope_section {list(sections)}, expected a sum of half {part}, {width // 2}")
     return config
 
 
