@@ -150,9 +150,8 @@ class TextConfig:
     tied_head: bool  # the output head is the embedding table
     qkv_bias: bool = False
     qk_norm: bool = True  # queries and keys are normalised before they are turned
-    gated: bool = (
-        False  # what a head of attention puts out is multiplied by a gate, computed beside its queries
-    )
+    # what a head of attention puts out is multiplied by a gate, computed beside its queries
+    gated: bool = False
     norm_offset: bool = False  # norms multiply by 1 + weight
     delta: DeltaNet | None = None
 

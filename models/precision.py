@@ -44,9 +44,8 @@ class Precision:
     group_size: int = 32  # inputs of a matrix that share a scale
     symmetric: bool = True  # without zero points
     calibrated: int = 0  # images that matrices in int4 were fitted to
-    per_output: bool = (
-        False  # int8 has a scale per output of a matrix: TensorRT expands groups before each product
-    )
+    # int8 has a scale per output of a matrix: TensorRT expands groups before each product
+    per_output: bool = False
 
     def of(self, part: str) -> str:
         """What a part (one of PARTS) is stored in."""

@@ -65,8 +65,9 @@ def place(bundle: Path, device: str, gpu: str) -> str:
 
 def forget(bundle: Path, device: str) -> None:
     """What was measured on a device does not hold any more. Raises BundleError, SpaceError."""
-    left = tuple(each for each in read(bundle).measured if each.device != device)
-    if left != read(bundle).measured:
+    known = read(bundle).measured
+    left = tuple(each for each in known if each.device != device)
+    if left != known:
         _write(bundle, left)
 
 

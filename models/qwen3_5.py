@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .config import DeltaNet, TextConfig, VisionConfig
+from .config import DeltaNet, TextConfig
 from .hfconfig import Reader
 from .qwen3_vl import Qwen3VL
 
@@ -28,16 +28,9 @@ class Qwen3_5(Qwen3VL):
         text = self.text_numbers(r, tied, r.get("head_dim", int), qkv_bias=False, qk_norm=True, turned=0.25)
         return replace(text, gated=True, norm_offset=True, delta=_delta(r, text.layers))
 
-    def parse_vision(self, r: Reader) -> VisionConfig:
-        """See qwen_vl.QwenVL."""
-        r.expect("hidden_act", "gelu_pytorch_tanh")
-        return self.vision_numbers(
-            r,
-            width=r.get("hidden_size", int),
-            ffn=r.get("intermediate_size", int),
-            out_width=r.get("out_hidden_size", int),
-            positions=r.get("num_position_embeddings", int),
-        )
+    def deepstack(self, r: Reader) -> tuple[int, ...]:
+        """None; it knows no such key."""
+        return ()
 
 
 def _delta(r: Reader, layers: int) -> DeltaNet:

@@ -39,8 +39,12 @@ class Qwen3VL(QwenVL):
             ffn=r.get("intermediate_size", int),
             out_width=r.get("out_hidden_size", int),
             positions=r.get("num_position_embeddings", int),
-            deepstack=r.integers("deepstack_visual_indexes"),
+            deepstack=self.deepstack(r),
         )
+
+    def deepstack(self, r: Reader) -> tuple[int, ...]:
+        """Blocks whose output goes to the first language layers."""
+        return r.integers("deepstack_visual_indexes")
 
     def vision_weights(self, c: VisionConfig) -> Table:
         """See qwen_vl.QwenVL."""

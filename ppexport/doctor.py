@@ -144,9 +144,10 @@ def _gpu() -> Finding:
         names = []
         for device in range(count):
             properties = cuda.check(api.cudaGetDeviceProperties(device))
-            name = properties.name.decode() if isinstance(properties.name, bytes) else properties.name
             memory = properties.totalGlobalMem / 1e9
-            names.append(f"{name}, {memory:.1f} GB, compute capability {cuda.compute_capability(device)}")
+            names.append(
+                f"{cuda.gpu_name(device)}, {memory:.1f} GB, compute capability {cuda.compute_capability(device)}"
+            )
         driver = cuda.check(api.cudaDriverGetVersion())
         return Finding(
             "GPU", f"{'; '.join(names)}; its driver takes CUDA up to {driver // 1000}.{driver % 1000 // 10}"

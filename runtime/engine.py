@@ -243,8 +243,8 @@ class Engine:
         end = len(rest.ids) if most is None else min(sequence.done + most, len(rest.ids))
         with sequence.stats.stage("prefill"):
             self.placement.make_room(slot.slots, slot.length + end - sequence.done)
-            marks = [mark for mark in self._marks(sequence) if sequence.done < mark < end]
-            for until in (*marks, end):
+            marks = self._marks(sequence)
+            for until in (*(mark for mark in marks if sequence.done < mark < end), end):
                 begin = sequence.done
                 inputs = Inputs(
                     rest.ids[None, begin:until],
@@ -255,7 +255,7 @@ class Engine:
                 logits = self.language.run(slot.slots, slot.index, [slot.index], inputs, sequence.features)
                 slot.append(rest.columns[:, begin:until])
                 sequence.done = until
-                if until in self._marks(sequence):
+                if until in marks:
                     slot.keep()
         if end < len(rest.ids):
             return []

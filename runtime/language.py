@@ -12,6 +12,7 @@ from ..models.config import ModelConfig
 from ..models.errors import BundleError
 from .backends.session import Backend, Buffer, Session
 from .slots import Run, Slots
+from .states import looked_at
 
 # inputs that are no states
 GIVEN = {"input_ids", "features", "feature_rows", "position_ids", "start", "logits_at", "entries"}
@@ -85,7 +86,7 @@ class Language:
             run.features = shown
         length = int(inputs.start[0])
         if self.takes_entries:
-            entries = self._entries(slots.capacity, int(inputs.start.max()) + S)
+            entries = looked_at(self.backend, int(inputs.start.max()) + S, slots.capacity)
             if run.entries != entries:
                 run.binding.input("entries", self._counted(slots.capacity).rows(0, entries))
                 run.entries = entries
@@ -101,11 +102,6 @@ class Language:
             run.binding.input("features", self.no_features)
             run.features = self.no_features
         return self.backend.download(run.logits).reshape(count, -1)
-
-    def _entries(self, capacity: int, used: int) -> int:
-        """How many entries of a cache to look at: those that are used, or some more, so that shapes seldom change."""
-        multiple = self.backend.cache_multiple
-        return min(capacity, -(-used // multiple) * multiple)
 
     def _counted(self, capacity: int) -> Buffer:
         """0, 1, 2, ... for at least so many entries."""

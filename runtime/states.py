@@ -10,6 +10,12 @@ from ..models.config import State
 from .backends.session import Backend, Binding, Buffer
 
 
+def looked_at(backend: Backend, used: int, capacity: int) -> int:
+    """Entries of a cache that a run looks at: those that are used, or some more, so that shapes seldom change."""
+    multiple = backend.cache_multiple
+    return min(capacity, -(-used // multiple) * multiple)
+
+
 class Form(Protocol):
     """Memory of some of the states, in the way that the decoder graph takes them."""
 
@@ -127,8 +133,7 @@ class ByPosition:
         """See Form."""
         assert self.memory is not None
         capacity = self.memory.shape[1]
-        multiple = self.backend.cache_multiple
-        used = min(capacity, -(-length // multiple) * multiple) if length else 1
+        used = looked_at(self.backend, length, capacity) if length else 1
         if self.bound != (binding, used):
             for i, name in enumerate(self.names):
                 cache = self.memory.rows(i, i + 1).reshape(capacity, *self.row)

@@ -139,8 +139,8 @@ class Decoder(nn.Module):
         input_ids int32 [B, S]; features [1 + L, K, D], K at least 1: embeddings and deepstack levels of images;
         feature_rows int32 [B, S]: which of the K stands at a position, -1 where a token does; position_ids int32
         [A, B, S]; start int32 [B], entries already in the cache; logits_at int32 [B, P], positions in S; states: key,
-        value per layer, [B, kv_heads, M, Dh] each
-        (TextConfig.states). Returns logits float32 [B, P, V] and the states in the same order.
+        value per layer, [B, kv_heads, M, Dh] each (TextConfig.states). Returns logits float32 [B, P, V] and the
+        states in the same order.
         """
         x = self.embed(input_ids, features, feature_rows)
         x, new_states = self.attend(x, features, feature_rows, position_ids, start, states)

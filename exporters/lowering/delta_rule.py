@@ -13,9 +13,9 @@ from typing import Any
 import onnx_ir as ir
 
 from .onnx_writer import Ops
+from .ops import CHUNK
 
-CHUNK = 64
-DOUBLINGS = 5  # I + A + A^2 + ... + A^63, of a strictly triangular A [64, 64]
+DOUBLINGS = 5  # I + A + A^2 + ... + A^63, of a strictly triangular A [CHUNK, CHUNK]
 NEVER = -1e30  # of an exponent
 
 

@@ -351,37 +351,36 @@ def _plain_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     return [op("Mul", out if wide is x else op("Cast", out, to=x.dtype), weight)]
 
 
+ORT = {
+    "Attention": _ort_attention,
+    "CachedAttention": _ort_cached_attention,
+    "Rotary": _ort_rotary,
+    "RMSNorm": _ort_rms_norm,
+    "Gelu": _gelu,
+    "QuickGelu": _ort_quick_gelu,
+    "CausalConvolution": _ort_causal_convolution,
+    "DeltaRule": _ort_delta_rule,
+}
+COMMON = {  # of the dialects for engines
+    "Rotary": _standard_rotary,
+    "Gelu": _gelu,
+    "QuickGelu": _quick_gelu,
+    "CausalConvolution": causal_convolution,
+    "DeltaRule": delta_rule,
+}
 DIALECTS = {
     "ort": Dialect(
         "ort",
         opset=21,
         cast_first=False,
-        table={
-            "Attention": _ort_attention,
-            "CachedAttention": _ort_cached_attention,
-            "Rotary": _ort_rotary,
-            "RMSNorm": _ort_rms_norm,
-            "Gelu": _gelu,
-            "QuickGelu": _ort_quick_gelu,
-            "CausalConvolution": _ort_causal_convolution,
-            "DeltaRule": _ort_delta_rule,
-        },
+        table=ORT,
         passes=(one_reshape,),
     ),
     "cuda": Dialect(
         "cuda",
         opset=21,
         cast_first=True,  # Max, Min and Shape of bytes are for CPUs only
-        table={
-            "Attention": _ort_attention,
-            "CachedAttention": _cuda_cached_attention,
-            "Rotary": _ort_rotary,
-            "RMSNorm": _cuda_rms_norm,
-            "Gelu": _gelu,
-            "QuickGelu": _ort_quick_gelu,
-            "CausalConvolution": _ort_causal_convolution,
-            "DeltaRule": _ort_delta_rule,
-        },
+        table={**ORT, "CachedAttention": _cuda_cached_attention, "RMSNorm": _cuda_rms_norm},
         passes=(one_reshape, entries_input),
     ),
     "standard": Dialect(
@@ -389,14 +388,10 @@ DIALECTS = {
         opset=24,
         cast_first=True,
         table={
+            **COMMON,
             "Attention": _standard_attention,
             "CachedAttention": _standard_cached_attention,
-            "Rotary": _standard_rotary,
             "RMSNorm": _standard_rms_norm,
-            "Gelu": _gelu,
-            "QuickGelu": _quick_gelu,
-            "CausalConvolution": causal_convolution,
-            "DeltaRule": delta_rule,
         },
         passes=(entries_input,),
     ),
@@ -405,14 +400,10 @@ DIALECTS = {
         opset=20,
         cast_first=True,
         table={
+            **COMMON,
             "Attention": _plain_attention,
             "CachedAttention": _plain_cached_attention,
-            "Rotary": _standard_rotary,
             "RMSNorm": _plain_rms_norm,
-            "Gelu": _gelu,
-            "QuickGelu": _quick_gelu,
-            "CausalConvolution": causal_convolution,
-            "DeltaRule": delta_rule,
         },
         passes=(float_cumsum, shapes_after_cast, cache_rows),
     ),

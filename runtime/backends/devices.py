@@ -19,8 +19,7 @@ def open_device(
     """The backend of a device and one line that says what was chosen and why. ``verify``: check hashes of engines.
 
     "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, CUDA for graphs that are made for
-    it, else the CPU. Raises BackendError,
-    BundleError.
+    it, else the CPU. Raises BackendError, BundleError.
     """
     if device not in DEVICES:
         raise BackendError(f"device is {device!r}, expected one of: {', '.join(DEVICES)}")
