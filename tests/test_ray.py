@@ -32,9 +32,13 @@ SECONDS = 120.0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_cores() -> None:
+def cluster_of_a_busy_machine() -> Iterator[None]:
+    """Needs two cores. Ray counts cached files as memory in use, and would end copies beside other tests."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two copies take two cores")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        yield
 
 
 def copies(process: subprocess.Popen[str], name: str) -> list[Any]:
