@@ -33,7 +33,7 @@ from .text_files import copy_text, special_tokens, stop_tokens, text_notices
 from .weights.attach import attach, not_in_groups, weight_bytes
 from .weights.gptq import Moments, collect
 
-FILES = {"vision": "vision.onnx", "language": "language.onnx"}
+GRAPHS = {"vision": graphs.vision_graph, "language": graphs.language_graph}  # those with weights
 HEAD_DIM_STEP = 8  # of GroupQueryAttention; it loads graphs with other widths, and fails when they run
 FIXED_RAM = 680_000_000  # bytes: torch, the exporter and one traced graph
 # bytes to run the layers in float32: for each value of the largest tensor, and for each unit inside of vision's MLPs
@@ -81,6 +81,10 @@ def plan(
         raise CheckpointError(f"dialect is {dialect!r}, expected one of: {', '.join(DIALECTS)}")
     precision = resolve(wanted, checkpoint.precision, dialect, checkpoint.config.text.tied_head, engines)
     _check_head(checkpoint.config.text.head_dim, dialect)
+    if calibrated and not checkpoint.config.sees:
+        raise CheckpointError(
+            f"found images to calibrate a {checkpoint.config.family} model with, expected none: it takes text only"
+        )
     if calibrated:
         precision = _with_calibration(precision, dialect, calibrated)
     notices = list(checkpoint.notices)
@@ -108,6 +112,10 @@ def plan(
         per_value, per_unit = CALIBRATION_RAM
         ram += per_value * largest + per_unit * checkpoint.config.vision.ffn
     pruners = tuple(prune(checkpoint.family.prune))
+    if pruners and not checkpoint.config.sees:
+        raise CheckpointError(
+            f"found a pruner for a {checkpoint.config.family} model, expected none: it takes text only"
+        )
     return Plan(checkpoint, precision, dialect, pre, pruners, weights, disk, ram, tuple(notices))
 
 
@@ -158,20 +166,22 @@ def export(
     interface = copy_text(checkpoint, directory)
     tried = samples(directory)
     kinds = float32_kinds(checkpoint, plan.preprocessing, plan.compute, screens, progress, tried)
-    for i, (name, build) in enumerate((("vision", graphs.vision_graph), ("language", graphs.language_graph))):
+    with_weights = [name for name in config.graphs if name in GRAPHS]
+    for i, name in enumerate(with_weights):
         progress("trace", i + 1, 3)
-        models[name] = build(config, dialect, plan.precision.base, kinds[name])
+        models[name] = GRAPHS[name](config, dialect, plan.precision.base, kinds[name])
     progress("trace", 3, 3)
-    sizes = Sizes.of(config, graphs.PRECISIONS[plan.compute])
-    for name, graph in pruning_graphs(sizes, dialect).items():
-        ir.save(graph, directory / name)
+    if config.sees:
+        sizes = Sizes.of(config, graphs.PRECISIONS[plan.compute])
+        for name, graph in pruning_graphs(sizes, dialect).items():
+            ir.save(graph, directory / name)
     with tempfile.TemporaryDirectory(dir=directory) as moments_directory:
         moments: Moments | None = None
         if plan.precision.calibrated:
             where = Path(moments_directory)
             pre = plan.preprocessing
             moments = collect(checkpoint, pre, tried, _fitted(plan.precision), where, progress)
-        for name in ("vision", "language"):
+        for name in with_weights:
             attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision, moments)
             _save(models[name], directory, name, progress)
     files = _hash(directory, "hash bundle", progress)
@@ -194,7 +204,7 @@ def _manifest(
     hashes: dict[str, str],
 ) -> manifest.Manifest:
     pixel = next((pruner for pruner in plan.prune if isinstance(pruner, PixelPrune)), PixelPrune())
-    usual = prune_file(pixel.graph)  # what engines are compiled of
+    named = {"prune": prune_file(pixel.graph)}  # what engines are compiled of
     return manifest.Manifest(
         schema=manifest.SCHEMA,
         family=config.family,
@@ -203,7 +213,9 @@ def _manifest(
         compute=plan.compute,
         float32_kinds=kinds,
         interface=interface,
-        graphs={name: manifest.Graph(file, dialect.name) for name, file in {"prune": usual, **FILES}.items()},
+        graphs={
+            name: manifest.Graph(named.get(name, f"{name}.onnx"), dialect.name) for name in config.graphs
+        },
         model=config,
         preprocessing=plan.preprocessing,
         prune=settings_of(plan.prune),

@@ -47,13 +47,15 @@ def float32_kinds(
     ``screens`` uint8 [H, W, 3]: what is tried on every model; ``samples``: a user's images, which are tried, too.
     Raises CheckpointError for weights that cannot be read, and for a model that float16 cannot calculate.
     """
+    with_weights = [graph for graph in checkpoint.config.graphs if graph != "prune"]
     if precision == "fp32":
-        return {"vision": ALL, "language": ALL}
-    found: dict[str, set[str]] = {"vision": set(), "language": set()}
+        return dict.fromkeys(with_weights, ALL)
+    found: dict[str, set[str]] = {graph: set() for graph in with_weights}
     if precision == "fp16":
         tried = f"synthetic screens and {len(samples)} images" if samples else "synthetic screens"
         largest = measure(checkpoint, pre, screens, progress, samples)
-        for graph, kinds in largest.items():
+        for graph in with_weights:
+            kinds = largest[graph]
             found[graph] = {kind for kind, value in kinds.items() if not value < LIMIT}
             for kind in sorted(found[graph] & set(NARROW)):
                 raise CheckpointError(
@@ -81,12 +83,26 @@ def measure(
 
     model = EagerModel(checkpoint, pre, "check numbers", progress)
     with ops.watching(watcher):
-        for tried in (_screens_and_text(checkpoint.config, screens), *samples):
+        own = _screens_and_text if checkpoint.config.sees else _only_text
+        for tried in (own(checkpoint.config, screens), *samples):
             graph = "vision"
             asked = model.asked(tried)
             graph = "language"
             model.logits(asked.ids, asked.feature_rows, asked.positions, asked.features, 1)
     return {name: dict(kinds) for name, kinds in largest.items()}
+
+
+def _only_text(config: ModelConfig, image: np.ndarray) -> Sample:
+    """For a model that takes no image."""
+    none = np.zeros((1, 1, config.text.width), np.float32)
+    places = np.arange(TEXT, dtype=np.int32)
+    positions = np.tile(places, (config.axes, 1))
+    return Sample((), lambda seen: Asked(_text(config), np.full(TEXT, -1, np.int32), positions, none))
+
+
+def _text(config: ModelConfig) -> np.ndarray:
+    """Token ids int32 [TEXT] from all over the vocabulary."""
+    return np.arange(TEXT, dtype=np.int32) * max(1, config.text.vocab // (TEXT + 1))
 
 
 def _screens_and_text(config: ModelConfig, image: np.ndarray) -> Sample:
@@ -99,9 +115,8 @@ def _screens_and_text(config: ModelConfig, image: np.ndarray) -> Sample:
     view = View((0, 0, height, width), (height // c.block, width // c.block))
     K = view.total
     keep = np.arange(K, dtype=np.int32)
-    text = np.arange(TEXT, dtype=np.int32) * max(1, config.text.vocab // (TEXT + 1))
     positions = np.tile(np.arange(K + TEXT, dtype=np.int32), (config.axes, 1))
-    ids = np.concatenate([np.zeros(K, np.int32), text])
+    ids = np.concatenate([np.zeros(K, np.int32), _text(config)])
     rows = np.concatenate([keep, np.full(TEXT, -1, np.int32)])
 
     def lay_out(seen: Sequence[dict[str, np.ndarray]]) -> Asked:

@@ -34,6 +34,8 @@ def preprocessing_of(checkpoint: Checkpoint, notices: list[str]) -> Preprocessin
     where, raw = _image_processor(checkpoint)
     default: Preprocessing = checkpoint.family.preprocessing
     side = checkpoint.config.vision.side
+    if not checkpoint.config.sees:
+        return default
     if side:
         edge = default.shortest_edge and side
         default = replace(default, min_pixels=side**2, max_pixels=side**2, shortest_edge=edge)

@@ -55,6 +55,20 @@ TINY_LLAVA = Shape(2, 64, 128, 4, 4, 16, VOCAB + 1, False, (), 4, 64, 128, 4, si
 LLAVA_300M = Shape(16, 1024, 3072, 16, 16, 64, 32000, False, (), 13, 768, 3072, 12)
 VICUNA_7B = Shape(32, 4096, 11008, 32, 32, 128, 32064, False, (), 24, 1024, 4096, 16)
 MISTRAL_7B = Shape(32, 4096, 14336, 32, 8, 128, 32064, False, (), 24, 1024, 4096, 16, text="mistral")
+QWEN3_5_2B = Shape(
+    24, 2048, 6144, 8, 2, 256, 248320, True, (11, 11, 10), 24, 1024, 4096, 16, linear=(16, 16, 128, 128)
+)
+QWEN3_5_4B = replace(
+    QWEN3_5_2B, layers=32, width=2560, ffn=9216, heads=16, kv_heads=4, linear=(16, 32, 128, 128)
+)
+QWEN3_5 = {
+    "tiny": Shape(4, 64, 128, 4, 2, 32, VOCAB + 1, True, (2, 1, 1), 3, 64, 128, 4, linear=(2, 4, 16, 16)),
+    "300m": Shape(
+        16, 1024, 3072, 8, 2, 128, 32000, True, (6, 5, 5), 12, 768, 3072, 12, linear=(8, 16, 64, 64)
+    ),
+    "2b": QWEN3_5_2B,
+    "4b": QWEN3_5_4B,
+}
 SHAPES: dict[str, dict[str, Shape]] = {
     "llava": {"tiny": TINY_LLAVA, "300m": LLAVA_300M, "7b": VICUNA_7B},
     "llava_next": {
@@ -75,44 +89,8 @@ SHAPES: dict[str, dict[str, Shape]] = {
             36, 2048, 11008, 16, 2, 128, 151936, True, (16, 24, 24), 32, 1280, 3420, 16, (7, 15, 23, 31)
         ),
     },
-    "qwen3_5": {
-        "tiny": Shape(4, 64, 128, 4, 2, 32, VOCAB + 1, True, (2, 1, 1), 3, 64, 128, 4, linear=(2, 4, 16, 16)),
-        "300m": Shape(
-            16, 1024, 3072, 8, 2, 128, 32000, True, (6, 5, 5), 12, 768, 3072, 12, linear=(8, 16, 64, 64)
-        ),
-        "2b": Shape(
-            24,
-            2048,
-            6144,
-            8,
-            2,
-            256,
-            248320,
-            True,
-            (11, 11, 10),
-            24,
-            1024,
-            4096,
-            16,
-            linear=(16, 16, 128, 128),
-        ),
-        "4b": Shape(
-            32,
-            2560,
-            9216,
-            16,
-            4,
-            256,
-            248320,
-            True,
-            (11, 11, 10),
-            24,
-            1024,
-            4096,
-            16,
-            linear=(16, 32, 128, 128),
-        ),
-    },
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_text": QWEN3_5,
     "qwen3_vl": {
         "tiny": Shape(2, 64, 128, 4, 2, 16, VOCAB + 1, False, (4, 2, 2), 3, 64, 128, 4, (0, 1)),
         "pocket": Shape(6, 192, 512, 4, 2, 48, VOCAB, True, (8, 8, 8), 4, 128, 512, 4, (0, 2)),
@@ -134,6 +112,7 @@ def random_config(family: str, shape: str, dtype: str = "bfloat16") -> dict[str,
         "qwen2_vl": _qwen2_vl,
         "qwen2_5_vl": _qwen2_5_vl,
         "qwen3_5": _qwen3_5,
+        "qwen3_5_text": _qwen3_5_text,
         "qwen3_vl": _qwen3_vl,
     }
     return made[family](SHAPES[family][shape], dtype)
@@ -311,6 +290,10 @@ def _qwen3_5(c: Shape, dtype: str) -> dict[str, Any]:
     del vision["deepstack_visual_indexes"]
     vision["model_type"] = "qwen3_5"
     return {**made, "model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}
+
+
+def _qwen3_5_text(c: Shape, dtype: str) -> dict[str, Any]:
+    return {**_qwen3_5(c, dtype)["text_config"], "architectures": ["Qwen3_5ForCausalLM"], "dtype": dtype}
 
 
 def write_random(config: dict[str, Any], directory: Path, seed: int = 0, shard_bytes: int = 1 << 30) -> None:

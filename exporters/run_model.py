@@ -76,8 +76,8 @@ class EagerModel:
         self.on_input = on_input
 
     def asked(self, sample: Sample) -> Asked:
-        """Run the vision tower on a sample's image."""
-        return sample.lay_out(self.seen(sample.looks))
+        """Run the vision tower on a sample's image, if it has one."""
+        return sample.lay_out(self.seen(sample.looks) if sample.looks else [])
 
     @torch.no_grad()
     def seen(self, looks: Sequence[Look]) -> list[dict[str, np.ndarray]]:

@@ -54,6 +54,10 @@ class VisionConfig:
         return self.patch * self.merge
 
 
+# of a model without a tower; a block of its patches is as large as with others, so that default sizes are possible ones
+NO_TOWER = VisionConfig(depth=0, width=0, heads=1, ffn=0, patch=32, merge=1, temporal_patch=1, out_width=0)
+
+
 @dataclass(frozen=True)
 class Yarn:
     """Rotary frequencies stretched for long sequences (YaRN, Peng et al. 2023, arXiv:2309.00071)."""
@@ -172,16 +176,26 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: both towers and the token ids that tie them together."""
+    """A whole model: the vision tower, the decoder and the token ids that tie them together."""
 
     family: str  # Hugging Face ``model_type``
-    tower: str  # its architecture: a file of exporters/towers
+    tower: str  # its architecture: a file of exporters/towers; "": it has none (NO_TOWER) and takes text only
     decoder: str  # likewise of exporters/decoders
     vision: VisionConfig
     text: TextConfig
     states: tuple[State, ...]  # of the decoder
-    image_token: int  # placeholder, one per merged token of the full grid
+    image_token: int  # placeholder, one per merged token of the full grid; -1 where there is none
     eos_tokens: tuple[int, ...]  # used where generation_config.json is absent
+
+    @property
+    def sees(self) -> bool:
+        """Does it take images?"""
+        return bool(self.tower)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """What a request runs, in that order; a graph of its bundle each."""
+        return ("prune", "vision", "language") if self.sees else ("language",)
 
     @property
     def axes(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import profiles
 from .errors import BundleError
-from .manifest import GRAPHS, Manifest, sha256
+from .manifest import Manifest, sha256
 from .precision import ENGINES
 from .profiles import Profile, Profiles
 from .pruners import of_family, pruners_of
@@ -65,7 +65,7 @@ def rebuild(bundle: Path, target: str) -> str:
 
 def compiled_graphs(manifest: Manifest) -> dict[str, str]:
     """Name of an engine -> the graph's file: what every request runs, and the bundle's pruners of features."""
-    found = {graph: manifest.graphs[graph].file for graph in GRAPHS}
+    found = {graph: manifest.graphs[graph].file for graph in manifest.model.graphs}
     for pruner in of_family(pruners_of(manifest.prune), manifest.model.vision.class_token):
         if pruner.after == "vision":
             found[pruner.graph] = prune_file(pruner.graph)

@@ -15,7 +15,6 @@ from .pruners import PruneSetting, listed, pruners_of
 from .strict import StrictError, from_json, to_json
 
 SCHEMA = 6
-GRAPHS = ("prune", "vision", "language")
 FILE = "bundle.json"
 MOST_SIDE = 1 << 20  # of a state
 SMALL_FILE = (
@@ -61,7 +60,7 @@ class Manifest:
         str, tuple[str, ...]
     ]  # graph -> what it calculates in float32 whatever ``compute`` says
     interface: str  # "text" (tokenizer and chat template are there) or "tokens"
-    graphs: dict[str, Graph]  # "prune", "vision", "language"
+    graphs: dict[str, Graph]  # ModelConfig.graphs
     model: ModelConfig
     preprocessing: Preprocessing
     prune: tuple[PruneSetting, ...]  # of requests that do not say; empty: nothing is pruned
@@ -128,13 +127,15 @@ def _check(manifest: Manifest) -> None:
             f"family: found {manifest.family!r}, expected one of: {', '.join(FAMILIES)}, as in model"
         )
     _check_model(manifest.model)
-    if set(manifest.graphs) != set(GRAPHS):
-        raise StrictError(f"graphs: found {sorted(manifest.graphs)}, expected language, prune, vision")
+    if set(manifest.graphs) != set(manifest.model.graphs):
+        expected = ", ".join(sorted(manifest.model.graphs))
+        raise StrictError(f"graphs: found {sorted(manifest.graphs)}, expected {expected}")
     try:
         listed(list(pruners_of(manifest.prune)))
     except RequestError as err:
         raise StrictError(f"prune: {err}") from err
-    needed = {graph.file for graph in manifest.graphs.values()} | {"vision.onnx.data", "language.onnx.data"}
+    needed = {graph.file for graph in manifest.graphs.values()}
+    needed |= {f"{graph.file}.data" for name, graph in manifest.graphs.items() if name != "prune"}
     needed |= {"tokenizer.json", "chat_template.jinja"} if manifest.interface == "text" else set()
     for name in sorted(needed - set(manifest.files)):
         raise StrictError(f"files: {name!r} is not listed")

@@ -84,7 +84,7 @@ def defaults(model: ModelConfig, context: int, max_pixels: int, capacity: int) -
     sides = (side, side, side) if side else (block, usual, longest)
     kept = (1, max(1, tokens // 3), tokens)
     prompt = (1, min(kept[1] + 64, capacity), capacity)
-    images = (1, min(kept[1], capacity), capacity)  # of all images of a prompt
+    images = (1, min(kept[1], capacity), capacity) if model.sees else (1, 1, 1)  # of all images of a prompt
     return Profiles(
         SCHEMA,
         max_pixels,

@@ -6,11 +6,17 @@ Source: transformers ``models/qwen3_5``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from .config import DeltaNet, TextConfig
-from .hfconfig import Reader
+from .attention_decoder import Table, decoder_weights, end_tokens
+from .config import NO_TOWER, DeltaNet, ModelConfig, Preprocessing, TextConfig
+from .errors import ImageError
+from .family import Views
+from .hfconfig import HARMLESS, Reader, defaults_of, known_keys
 from .qwen3_vl import Qwen3VL
+from .qwen_vl import VISION
 
 KINDS = ("linear_attention", "full_attention")
 
@@ -31,6 +37,48 @@ class Qwen3_5(Qwen3VL):
     def deepstack(self, r: Reader) -> tuple[int, ...]:
         """None; it knows no such key."""
         return ()
+
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        """See family.Family: the layers that guess several tokens ahead."""
+        return name.startswith("mtp.")
+
+
+class Qwen3_5Text(Qwen3_5):
+    """The decoder alone."""
+
+    model_type = "qwen3_5_text"
+    prune = ()
+
+    def parse(self, raw: Mapping[str, Any], notices: list[str] | None = None) -> ModelConfig:
+        """See family.Family."""
+        told = [] if notices is None else notices
+        harmless = [*HARMLESS, *known_keys()["generation"]]
+        r = Reader(raw, "config.json", told, defaults_of(self.known_as, "text_config"), harmless)
+        text = self.parse_text(r, self.is_tied(r, raw))
+        model = ModelConfig(
+            family=self.model_type,
+            tower="",
+            decoder=self.decoder,
+            vision=NO_TOWER,
+            text=text,
+            states=text.states(),
+            image_token=-1,
+            eos_tokens=end_tokens(r),
+        )
+        r.finish()
+        return model
+
+    def weights(self, model: ModelConfig) -> dict[str, Table]:
+        """See family.Family."""
+        return {"language": decoder_weights(model.text)}
+
+    def views(self, model: ModelConfig, pre: Preprocessing, height: int, width: int) -> Views:
+        """See family.Family; there are none."""
+        raise ImageError(f"found an image, expected none: a {self.model_type} model takes text only")
+
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        """See family.Family: a tower, where a whole checkpoint is said to be a decoder."""
+        return super().unused(model, name) or name.startswith(f"{VISION}.")
 
 
 def _delta(r: Reader, layers: int) -> DeltaNet:
@@ -59,3 +107,4 @@ def _delta(r: Reader, layers: int) -> DeltaNet:
 
 
 QWEN3_5 = Qwen3_5()
+QWEN3_5_TEXT = Qwen3_5Text()

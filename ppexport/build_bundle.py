@@ -140,7 +140,7 @@ def _check_text(work: Path) -> None:
     vocab = manifest.model.text.vocab
     try:
         text = Text(work, manifest.model.image_token, manifest.special_tokens)
-        ids = text.encode("What is the total?", [1])
+        ids = text.encode("What is the total?", [1] if manifest.model.sees else [])
     except (BundleError, RequestError) as err:
         raise CheckpointError(f"the checkpoint's tokenizer and chat template do not work: {err}") from err
     largest = max(max(text.tokenizer.get_vocab().values()), int(ids.max()))

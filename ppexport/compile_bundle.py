@@ -13,7 +13,7 @@ from .models import engine_record, profiles, prune_place
 from .models.config import ModelConfig, Preprocessing
 from .models.engine_record import Engine, EngineRecord
 from .models.errors import BundleError, RequestError, SpaceError
-from .models.manifest import GRAPHS, sha256
+from .models.manifest import Manifest, sha256
 from .models.precision import ENGINES, Precision
 from .models.profiles import Profiles
 from .models.progress import Progress, silent
@@ -69,7 +69,7 @@ def compile_bundle(
                 model = set_axis(
                     model, "M", sizes.capacity
                 )  # TensorRT wants a fixed size for caches updated in place
-            given = replace(options, tf32=graph in GRAPHS)  # what prunes features is to be exact
+            given = replace(options, tf32=_may_round(manifest, graph))
             file = work / f"{graph}.engine"
             axes, seconds = compile_graph(trt, target, graph, model, source, listed, given, progress, file)
             size = file.stat().st_size
@@ -101,6 +101,12 @@ def compile_bundle(
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
     return record
+
+
+def _may_round(manifest: Manifest, graph: str) -> bool:
+    """May an engine round products of float32 values to TF32? Not where features are pruned, nor in states."""
+    states = any(state.dtype == "float32" for state in manifest.model.states)
+    return graph in ("prune", "vision") or (graph == "language" and not states)
 
 
 def all_int4(precision: Precision) -> bool:

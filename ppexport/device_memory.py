@@ -39,7 +39,7 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
     v = model.vision
     width = BYTES[compute]
     kept = max(profile["K"][2] for profile in sizes.prefill)
-    pixels = max(profile["H"][2] * profile["W"][2] for profile in sizes.prune)
+    pixels = max(profile["H"][2] * profile["W"][2] for profile in sizes.prune) if model.sees else 0
     patches = max(profile["K"][2] for profile in sizes.vision) * v.merge**2
     prompt = max(profile["S"][2] for profile in sizes.prefill)
     mlp = 3 if v.mlp == "gated_silu" else 2
@@ -92,9 +92,9 @@ def told(
     need = memory(manifest.model, manifest.compute, weights, sizes, dialect)
     running = sum(need.values()) + CUDA_CONTEXT
     building = building_bytes(weights)
+    images = f", images of up to {sizes.max_pixels} pixels" if manifest.model.sees else ""
     yield (
-        f"{manifest.family}, weights in {manifest.precision}; one sequence of {sizes.capacity} tokens, images of up to "
-        f"{sizes.max_pixels} pixels"
+        f"{manifest.family}, weights in {manifest.precision}; one sequence of {sizes.capacity} tokens{images}"
     )
     why = {
         "weights": "",

@@ -63,9 +63,10 @@ class Bar:
     def _sizes(self, model: ModelConfig, compute: str, weights: int, sizes: Profiles, dialect: str) -> None:
         need = memory(model, compute, weights, sizes, dialect)
         kept = max(profile["K"][2] for profile in sizes.vision)
+        images = f", images of up to {kept} kept tokens" if model.sees else ""
         parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in need.items())
         self.console.print(
-            f"engines for {sizes.capacity} tokens, images of up to {kept} kept tokens: "
+            f"engines for {sizes.capacity} tokens{images}: "
             f"about {sum(need.values()) / 1e6:.0f} MB on the device ({parts})",
             highlight=False,
             soft_wrap=True,

@@ -280,6 +280,7 @@ def _looks(pipe: Pipeline, image: str, before: Sequence[Pruner]) -> tuple[Look, 
 
     frames, shown = pipe.pixels(image)
     found = []
+    assert pipe.selector is not None
     made = pipe.selector.looks(frames, shown, before, WORTH)
     for view, (pixels, _, selection) in zip(shown.views, made, strict=True):
         if len(view.rows_wanted(selection.keep)):

@@ -28,13 +28,19 @@ NO_LOGITS = np.empty(0, np.float32)
 class Engine:
     """Runs sequences together. Any thread may call any method; ``cancel`` never waits.
 
-    ``context``: tokens of the longest sequence; ``together``: sequences that run at once, others wait for their turn;
-    ``reuse``: None keeps nothing. ``lock`` belongs to whoever changes anything; who needs it between the steps of
-    others takes ``gate`` first and holds both: who steps again and again passes the gate each time, and so waits.
+    ``vision``: None for models that take text only; ``context``: tokens of the longest sequence; ``together``:
+    sequences that run at once, others wait for their turn; ``reuse``: None keeps nothing. ``lock`` belongs to whoever
+    changes anything; who needs it between the steps of others takes ``gate`` first and holds both: who steps again and
+    again passes the gate each time, and so waits.
     """
 
     def __init__(
-        self, language: Language, vision: Vision, reuse: Reuse | None, context: int, together: int = TOGETHER
+        self,
+        language: Language,
+        vision: Vision | None,
+        reuse: Reuse | None,
+        context: int,
+        together: int = TOGETHER,
     ):
         self.language = language
         self.vision = vision
@@ -212,6 +218,7 @@ class Engine:
                 self.language.backend.wait()
             sequence.encoded = not missing
             if sequence.encoded and sequence.parts:
+                assert self.vision is not None
                 sequence.features = self.vision.join(sequence.parts)
                 sequence.parts.clear()
 
@@ -219,6 +226,7 @@ class Engine:
         """Features of an image [1 + L, K, D] on the backend, all views; computed where they are not kept."""
         with self.lock:
             self._check_open()
+            assert self.vision is not None
             return picture.features or self.vision.whole(self.seen(picture))
 
     def seen(self, picture: Picture) -> tuple[Seen, ...]:
@@ -229,6 +237,7 @@ class Engine:
             kept = reuse.features.get(picture.digest) if reuse else None
             if kept is not None:
                 return kept
+            assert self.vision is not None
             computed = tuple(self.vision.encode(view.image, view.keep, view.others) for view in picture.views)
             if reuse:
                 reuse.features.keep(picture.digest, computed)

@@ -112,11 +112,11 @@ class Pipeline:
         self.context = most if context is None else integer("context", context, 2, most)
         self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
         self.load_pruners()
-        self.selector = self._selector()
+        self.selector = self._selector() if model.sees else None
         dialect = manifest.graphs["language"].dialect
         # first: loading the largest graph takes the most memory
         self.language = Language(backend, graphs["language"], model, dtype, dialect)
-        self.vision = Vision(backend, graphs["vision"], model, dtype)
+        self.vision = Vision(backend, graphs["vision"], model, dtype) if model.sees else None
         self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
         self.engine = Engine(self.language, self.vision, self.reuse, self.context, together)
         self.text: Text | None = None
@@ -349,6 +349,7 @@ class Pipeline:
             shown = []
             selections = []
             seen = []  # by the tower
+            assert self.selector is not None
             looks = self.selector.looks(frames, shown_as, pruners, WORTH)
             for i, (buffer, keep, selection) in enumerate(looks):
                 selections.append(_of_view(selection, i, shown_as))
@@ -372,6 +373,7 @@ class Pipeline:
                 self.backend.wait()
             with stats.stage("prune"):
                 left = self.feature_pruners.prune(seen, pruners)
+                assert self.vision is not None
                 features = self.vision.whole(
                     [Seen(view.features, of.others) for view, of in zip(left, seen, strict=True)]
                 )

@@ -68,7 +68,8 @@ def test_unknown_family(checkpoint: Path) -> None:
     edit_config(checkpoint, lambda c: c.update(model_type="bert"))
     check_refused(
         checkpoint,
-        "model_type is 'bert', expected one of: llava, llava_next, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl",
+        "model_type is 'bert', expected one of: llava, llava_next, qwen2_5_vl, qwen2_vl, qwen3_5, "
+        "qwen3_5_text, qwen3_vl",
     )
 
 
@@ -344,7 +345,8 @@ def test_missing_and_short_files(bundle: Path) -> None:
         (lambda m: m["model"]["states"].pop(), "its states and those of bundle.json differ in 'value_"),
         (
             lambda m: m.update(family="nope"),
-            "family: found 'nope', expected one of: llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5",
+            "family: found 'nope', expected one of: llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl, "
+            "qwen3_5, qwen3_5_text",
         ),
         (lambda m: m["model"]["vision"].update(merge=0), "merge is 0, expected at least 1"),
         (lambda m: m["model"]["text"]["rope"].update(sections=[3]), "expected a sum of width / 2"),

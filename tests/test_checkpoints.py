@@ -132,7 +132,7 @@ def of_part(section: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("section", ["config.json", "text_config", "vision_config"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"qwen3_5_text"}))  # a section of another's
 def test_every_key_that_transformers_knows_counts(family: str, section: str) -> None:
     """Another value changes the model, is refused, or is known to be harmless; nothing is passed over."""
     small = sections(family)

@@ -124,8 +124,8 @@ def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub, tmp_
     done = ppexport(hub.url, tmp_path / "hf", "build", "a/bert", "-o", tmp_path / "bundle", "-q")
     assert done.returncode == 1
     assert (
-        "model_type is 'bert', expected one of: llava, llava_next, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl"
-        in done.stderr
+        "model_type is 'bert', expected one of: llava, llava_next, qwen2_5_vl, qwen2_vl, qwen3_5, "
+        "qwen3_5_text, qwen3_vl" in done.stderr
     )
     assert hub.files() == {"config.json"}
 
