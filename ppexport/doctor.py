@@ -12,9 +12,9 @@ from pathlib import Path
 
 from .models.engine_record import TARGETS
 from .models.errors import BackendError, PpexportError
-from .models.version import __version__
+from .models.version import __version__, release
 from .runtime.backends import cuda, trt_api
-from .runtime.backends.ort import import_onnxruntime
+from .runtime.backends.ort import FIRST_WITH_DELTA_RULE, import_onnxruntime
 from .runtime.bundle import open_bundle
 from .runtime.pipeline import load
 
@@ -174,11 +174,15 @@ def _provider_names() -> list[str]:
 
 
 def _providers() -> Finding:
-    names = [name.removesuffix("ExecutionProvider") for name in _provider_names()]
-    if not names:
+    try:
+        version = import_onnxruntime("cpu").__version__
+    except BackendError:
         return Finding("ONNX Runtime", "not installed", f"{_pip('cpu')}, or on an NVIDIA GPU {_pip('cuda')}")
-    version = _version("onnxruntime") or _version("onnxruntime-gpu") or ""
-    return Finding("ONNX Runtime", f"{version}: {', '.join(names)}")
+    names = [name.removesuffix("ExecutionProvider") for name in _provider_names()]
+    old = release(version) < FIRST_WITH_DELTA_RULE
+    first = ".".join(map(str, FIRST_WITH_DELTA_RULE))
+    todo = f"{first} or later for Qwen3.5 in the dialects ort and cuda: {_pip('hybrid')}" if old else ""
+    return Finding("ONNX Runtime", f"{version}: {', '.join(names)}", todo)
 
 
 def _targets(gpu: bool) -> Iterator[Finding]:

@@ -16,7 +16,9 @@ from invariants import relative_error
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import ppexport
+from ppexport import compile_bundle
 from ppexport.build_bundle import build
+from ppexport.doctor import examine
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.lowering import ops
@@ -25,7 +27,7 @@ from ppexport.exporters.random_checkpoint import random_config, write_random, wr
 from ppexport.exporters.run_model import EagerModel
 from ppexport.exporters.weights.attach import attach
 from ppexport.models.precision import Wanted, resolve
-from ppexport.trt_build import Options
+from ppexport.trt_build import Options, compile_graph
 
 SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
 ROOM = 256  # tokens in a cache
@@ -162,9 +164,35 @@ def test_a_picture_of_which_one_token_is_left(pipe: ppexport.Pipeline) -> None:
     assert text
 
 
+def test_an_onnxruntime_that_does_not_know_the_operators(
+    bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the graphs are read; bundles of the dialect plain have standard operators."""
+    monkeypatch.setattr(ort, "__version__", "1.29.2")
+    with pytest.raises(
+        ppexport.BackendError, match=r"onnxruntime 1.29.2, expected 1.30 or later; pip install"
+    ):
+        ppexport.load(bundle)
+    (found,) = [finding for finding in examine() if finding.name == "ONNX Runtime"]
+    assert "1.30 or later for Qwen3.5" in found.todo
+    with ppexport.load(build(checkpoint, tmp_path / "plain", "fp32", "plain")) as pipe:
+        assert asked(pipe, "What?", SCREEN)[0]
+
+
 @pytest.mark.parametrize("dialect", ["standard", "plain"])
-def test_engines_compile(checkpoint: Path, tmp_path: Path, dialect: str) -> None:
+def test_engines_compile(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dialect: str
+) -> None:
+    """Products in states of float32 are not rounded to TF32."""
+    rounded = {}
+
+    def watched(trt: Any, target: str, graph: str, *args: Any) -> Any:
+        rounded[graph] = next(each for each in args if isinstance(each, Options)).tf32
+        return compile_graph(trt, target, graph, *args)
+
+    monkeypatch.setattr(compile_bundle, "compile_graph", watched)
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has libraries for x86-64 only")
     options = Options(capacity=256, max_pixels=65536, compute_capabilities=("8.9",))
     path = build(checkpoint, tmp_path / "bundle", "bf16", dialect, ["tensorrt-rtx"], None, options)
     assert (path / "engines" / "tensorrt-rtx" / "language.engine").stat().st_size > 100_000
+    assert rounded == {"prune": True, "vision": True, "language": False}

@@ -7,6 +7,8 @@ from pathlib import Path
 from ...models.engine_record import TARGETS, folder
 from ...models.errors import BackendError, BundleError, PpexportError
 from ...models.manifest import Manifest
+from ...models.version import release
+from .ort import FIRST_WITH_DELTA_RULE, OrtCpu, import_onnxruntime
 from .session import Backend
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -58,6 +60,7 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify
     if device == "cuda":
         if dialects not in ("cuda", "plain"):
             raise BundleError(f"{found}, expected 'cuda' (or 'plain') for CUDA; build it with --dialect cuda")
+        _check_release(directory, manifest, device)
         from .ort_cuda import OrtCuda
 
         return OrtCuda()
@@ -71,9 +74,21 @@ def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify
             f"{directory}: has w8a8 weights, which need products of 8 bits that add up exactly, found a CPU without "
             "VNNI; build it with --precision int8"
         )
-    from .ort import OrtCpu
-
+    _check_release(directory, manifest, device)
     return OrtCpu(threads)
+
+
+def _check_release(directory: Path, manifest: Manifest, device: str) -> None:
+    """Raise BackendError where the graphs have operators that the installed onnxruntime does not know."""
+    version = import_onnxruntime(device).__version__
+    own = manifest.graphs["language"].dialect in ("ort", "cuda") and manifest.model.text.delta is not None
+    if own and release(version) < FIRST_WITH_DELTA_RULE:
+        first = ".".join(map(str, FIRST_WITH_DELTA_RULE))
+        extra = "hybrid" if device == "cpu" else "hybrid-cuda"
+        raise BackendError(
+            f"{directory}: has layers of linear attention, found onnxruntime {version}, expected {first} or later; "
+            f"pip install 'ppexport[{extra}]' (Python 3.11 or later), or build the bundle with --dialect plain"
+        )
 
 
 def saturates() -> bool:

@@ -41,6 +41,7 @@ def import_onnxruntime(device: str) -> Any:
 
 NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")  # the name differs between releases
 FIRST_WITH_BYTE_MAX = (1, 24)  # release of ONNX Runtime
+FIRST_WITH_DELTA_RULE = (1, 30)  # with LinearAttention and CausalConvWithState
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
