@@ -20,6 +20,7 @@ from .stats import log_request
 from .vision import Seen, Vision
 
 TOGETHER = 8  # sequences that run at once, if nothing else is asked for
+BRANCH = 64  # where sequences begin alike, states are kept after a multiple of so many tokens
 CHUNK = 256  # tokens of a prompt that run at once while other sequences wait for their next token
 CLOSED = "the pipeline is closed, expected an open one; load the bundle again"
 NO_LOGITS = np.empty(0, np.float32)
@@ -272,9 +273,10 @@ class Engine:
         return self._choose([sequence], logits)
 
     def _marks(self, sequence: Sequence) -> list[int]:
-        """After how many tokens of its rest another question may go on: where images begin, and where they end.
+        """After how many tokens of its rest another question may go on.
 
-        Only of models whose states cannot be cut back; with others a question may go on from anywhere.
+        Where images begin and where they end, and where another sequence began to differ (behind a system prompt that
+        both have). Only of models whose states cannot be cut back; with others a question may go on from anywhere.
         """
         rest = sequence.rest
         slot = sequence.slot
@@ -283,7 +285,12 @@ class Engine:
         if self.placement.reuse is None or slot.slots.rewindable or not self.language.backend.appends:
             return []
         shown = np.flatnonzero(rest.image_of >= 0)
-        return [int(shown[0]), int(shown[-1]) + 1] if len(shown) else []
+        marks = {int(shown[0]), int(shown[-1]) + 1} if len(shown) else set()
+        known = len(sequence.prompt.ids) - len(rest.ids)
+        branch = sequence.branch // BRANCH * BRANCH  # questions may have a first word in common
+        if branch > known:
+            marks.add(branch - known)
+        return sorted(marks)
 
     # -------------------------------------------------------------------------------------- tokens
 

@@ -38,7 +38,7 @@ class Placement:
         """
         tokens = len(sequence.prompt.ids) + min(sequence.limit - 1, ROOM)
         if self.reuse is not None:  # Case 1
-            found, known = self.reuse.find(self.pools, sequence.prompt, sequence.digests)
+            found, known, sequence.branch = self.reuse.find(self.pools, sequence.prompt, sequence.digests)
             if found is not None:
                 found.rewind(known)
                 return found, known

@@ -70,26 +70,31 @@ class Reuse:
         self.room = limit - limit // FEATURES  # for slots
         self.features = Features(limit // FEATURES)
 
-    def find(self, pools: Iterable[Slots], prompt: Prompt, images: Digests) -> tuple[Slot | None, int]:
-        """The idle slot whose tokens begin like ``prompt`` the longest, and how many they share.
+    def find(self, pools: Iterable[Slots], prompt: Prompt, images: Digests) -> tuple[Slot | None, int, int]:
+        """The idle slot whose tokens begin like ``prompt`` the longest, and how many of them it can go on from.
 
         At least one token of the prompt is left to run, and no image is shared in part. A slot is taken if an image is
-        shared or half of it; otherwise it is left for a request that it fits better.
+        shared or half of it; otherwise it is left for a request that it fits better. The third number is how many
+        tokens any slot shares that cannot be cut back to them: what is worth keeping for requests that begin so, too.
         """
         best = None
         most = 0
+        branch = 0
         for slots in pools if self.appends else ():
             for slot in slots.listed:
-                if slot.busy or not slot.length:
+                if not slot.length:
                     continue
                 count = shared(slot.held, slot.images, prompt.columns, images)
                 if not slots.rewindable:
+                    branch = max(branch, count)
                     count = max((n for n in (slot.length, *slot.kept) if n <= count), default=0)
+                if slot.busy:
+                    continue
                 worth = bool((prompt.image_of[:count] >= 0).any()) or 2 * count >= slot.length
                 if worth and count > most:
                     best = slot
                     most = count
-        return best, most
+        return best, most, branch
 
     def again(self, pools: Iterable[Slots]) -> Slot | None:
         """An idle slot of fixed size to use for something else, where there is no room for one more."""

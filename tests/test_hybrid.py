@@ -157,6 +157,20 @@ def test_another_question_goes_on_behind_the_image(pipe: ppexport.Pipeline, bund
         assert asked(fresh, "And this?", other)[0] == other_text
 
 
+def test_what_follows_a_system_prompt(pipe: ppexport.Pipeline, bundle: Path) -> None:
+    """The second request shows where both differ, the third one goes on from there; no image is needed."""
+    said = [{"role": "system", "content": "Answer in one word, and never in two. " * 9}]
+    reused = []
+    with ppexport.load(bundle, reuse=0) as fresh:
+        for question in ("What is the total?", "Who signed it?", "In which year?", "And where?"):
+            messages = [*said, {"role": "user", "content": question}]
+            answer = pipe.generate(messages, max_new_tokens=5)
+            assert answer.text() == fresh.generate(messages, max_new_tokens=5).text()
+            reused.append(answer.stats.reused_tokens)
+    assert reused[:2] == [0, 0]
+    assert reused[2] == reused[3] == 320
+
+
 def test_a_picture_of_which_one_token_is_left(pipe: ppexport.Pipeline) -> None:
     flat = np.full((320, 320, 3), 200, np.uint8)
     text, stats = asked(pipe, "What?", flat)
