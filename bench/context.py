@@ -1,0 +1,159 @@
+"""How first token, decode and memory grow with the context on the CPU: a hybrid decoder beside one of attention alone.
+
+    python bench/context.py --shape 300m -o bench/results/context_300m.json --plot docs/context.svg
+    python bench/context.py --shape 2b --lengths 1000,8000 --rounds 1 -o bench/results/context_2b.json
+
+Random checkpoints of both families at the same published size, in one precision, each bundle in a process of its own,
+in turns. A prompt of random tokens, then TOKENS - 1 more; "state" is what the sequence holds at its end. The first rows
+are of a desktop of 1280 x 1024 pixels with a question, pruned and whole.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import build, random_checkpoint
+from machine import describe
+from workers import Worker, ours
+
+import ppexport
+
+FAMILIES = ("qwen3_vl", "qwen3_5")
+DESKTOP = Path(__file__).parent.parent / "ppexport" / "bench" / "images" / "gui_mousepad.png"
+TOKENS = 33
+SMALLEST_ID = 300  # of the random tokens; special ones lie below
+
+
+def requests(config: dict[str, Any], lengths: list[int]) -> dict[str, dict[str, Any]]:
+    """By their names in the results: what a worker is asked."""
+    shown = ppexport.select(DESKTOP, patch=config["vision_config"]["patch_size"])
+    vocab = config["text_config"]["vocab_size"]
+    rng = np.random.default_rng(0)
+    question = rng.integers(SMALLEST_ID, vocab, 24).tolist()
+    of_desktop = {
+        "image": str(DESKTOP),
+        "ids": [*question[:4], *[config["image_token_id"]] * shown.total, *question[4:]],
+    }
+    found = {
+        "desktop, pruned": {**of_desktop, "prune": True},
+        "desktop, whole": {**of_desktop, "prune": False},
+    }
+    for length in lengths:
+        ids = rng.integers(SMALLEST_ID, vocab, length).tolist()
+        found[str(length)] = {"image": None, "ids": ids, "prune": False}
+    return found
+
+
+def measure(workers: dict[str, Worker], asked: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """Medians of every request, by model; the first round of the shortest one is not counted."""
+    for worker in workers.values():
+        worker.ask(**next(iter(asked.values())), tokens=3)
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in workers}
+    for _ in range(rounds):
+        for name, request in asked.items():
+            for family, worker in workers.items():
+                answer = worker.ask(**request, tokens=TOKENS)
+                found[family].setdefault(name, []).append(answer)
+                decode = median(answer["decode"])
+                print(f"{family} {name}: first {answer['first']:.0f} ms, decode {decode:.2f} ms", flush=True)
+    return {
+        family: {
+            name: {
+                "prompt": answers[0]["prompt"],
+                "first_ms": round(median(answer["first"] for answer in answers), 1),
+                "decode_ms": round(median(ms for answer in answers for ms in answer["decode"]), 2),
+                "state_mb": round(answers[0]["held"] / 1e6, 1),
+                "peak_rss_gb": round(max(answer["rss"] for answer in answers) / 1e9, 2),
+            }
+            for name, answers in of_family.items()
+        }
+        for family, of_family in found.items()
+    }
+
+
+def draw(results: dict[str, Any], shape: str, path: Path) -> None:
+    """Three plots over the length of the prompt."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ppexport"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    columns = (
+        ("first_ms", "first token, ms"),
+        ("decode_ms", "decode, ms a token"),
+        ("state_mb", "state, MB"),
+    )
+    for axis, (key, label) in zip(axes, columns, strict=True):
+        for family, colour in zip(results, ("tab:gray", "tab:green"), strict=True):
+            rows = [row for name, row in results[family].items() if name.isdigit()]
+            axis.plot(
+                [row["prompt"] for row in rows],
+                [row[key] for row in rows],
+                "o-",
+                color=colour,
+                label=f"{family} {shape}",
+            )
+        axis.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+@click.command()
+@click.option("--shape", default="300m", show_default=True, type=click.Choice(["tiny", "300m", "2b", "4b"]))
+@click.option("--precision", default="w8a8", show_default=True)
+@click.option("--lengths", default="1000,8000,32000", show_default=True, help="Tokens of the prompts.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path), help="An SVG file to draw.")
+def main(
+    shape: str,
+    precision: str,
+    lengths: str,
+    threads: int,
+    rounds: int,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        workers = {}
+        for family in FAMILIES:
+            work = Path(name) / family
+            work.mkdir()
+            checkpoint = random_checkpoint(shape, work, family)
+            config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+            workers[family] = ours(build(checkpoint, work, precision), threads)
+        asked = requests(config, [int(length) for length in lengths.split(",")])
+        results = measure(workers, asked, rounds)
+        for worker in workers.values():
+            worker.close()
+    if output:
+        given = {
+            "what": f"first token, and {TOKENS - 1} more, on the CPU",
+            "shape": shape,
+            "precision": precision,
+            "threads": threads,
+            "rounds": rounds,
+            "machine": describe(),
+            "results": results,
+        }
+        output.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
+    if plot:
+        draw(results, shape, plot)
+
+
+if __name__ == "__main__":
+    main()
