@@ -83,7 +83,10 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/sampling.py -o build/bench/sampling.json
 	$(BIN)/python bench/build.py --model qwen3_vl:2b --model qwen2_vl:2b --model qwen2_5_vl:3b --model qwen3_vl:4b \
 		--runs 1 -o build/bench/build_families.json
+	$(BIN)/python bench/build.py --model qwen3_5:2b --model qwen3_5:4b --runs 1 -o build/bench/build_qwen3_5.json
 	$(BIN)/python bench/build.py --model qwen3_vl:8b --runs 1 -o build/bench/build_8b.json
+	$(BIN)/python bench/context.py --rounds 2 -o build/bench/context_300m.json
+	$(BIN)/python bench/context.py --shape 2b --rounds 1 -o build/bench/context_2b.json --plot build/bench/context.svg
 	$(BIN)/python bench/end_to_end.py -o build/bench/end_to_end_300m.json \
 		$(if $(REFERENCE),--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON))
 	$(BIN)/python -m ppexport.exporters.random_checkpoint build/bench/random_300m --shape 300m

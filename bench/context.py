@@ -4,13 +4,14 @@
     python bench/context.py --shape 2b --lengths 1000,8000 --rounds 1 -o bench/results/context_2b.json
 
 Random checkpoints of both families at the same published size, in one precision, each bundle in a process of its own,
-in turns. A prompt of random tokens, then TOKENS - 1 more; "state" is what the sequence holds at its end. The first rows
-are of a desktop of 1280 x 1024 pixels with a question, pruned and whole.
+in turns. A prompt of random tokens, then TOKENS - 1 more; "state_mb" is what the decoder remembers of so many, by the
+states of its bundle. The first rows are of a desktop of 1920 x 1080 pixels with a question, pruned and whole.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,8 @@ from machine import describe
 from workers import Worker, ours
 
 import ppexport
+from ppexport.models.dtype import BY_NAME, BY_PRECISION
+from ppexport.runtime.bundle import open_bundle
 
 FAMILIES = ("qwen3_vl", "qwen3_5")
 DESKTOP = Path(__file__).parent.parent / "ppexport" / "bench" / "images" / "gui_mousepad.png"
@@ -33,15 +36,15 @@ TOKENS = 33
 SMALLEST_ID = 300  # of the random tokens; special ones lie below
 
 
-def requests(config: dict[str, Any], lengths: list[int]) -> dict[str, dict[str, Any]]:
-    """By their names in the results: what a worker is asked."""
-    shown = ppexport.select(DESKTOP, patch=config["vision_config"]["patch_size"])
-    vocab = config["text_config"]["vocab_size"]
+def requests(configs: list[dict[str, Any]], lengths: list[int]) -> dict[str, dict[str, Any]]:
+    """By their names in the results: what a worker is asked; both families have the same blocks and image token."""
+    shown = ppexport.select(DESKTOP, patch=configs[0]["vision_config"]["patch_size"])
+    vocab = min(config["text_config"]["vocab_size"] for config in configs)
     rng = np.random.default_rng(0)
     question = rng.integers(SMALLEST_ID, vocab, 24).tolist()
     of_desktop = {
         "image": str(DESKTOP),
-        "ids": [*question[:4], *[config["image_token_id"]] * shown.total, *question[4:]],
+        "ids": [*question[:4], *[configs[0]["image_token_id"]] * shown.total, *question[4:]],
     }
     found = {
         "desktop, pruned": {**of_desktop, "prune": True},
@@ -53,8 +56,20 @@ def requests(config: dict[str, Any], lengths: list[int]) -> dict[str, dict[str, 
     return found
 
 
-def measure(workers: dict[str, Worker], asked: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
-    """Medians of every request, by model; the first round of the shortest one is not counted."""
+def state_bytes(bundle: Path, tokens: int) -> int:
+    """Of one sequence."""
+    _, manifest = open_bundle(bundle)
+    computed = BY_PRECISION[manifest.compute].name
+    return sum(
+        math.prod(state.sized(1, tokens)) * BY_NAME[state.stored(computed)].nbytes
+        for state in manifest.model.states
+    )
+
+
+def measure(
+    workers: dict[str, Worker], bundles: dict[str, Path], asked: dict[str, dict[str, Any]], rounds: int
+) -> dict[str, Any]:
+    """Medians of every request, by model, after one that is not counted."""
     for worker in workers.values():
         worker.ask(**next(iter(asked.values())), tokens=3)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in workers}
@@ -71,7 +86,7 @@ def measure(workers: dict[str, Worker], asked: dict[str, dict[str, Any]], rounds
                 "prompt": answers[0]["prompt"],
                 "first_ms": round(median(answer["first"] for answer in answers), 1),
                 "decode_ms": round(median(ms for answer in answers for ms in answer["decode"]), 2),
-                "state_mb": round(answers[0]["held"] / 1e6, 1),
+                "state_mb": round(state_bytes(bundles[family], answers[0]["prompt"] + TOKENS) / 1e6, 1),
                 "peak_rss_gb": round(max(answer["rss"] for answer in answers) / 1e9, 2),
             }
             for name, answers in of_family.items()
@@ -104,7 +119,8 @@ def draw(results: dict[str, Any], shape: str, path: Path) -> None:
                 color=colour,
                 label=f"{family} {shape}",
             )
-        axis.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel=label)
+        scale = "linear" if key == "decode_ms" else "log"
+        axis.set(xscale="log", yscale=scale, xlabel="tokens of the prompt", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, metadata={"Date": None})
@@ -130,14 +146,17 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         workers = {}
+        bundles = {}
+        configs = []
         for family in FAMILIES:
             work = Path(name) / family
             work.mkdir()
             checkpoint = random_checkpoint(shape, work, family)
-            config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-            workers[family] = ours(build(checkpoint, work, precision), threads)
-        asked = requests(config, [int(length) for length in lengths.split(",")])
-        results = measure(workers, asked, rounds)
+            configs.append(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+            bundles[family] = build(checkpoint, work, precision)
+            workers[family] = ours(bundles[family], threads)
+        asked = requests(configs, [int(length) for length in lengths.split(",")])
+        results = measure(workers, bundles, asked, rounds)
         for worker in workers.values():
             worker.close()
     if output:

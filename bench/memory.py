@@ -24,9 +24,11 @@ from ppexport.runtime.pipeline import REUSE
 
 MODELS = [
     ("qwen3_vl", "2b"),
+    ("qwen3_5", "2b"),
     ("qwen2_vl", "2b"),
     ("qwen2_5_vl", "3b"),
     ("qwen3_vl", "4b"),
+    ("qwen3_5", "4b"),
     ("qwen3_vl", "8b"),
 ]
 PRECISIONS = ("int4", "int8", "fp16")

@@ -53,7 +53,6 @@ def main() -> None:
             "outside": [ms - run * 1e3 for ms, run in zip(decode, runs, strict=True)],
             "tokens": tokens,
             "rss": peak(),
-            "held": pipe.engine.held_bytes,
             "stages": stats.milliseconds,
             "kept": stats.kept,
             "total": stats.total,

@@ -117,6 +117,9 @@ class Output:
     dtype: str = "compute"  # what the graph calculates in; or "float32", whatever it does
 
 
+DELTA_CHUNK = 64  # tokens of the gated delta rule that are calculated together, where no operator has it
+
+
 @dataclass(frozen=True)
 class DeltaNet:
     """Layers of linear attention by the gated delta rule: what they remember of a sequence has one size.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .compile_bundle import plan_sizes
 from .models import profiles
-from .models.config import ModelConfig
+from .models.config import DELTA_CHUNK, ModelConfig
 from .models.dtype import BY_NAME, BY_PRECISION
 from .models.errors import BundleError
 from .models.precision import BYTES, ENGINES
@@ -46,10 +46,15 @@ def memory(model: ModelConfig, compute: str, weights: int, sizes: Profiles, dial
     # q, k, v and what comes of them, in windows that are filled up
     filled = 4 * v.width * profiles.most_windows(sizes, v) * (v.window * v.merge) ** 2
     tower = patches * (4 * v.width + mlp * v.ffn) + filled
+    decoder = prompt * (4 * c.width + 3 * c.ffn) * width
+    if (d := c.delta) is not None:  # in chunks, in float32: queries, keys, values and their products
+        decoder = max(
+            decoder, prompt * d.value_heads * (5 * d.key_dim + 3 * d.value_dim + 4 * DELTA_CHUNK) * 4
+        )
     return {
         "weights": weights,
         "states": _state_bytes(model, BY_PRECISION[compute].name, sizes.capacity, dialect),
-        "activations": max(tower, prompt * (4 * c.width + 3 * c.ffn)) * width,
+        "activations": max(tower * width, decoder),
         "image": rounded(min(3 * pixels, 3 * sizes.max_pixels)),
         "features": rounded((1 + model.levels) * kept * c.width * width),
         "logits": rounded(4 * c.vocab),

@@ -12,10 +12,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...models.config import DELTA_CHUNK
 from .onnx_writer import Ops
-from .ops import CHUNK
 
-DOUBLINGS = 5  # I + A + A^2 + ... + A^63, of a strictly triangular A [CHUNK, CHUNK]
+DOUBLINGS = 5  # I + A + A^2 + ... + A^63, of a strictly triangular A [DELTA_CHUNK, DELTA_CHUNK]
 NEVER = -1e30  # of an exponent
 
 
@@ -46,7 +46,7 @@ def delta_rule(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     key_heads, key_width = int(q.shape[2]), int(q.shape[3])  # type: ignore[arg-type]
     heads, width = int(v.shape[2]), int(v.shape[3])  # type: ignore[arg-type]
     tokens = op("Shape", q, start=1, end=2)
-    size = op("Min", tokens, op.ints([CHUNK]))
+    size = op("Min", tokens, op.ints([DELTA_CHUNK]))
     count = op("Div", op("Add", tokens, op("Sub", size, op.ints([1]))), size)
     padding = op("Sub", op("Mul", count, size), tokens)
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...models.config import DELTA_CHUNK
+
 DOMAIN = "ppexport"
 Watcher = Callable[[str, Tensor], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
@@ -137,9 +139,6 @@ def causal_convolution(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor
     return F.silu(out), whole[:, x.shape[1] :].to(state.dtype)
 
 
-CHUNK = 64  # tokens of the gated delta rule that are calculated together
-
-
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -157,13 +156,13 @@ def delta_rule(
     B, S, heads, width = v.shape
     q = q * q.shape[-1] ** -0.5
     q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
-    count = -(-S // CHUNK)
-    padding = count * CHUNK - S
+    count = -(-S // DELTA_CHUNK)
+    padding = count * DELTA_CHUNK - S
 
     def chunks(x: Tensor) -> Tensor:
-        """[B, S, H, ...] -> [B, H, chunks, CHUNK, ...]; what is filled up changes nothing: no decay, no beta."""
+        """[B, S, H, ...] -> [B, H, chunks, DELTA_CHUNK, ...]; what is filled up changes nothing: no decay, no beta."""
         filled = F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding))
-        return filled.unflatten(1, (count, CHUNK)).movedim(3, 1)
+        return filled.unflatten(1, (count, DELTA_CHUNK)).movedim(3, 1)
 
     q, k, v, decay, beta = (chunks(x) for x in (q, k, v, decay, beta))
     outputs = []
@@ -171,7 +170,7 @@ def delta_rule(
         own_q, own_k, own_v, own_decay, own_beta = (x[:, :, step] for x in (q, k, v, decay, beta))
         out, state = _chunk(own_q, own_k, own_v, own_decay, own_beta, state)
         outputs.append(out)
-    found = torch.stack(outputs, 2).movedim(1, 3).reshape(B, count * CHUNK, heads, width)
+    found = torch.stack(outputs, 2).movedim(1, 3).reshape(B, count * DELTA_CHUNK, heads, width)
     return found[:, :S], state
 
 
