@@ -20,6 +20,10 @@ from .stats import log_request
 from .vision import Seen, Vision
 
 TOGETHER = 8  # sequences that run at once, if nothing else is asked for
+FAR = (
+    1024  # tokens behind the last place where states are kept, from which on the end of a prompt is one, too
+)
+TAIL = 16  # without these, which templates may write otherwise once the prompt has its answer
 BRANCH = 64  # where sequences begin alike, states are kept after a multiple of so many tokens
 CHUNK = 256  # tokens of a prompt that run at once while other sequences wait for their next token
 CLOSED = "the pipeline is closed, expected an open one; load the bundle again"
@@ -164,6 +168,7 @@ class Engine:
                 failed.append(sequence)
                 continue
             slot.busy = True
+            slot.images = sequence.digests
             sequence.slot = slot
             sequence.rest = sequence.prompt.after(known)
             left = np.unique(sequence.rest.image_of[sequence.rest.image_of >= 0])
@@ -177,7 +182,6 @@ class Engine:
         self._active.remove(sequence)
         slot = sequence.slot
         assert slot is not None
-        slot.images = sequence.digests
         sequence.slot = None
         sequence.free()
         self.placement.give_back(slot)
@@ -264,6 +268,7 @@ class Engine:
                 )
                 logits = self.language.run(slot.slots, slot.index, [slot.index], inputs, sequence.features)
                 slot.append(rest.columns[:, begin:until])
+                slot.slots.broken = False
                 sequence.done = until
                 if until in marks:
                     slot.keep()
@@ -275,8 +280,9 @@ class Engine:
     def _marks(self, sequence: Sequence) -> list[int]:
         """After how many tokens of its rest another question may go on.
 
-        Where images begin and where they end, and where another sequence began to differ (behind a system prompt that
-        both have). Only of models whose states cannot be cut back; with others a question may go on from anywhere.
+        Before its first image and behind the last, where another sequence began to differ (behind a system prompt that
+        both have), and at the end of a long text. Only of models whose states cannot be cut back; with others a
+        question may go on from anywhere. Every place costs one more pass over the weights, and a copy of the states.
         """
         rest = sequence.rest
         slot = sequence.slot
@@ -284,13 +290,19 @@ class Engine:
         assert slot is not None
         if self.placement.reuse is None or slot.slots.rewindable or not self.language.backend.appends:
             return []
+        end = len(rest.ids)
+        known = len(sequence.prompt.ids) - end
+        branch = max(
+            0, sequence.branch // BRANCH * BRANCH - known
+        )  # questions may have a first word in common
+        if rest.image_of[branch] >= 0:  # an image is shared as a whole
+            branch = int((rest.image_of == rest.image_of[branch]).argmax())
         shown = np.flatnonzero(rest.image_of >= 0)
-        marks = {int(shown[0]), int(shown[-1]) + 1} if len(shown) else set()
-        known = len(sequence.prompt.ids) - len(rest.ids)
-        branch = sequence.branch // BRANCH * BRANCH  # questions may have a first word in common
-        if branch > known:
-            marks.add(branch - known)
-        return sorted(marks)
+        first = int(shown[0]) if len(shown) else 0
+        marks = {branch, int(shown[-1]) + 1 if len(shown) else 0, first if first >= BRANCH else 0}
+        if end - max(marks) >= FAR:
+            marks.add(end - TAIL)
+        return sorted(marks - {0})
 
     # -------------------------------------------------------------------------------------- tokens
 
@@ -347,6 +359,7 @@ class Engine:
         for slot in places:
             row = slot.index - first
             slot.append(np.vstack([ids[row], [-1], positions[:, row]]).astype(np.int32))
+        slots.broken = False
         return logits[[slot.index - first for slot in places]] if n > 1 else logits
 
     def _choose(self, batch: list[Sequence], logits: np.ndarray) -> list[Sequence]:

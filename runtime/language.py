@@ -60,7 +60,8 @@ class Language:
         """Run more tokens in the rows from ``first`` on; of them, the slots ``active`` are changed.
 
         ``features`` [1 + L, K, D] or None where no image is among the tokens. Returns the logits float32 [n, V] after
-        the last token of each row, valid until the next call.
+        the last token of each row, valid until the next call. Where states cannot be cut back, ``slots.broken`` stays
+        set until the caller has noted that the tokens are in there.
         """
         count, S = inputs.ids.shape
         run = slots.runs.get((first, count))
@@ -91,13 +92,16 @@ class Language:
                 run.binding.input("entries", self._counted(slots.capacity).rows(0, entries))
                 run.entries = entries
         changed = slots.broken
-        slots.broken = changed or not slots.rewindable  # until it is done
-        for form in slots.forms:
-            form.before(run.binding, length, S)
-        run.binding.run()
+        slots.broken = changed or not slots.rewindable
+        try:
+            for form in slots.forms:
+                form.before(run.binding, length, S)
+            run.binding.run()
+        except Exception:
+            slots.broken = changed  # nothing of it can be seen
+            raise
         for form in slots.forms:
             form.after(first, count, active, length, S)
-        slots.broken = changed
         if features is not None:  # they go when the prompt has been run
             run.binding.input("features", self.no_features)
             run.features = self.no_features

@@ -107,6 +107,10 @@ class Reuse:
     def too_much(self, pools: Iterable[Slots]) -> Iterator[Slots]:
         """Idle slots that there is no room for, the least recently used first."""
         unused = idle(pools)
+        for slots in unused:  # copies go first
+            if sum(each.nbytes for each in unused) > self.room:
+                for slot in slots.listed:
+                    slot.kept.clear()
         for slots in list(unused):
             if slots.broken or slots.nbytes > self.room:  # the latter would drive out all others
                 unused.remove(slots)

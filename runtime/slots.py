@@ -10,6 +10,7 @@ from ..models.config import State
 from .backends.session import Backend, Binding, Buffer
 from .states import ByPosition, Copied, Form, InPlace
 
+MOST_KEPT = 4  # copies of the states of one sequence
 Digests = tuple[bytes, ...]  # of the images of a request
 
 
@@ -23,7 +24,8 @@ class Slot:
         self.images: Digests = ()
         self.busy = False  # does a sequence run in it?
         self.last_used = 0  # rising
-        self.kept: list[int] = []  # lengths that it can be cut back to, where states are not rewindable
+        # where states are not rewindable: lengths that it can be cut back to, and copies of what it was then
+        self.kept: dict[int, dict[str, Buffer]] = {}
         self._columns: list[np.ndarray] = []
 
     @property
@@ -35,20 +37,26 @@ class Slot:
 
     def rewind(self, length: int) -> None:
         """Go on after the first ``length`` tokens; the entries behind them are written anew."""
-        self._columns = [self.held[:, :length]]
+        self.slots.broken = not self.slots.rewindable  # until it is done
         if not length:
             self.slots.clear(self.index)
         elif length < self.length and not self.slots.rewindable:
             for form in self.slots.forms:
-                form.rewind(self.index, length)
+                form.restore(self.index, self.kept[length])
+        self._columns = [self.held[:, :length]]
         self.length = length
-        self.kept = [each for each in self.kept if each <= length]
+        self.kept = {n: copies for n, copies in self.kept.items() if n <= length}
+        self.slots.broken = False
 
     def keep(self) -> None:
-        """Let a later sequence go on from here, though states cannot be cut back."""
-        for form in self.slots.forms:
-            form.keep(self.index, self.length)
-        self.kept.append(self.length)
+        """Let a later sequence go on from here, though states cannot be cut back.
+
+        Of more than MOST_KEPT places the first one stays, behind what most requests begin with, and the latest ones.
+        """
+        copies = [form.copies(self.index) for form in self.slots.forms]
+        self.kept[self.length] = {name: copy for each in copies for name, copy in each.items()}
+        if len(self.kept) > MOST_KEPT:
+            del self.kept[sorted(self.kept)[1]]
 
     def append(self, columns: np.ndarray) -> None:
         """Entries for further tokens, int32 [2 + A, n], have been written."""
@@ -97,8 +105,9 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        """Of all states."""
-        return sum(form.nbytes for form in self.forms)
+        """Of all states, and of what is kept of them."""
+        kept = [copy for slot in self.listed for copies in slot.kept.values() for copy in copies.values()]
+        return sum(form.nbytes for form in self.forms) + sum(copy.nbytes for copy in kept)
 
     @property
     def busy(self) -> bool:

@@ -38,11 +38,11 @@ class Form(Protocol):
     def clear(self, slot: int) -> None:
         """A new sequence begins in the slot."""
 
-    def keep(self, slot: int, length: int) -> None:
-        """A sequence may go on from here again, after its first ``length`` tokens."""
+    def copies(self, slot: int) -> dict[str, Buffer]:
+        """Of what cannot be had again by looking at fewer entries, so that a sequence can be cut back to here."""
 
-    def rewind(self, slot: int, length: int) -> None:
-        """Go on after the first ``length`` tokens, where that was kept."""
+    def restore(self, slot: int, copies: dict[str, Buffer]) -> None:
+        """Go on from there."""
 
 
 class InPlace:
@@ -91,11 +91,12 @@ class InPlace:
     def clear(self, slot: int) -> None:
         """See Form; the graph looks at no entry before it has written it."""
 
-    def keep(self, slot: int, length: int) -> None:
-        """See Form; entries stay as they are."""
+    def copies(self, slot: int) -> dict[str, Buffer]:
+        """See Form; entries stay as they are, and what lies behind is written anew."""
+        return {}
 
-    def rewind(self, slot: int, length: int) -> None:
-        """See Form; what lies behind is written anew."""
+    def restore(self, slot: int, copies: dict[str, Buffer]) -> None:
+        """See Form."""
 
 
 class ByPosition:
@@ -152,11 +153,12 @@ class ByPosition:
     def clear(self, slot: int) -> None:
         """See Form."""
 
-    def keep(self, slot: int, length: int) -> None:
-        """See Form; entries stay as they are."""
+    def copies(self, slot: int) -> dict[str, Buffer]:
+        """See Form; entries stay as they are, and what lies behind is written anew."""
+        return {}
 
-    def rewind(self, slot: int, length: int) -> None:
-        """See Form; what lies behind is written anew."""
+    def restore(self, slot: int, copies: dict[str, Buffer]) -> None:
+        """See Form."""
 
 
 class Copied:
@@ -167,76 +169,67 @@ class Copied:
         self.states = states
         self.dtype = dtype
         self.memory: dict[str, Buffer] = {}
-        self.new: dict[tuple[int, int], dict[str, Buffer]] = {}  # by first row and count
-        self.kept: dict[tuple[int, int], dict[str, Buffer]] = {}  # by slot and length of the sequence
+        self.new: dict[str, Buffer] = {}  # as large; a run of some slots puts its rows out from the first on
 
     @property
     def nbytes(self) -> int:
-        """See Form; with what is kept to go on from."""
-        every = [self.memory, *self.kept.values()]
-        return sum(buffer.nbytes for states in every for buffer in states.values())
+        """See Form."""
+        return sum(buffer.nbytes for states in (self.memory, self.new) for buffer in states.values())
 
     def grow(self, slots: int, capacity: int, used: int) -> None:
         """See Form; they have the same size for any number of tokens."""
+        if self.memory and next(iter(self.memory.values())).shape[0] == slots:
+            return
         moved: dict[str, Buffer] = {}
+        made: dict[str, Buffer] = {}
         for state in self.states:
+            moved[state.name], made[state.name] = (
+                self.backend.zeros(state.sized(slots, capacity), state.stored(self.dtype)) for _ in range(2)
+            )
             old = self.memory.get(state.name)
-            if old is not None and old.shape[0] == slots:
-                continue
-            new = self.backend.zeros(state.sized(slots, capacity), state.stored(self.dtype))
             if old is not None:
-                self.backend.copy_into(_flat(new.rows(0, old.shape[0])), 0, _flat(old))
-            moved[state.name] = new
-        self.new.clear()
-        self.memory.update(moved)
+                self.backend.copy_into(_flat(moved[state.name].rows(0, old.shape[0])), 0, _flat(old))
+        self.memory = moved
+        self.new = made
 
     def attach(self, binding: Binding, first: int, count: int) -> None:
         """See Form."""
-        made = {}
         for name, buffer in self.memory.items():
-            made[name] = self.backend.zeros((count, *buffer.shape[1:]), buffer.dtype)
             binding.input(name, buffer.rows(first, first + count))
-            binding.output(f"new_{name}", made[name])
-        self.new[first, count] = made
+            binding.output(f"new_{name}", self.new[name].rows(0, count))
 
     def before(self, binding: Binding, length: int, tokens: int) -> None:
         """See Form."""
 
     def after(self, first: int, count: int, active: Sequence[int], length: int, tokens: int) -> None:
         """See Form."""
-        for name, new in self.new[first, count].items():
+        for name, new in self.new.items():
             for slot in active:
-                row = slot - first
-                self.backend.copy_into(
-                    _flat(self.memory[name].rows(slot, slot + 1)), 0, _flat(new.rows(row, row + 1))
-                )
+                made = new.rows(slot - first, slot - first + 1)
+                self.backend.copy_into(_flat(self._row(name, slot)), 0, _flat(made))
 
     def clear(self, slot: int) -> None:
         """See Form."""
-        self._forget(slot, 0)
-        for buffer in self.memory.values():
-            row = buffer.rows(slot, slot + 1)
+        for name in self.memory:
+            row = self._row(name, slot)
             self.backend.copy_into(_flat(row), 0, _flat(self.backend.zeros(row.shape, row.dtype)))
 
-    def keep(self, slot: int, length: int) -> None:
-        """See Form; a copy."""
-        copies = {}
-        for name, buffer in self.memory.items():
-            row = buffer.rows(slot, slot + 1)
-            copies[name] = self.backend.zeros(row.shape, row.dtype)
-            self.backend.copy_into(_flat(copies[name]), 0, _flat(row))
-        self.kept[slot, length] = copies
-
-    def rewind(self, slot: int, length: int) -> None:
+    def copies(self, slot: int) -> dict[str, Buffer]:
         """See Form."""
-        for name, copy in self.kept[slot, length].items():
-            self.backend.copy_into(_flat(self.memory[name].rows(slot, slot + 1)), 0, _flat(copy))
-        self._forget(slot, length)
+        found = {}
+        for name in self.memory:
+            row = self._row(name, slot)
+            found[name] = self.backend.zeros(row.shape, row.dtype)
+            self.backend.copy_into(_flat(found[name]), 0, _flat(row))
+        return found
 
-    def _forget(self, slot: int, length: int) -> None:
-        """What was kept of longer sequences."""
-        for key in [key for key in self.kept if key[0] == slot and key[1] > length]:
-            del self.kept[key]
+    def restore(self, slot: int, copies: dict[str, Buffer]) -> None:
+        """See Form."""
+        for name, copy in copies.items():
+            self.backend.copy_into(_flat(self._row(name, slot)), 0, _flat(copy))
+
+    def _row(self, name: str, slot: int) -> Buffer:
+        return self.memory[name].rows(slot, slot + 1)
 
 
 def _entries(buffer: Buffer, state: State) -> Buffer:

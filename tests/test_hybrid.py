@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from invariants import relative_error
+from safetensors.torch import load_file, save_file
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import ppexport
@@ -27,6 +28,8 @@ from ppexport.exporters.random_checkpoint import random_config, write_random, wr
 from ppexport.exporters.run_model import EagerModel
 from ppexport.exporters.weights.attach import attach
 from ppexport.models.precision import Wanted, resolve
+from ppexport.runtime.backends.ort import OrtBinding
+from ppexport.runtime.slots import MOST_KEPT
 from ppexport.trt_build import Options, compile_graph
 
 SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
@@ -38,6 +41,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("qwen3_5") / "checkpoint"
     write_random(random_config("qwen3_5", "tiny", "float32"), directory, seed=3)
     write_text_files(directory, "qwen3_5")
+    weights = load_file(directory / "model.safetensors")
+    for (
+        name,
+        weight,
+    ) in weights.items():  # as in trained models: heads that forget slowly, and learn all at once
+        if name.endswith("A_log"):
+            weights[name] = torch.linspace(-6.0, 0.5, len(weight))
+        if name.endswith("in_proj_b.weight"):
+            weights[name] = 20 * weight
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
@@ -52,14 +65,20 @@ def pipe(bundle: Path) -> ppexport.Pipeline:
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000])
-@pytest.mark.parametrize("heads", [(2, 4), (3, 3)], ids=str)
-def test_the_delta_rule(tokens: int, heads: tuple[int, int]) -> None:
-    """Chunk by chunk against transformers token by token, behind a state that is there already."""
+@pytest.mark.parametrize(("heads", "alike"), [((2, 4), False), ((3, 3), False), ((2, 4), True)], ids=str)
+def test_the_delta_rule(tokens: int, heads: tuple[int, int], alike: bool) -> None:
+    """Chunk by chunk against transformers token by token, behind a state that is there already.
+
+    ``alike``: keys as of a token that is repeated, by heads that hardly forget.
+    """
     generator = torch.Generator().manual_seed(tokens)
     normal = lambda *sizes: torch.randn(2, *sizes, generator=generator)  # noqa: E731
     q, k = (torch.nn.functional.normalize(normal(tokens, heads[0], 16), dim=-1) for _ in range(2))
     v, state = normal(tokens, heads[1], 24), normal(heads[1], 16, 24)
     decay, beta = -normal(tokens, heads[1]).abs(), torch.sigmoid(normal(tokens, heads[1]))
+    if alike:
+        k = k[:, :1].expand(k.shape)
+        decay, beta = decay / 50, torch.full_like(beta, 0.95)
     out, after = ops.delta_rule(q, k, v, decay, beta, state)
     expected, expected_after = modeling_qwen3_5.torch_recurrent_gated_delta_rule(
         q, k, v, g=decay, beta=beta, initial_state=state, output_final_state=True
@@ -119,14 +138,16 @@ def decoder(
     return run
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("parts", [[1], [63], [64], [65], [200], [1000], [64, 5, 1], [63, 66, 1, 1]], ids=str)
 def test_every_dialect_is_the_model(
-    decoder: Callable[[np.ndarray, list[int]], np.ndarray], checkpoint: Path, parts: list[int]
+    decoder: Callable[[np.ndarray, list[int]], np.ndarray], checkpoint: Path, parts: list[int], alike: bool
 ) -> None:
-    """However a prompt is cut, and token by token behind it."""
+    """However a prompt is cut, and token by token behind it; of random tokens, and of one that is repeated."""
     opened = Checkpoint.open(checkpoint)
     count = sum(parts)
     ids = np.random.default_rng(count).integers(5, 200, count).astype(np.int32)
+    ids[1 if alike else count :] = 46
     places = np.broadcast_to(np.arange(count, dtype=np.int32), (3, count))
     eager = EagerModel(opened, opened.family.preprocessing, "reference")
     none = np.zeros((1, 1, opened.config.text.width), np.float32)
@@ -144,9 +165,10 @@ def test_another_question_goes_on_behind_the_image(pipe: ppexport.Pipeline, bund
     first = asked(pipe, "What is this?", SCREEN)
     held = pipe.engine.held_bytes
     (slots,) = pipe.engine.placement.pools
-    assert len(slots.listed[0].kept) == 2
-    copied = slots.forms[1]
-    assert copied.nbytes == 3 * sum(buffer.nbytes for buffer in copied.memory.values())  # type: ignore[attr-defined]
+    (copies,) = slots.listed[0].kept.values()
+    size = sum(copy.nbytes for copy in copies.values())
+    assert slots.forms[1].nbytes == 2 * size  # with what the graph puts out
+    assert slots.nbytes == sum(form.nbytes for form in slots.forms) + size
     text, stats = asked(pipe, "And what else?", SCREEN)
     assert stats.reused_tokens >= first[1].kept > 0
     assert pipe.engine.held_bytes >= held
@@ -155,6 +177,79 @@ def test_another_question_goes_on_behind_the_image(pipe: ppexport.Pipeline, bund
     with ppexport.load(bundle, reuse=0) as fresh:
         assert asked(fresh, "And what else?", SCREEN)[0] == text
         assert asked(fresh, "And this?", other)[0] == other_text
+
+
+def test_copies_are_few_and_go_first(pipe: ppexport.Pipeline) -> None:
+    """One for the picture of every turn would be the more memory the longer a conversation gets."""
+    rng = np.random.default_rng(5)
+    said: list[dict[str, Any]] = []
+    first = 0
+    for turn in range(6):
+        picture = rng.integers(0, 255, (64, 64, 3)).astype(np.uint8)
+        parts = [{"type": "image", "image": picture}, {"type": "text", "text": f"Question {turn}?"}]
+        said.append({"role": "user", "content": parts})
+        answer = pipe.generate(said, max_new_tokens=4)
+        said.append({"role": "assistant", "content": answer.text()})
+        (slots,) = pipe.engine.placement.pools
+        places = sorted(slots.listed[0].kept)
+        first = first or places[0]
+        assert len(places) <= MOST_KEPT
+        assert places[0] == first
+    assert pipe.reuse is not None
+    pipe.reuse.room = sum(form.nbytes for form in slots.forms)
+    assert asked(pipe, "In words?")[0] is not None
+    (slots,) = pipe.engine.placement.pools  # there is room for one, but not for copies
+    assert not any(slot.kept for slot in slots.listed)
+
+
+def test_an_interruption_adds_no_token_twice(
+    pipe: ppexport.Pipeline, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the host waits for logits, states hold a token that nobody has noted; the next turn goes on behind it."""
+    ids = list(range(5, 70))
+    steps = pipe.generate_tokens(ids, max_new_tokens=9, stop=())
+    said = [next(steps).token, next(steps).token]
+    download = pipe.backend.download
+
+    def interrupted(buffer: Any) -> np.ndarray:
+        if buffer.dtype == "float32" and buffer.shape[-1] == pipe.manifest.model.text.vocab:
+            raise KeyboardInterrupt
+        return download(buffer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.backend, "download", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+    del steps
+    after = [*ids, *said, 7, 8]
+    (step,) = pipe.generate_tokens(after, max_new_tokens=1, stop=())
+    with ppexport.load(bundle, reuse=0) as fresh:
+        (expected,) = fresh.generate_tokens(after, max_new_tokens=1, stop=())
+    assert relative_error(step.logits, expected.logits) < 1e-4
+
+
+def test_a_failed_run_ends_no_other(pipe: ppexport.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, say: what a run puts out goes to memory of its own first."""
+    expected = list(pipe.generate_tokens([4, 5, 6], max_new_tokens=12, stop=()))
+    pipe.engine.forget()
+    first = pipe.prepare_tokens([4, 5, 6], max_new_tokens=12, stop=(), ahead=None)
+    pipe.engine.add(first)
+    pipe.engine.step()
+    second = pipe.prepare_tokens([9] * 70, max_new_tokens=3, stop=(), ahead=None)
+    pipe.engine.add(second)
+    run = OrtBinding.run
+
+    def failing(binding: OrtBinding) -> None:
+        if binding._bound["input_ids"].shape[1] == 70:
+            raise MemoryError("no more of it")
+        run(binding)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OrtBinding, "run", failing)
+        while not first.finished:
+            pipe.engine.step()
+    assert isinstance(second.error, MemoryError)
+    assert [step.token for step in first.pending] == [step.token for step in expected]
 
 
 def test_together_equals_alone(bundle: Path) -> None:

@@ -2,7 +2,7 @@
 
 Tokens are calculated in chunks, all chunks at once as batched products; a Loop carries the state from chunk to chunk.
 A single token is a chunk of one, and the Loop ends before its first step. Source: Yang et al. 2024, "Gated Delta
-Networks", arXiv:2412.06464, section 3.3; the inverse of a unit triangular matrix by doubling.
+Networks", arXiv:2412.06464, section 3.3.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import onnx_ir as ir
 from ...models.config import DELTA_CHUNK
 from .onnx_writer import Ops
 
-DOUBLINGS = 5  # I + A + A^2 + ... + A^63, of a strictly triangular A [DELTA_CHUNK, DELTA_CHUNK]
 NEVER = -1e30  # of an exponent
 
 
@@ -93,22 +92,15 @@ def _parts(op: Ops, q: Any, k: Any, v: Any, decay: Any, beta: Any, size: Any) ->
     """What needs no state, of all chunks at once: q, k, v, decay and beta [B, H, chunks, size, ...]."""
     number = op("Range", op.const(0), op("Squeeze", size), op.const(1))
     row, column = op("Unsqueeze", number, op.ints([1])), op("Unsqueeze", number, op.ints([0]))
-    before = op("Less", column, row)
     until = op("LessOrEqual", column, row)
-    zero = op.const(0.0)
-    since = op(
-        "MatMul", op("Cast", until, to=ir.DataType.FLOAT), decay
-    )  # [..., size, 1], from the chunk's beginning
+    # [..., size, 1], from the chunk's beginning
+    since = op("MatMul", op("Cast", until, to=ir.DataType.FLOAT), decay)
     distance = op("Sub", since, op("Transpose", since, perm=[0, 1, 2, 4, 3]))
     between = op("Exp", op("Where", until, distance, op.const(NEVER)))
     turned = op("Transpose", k, perm=[0, 1, 2, 4, 3])
     keys = op("Mul", k, beta)
     system = op("Mul", op("MatMul", keys, turned), between)
-    power = op("Where", before, op("Neg", system), zero)
-    inverse = op("Add", power, op("Cast", op("Equal", column, row), to=ir.DataType.FLOAT))
-    for _ in range(DOUBLINGS):
-        power = op("MatMul", power, power)
-        inverse = op("Add", inverse, op("MatMul", inverse, power))
+    inverse = _inverse(op, system, row, column)
     grown = op("Exp", since)
     last = op("Gather", since, op.ints([-1]), axis=3)  # [B, H, chunks, 1, 1]
     return {
@@ -119,6 +111,26 @@ def _parts(op: Ops, q: Any, k: Any, v: Any, decay: Any, beta: Any, size: Any) ->
         "k": op("Mul", k, op("Exp", op("Sub", last, since))),
         "e": op("Exp", last),
     }
+
+
+def _inverse(op: Ops, system: Any, row: Any, column: Any) -> Any:
+    """Of the unit triangular matrices whose values below the diagonal are those of ``system`` [..., size, size].
+
+    Block by block, each level from the one before: [[P, 0], [C, Q]] has the inverse [[P', 0], [-Q' C P', Q']]. A sum of
+    powers would take fewer levels, but where keys are alike its terms are of 1e17 and cancel out.
+    """
+    inverse = op("Cast", op("Equal", column, row), to=ir.DataType.FLOAT)
+    side = 1
+    while side < DELTA_CHUNK:
+        of_row, of_column = (op("Div", each, op.const(side)) for each in (row, column))
+        of_pair = op("Equal", *(op("Div", each, op.const(2 * side)) for each in (row, column)))
+        between = op("And", of_pair, op("Less", of_column, of_row))
+        lower = op("Where", between, system, op.const(0.0))
+        if side > 1:  # blocks of one are their own inverses
+            lower = op("MatMul", inverse, op("MatMul", lower, inverse))
+        inverse = op("Sub", inverse, lower)
+        side *= 2
+    return inverse
 
 
 def _step(op: Ops, parts: dict[str, ir.Value], number: Any, state: Any) -> tuple[Any, Any]:
