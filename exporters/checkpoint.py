@@ -89,8 +89,8 @@ class Checkpoint:
 
     @property
     def precision(self) -> str:
-        """The widest dtype among the weights: "fp32", "fp16" or "bf16"."""
-        kinds = {entry.dtype for entry in self.entries.values()}
+        """The widest dtype among the matrices: "fp32", "fp16" or "bf16"; a few vectors may be in float32 anyway."""
+        kinds = {entry.dtype for entry in self.entries.values() if len(entry.shape) > 1}
         return "fp32" if len(kinds) > 1 else str(BY_SAFETENSORS[kinds.pop()].precision)
 
     def optional_json(self, name: str) -> dict[str, Any] | None:

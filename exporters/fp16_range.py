@@ -52,7 +52,8 @@ def float32_kinds(
         return dict.fromkeys(with_weights, ALL)
     found: dict[str, set[str]] = {graph: set() for graph in with_weights}
     if precision == "fp16":
-        tried = f"synthetic screens and {len(samples)} images" if samples else "synthetic screens"
+        tried = "synthetic screens" if checkpoint.config.sees else "a few words"
+        tried += f" and {len(samples)} images" if samples else ""
         largest = measure(checkpoint, pre, screens, progress, samples)
         for graph in with_weights:
             kinds = largest[graph]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .config import DeltaNet, Rope, TextConfig, Weight, Yarn
@@ -72,6 +73,8 @@ def _delta_net(table: Table, c: TextConfig, d: DeltaNet, name: str, source: str)
     values = d.value_heads * d.value_dim
     for part, outer in (("qkv", d.channels), ("z", values), ("b", d.value_heads), ("a", d.value_heads)):
         linear(table, f"{name}.{part}", f"{source}.in_proj_{part}", c.width, outer, bias=False)
+    for part in "ab":  # a few columns, exponents of which add up over the whole sequence
+        table[f"{name}.{part}.weight"] = replace(table[f"{name}.{part}.weight"], integers=False)
     table[f"{name}.conv"] = Weight(f"{source}.conv1d.weight", (d.channels, 1, d.kernel))
     table[f"{name}.dt_bias"] = Weight(f"{source}.dt_bias", (d.value_heads,))
     table[f"{name}.log_decay"] = Weight(f"{source}.A_log", (d.value_heads,))

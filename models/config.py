@@ -250,3 +250,4 @@ class Weight:
     source: str  # tensor name in the checkpoint
     shape: tuple[int, ...]  # shape in the checkpoint
     layout: str = "same"
+    integers: bool = True  # may it be stored in integers, if it is a matrix?

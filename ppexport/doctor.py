@@ -14,6 +14,7 @@ from .models.engine_record import TARGETS
 from .models.errors import BackendError, PpexportError
 from .models.version import __version__, release
 from .runtime.backends import cuda, trt_api
+from .runtime.backends.devices import newer_onnxruntime
 from .runtime.backends.ort import FIRST_WITH_DELTA_RULE, import_onnxruntime
 from .runtime.bundle import open_bundle
 from .runtime.pipeline import load
@@ -181,7 +182,7 @@ def _providers() -> Finding:
     names = [name.removesuffix("ExecutionProvider") for name in _provider_names()]
     old = release(version) < FIRST_WITH_DELTA_RULE
     first = ".".join(map(str, FIRST_WITH_DELTA_RULE))
-    todo = f"{first} or later for Qwen3.5 in the dialects ort and cuda: {_pip('hybrid')}" if old else ""
+    todo = f"{first} or later for Qwen3.5 in the dialects ort and cuda: {newer_onnxruntime()}" if old else ""
     return Finding("ONNX Runtime", f"{version}: {', '.join(names)}", todo)
 
 

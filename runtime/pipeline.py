@@ -491,6 +491,10 @@ def load(
             integer(name, value, 1)
     directory, manifest = open_bundle(path, verify)
     side = manifest.model.vision.side
+    if not manifest.model.sees and (min_pixels is not None or max_pixels is not None):
+        raise RequestError(
+            f"limits of pixels are given, expected none: a {manifest.family} model takes text only"
+        )
     if side and (min_pixels is not None or max_pixels is not None):
         raise RequestError(
             f"{'min' if max_pixels is None else 'max'}_pixels is given, expected neither: a {manifest.family} model "

@@ -31,6 +31,7 @@ from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.backends.ort import OrtBinding
 from ppexport.runtime.slots import MOST_KEPT
 from ppexport.trt_build import Options, compile_graph
+from ppexport.verify import verify
 
 SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
 ROOM = 1024  # tokens in a cache
@@ -315,6 +316,29 @@ def test_an_onnxruntime_that_does_not_know_the_operators(
     assert "1.30 or later for Qwen3.5" in found.todo
     with ppexport.load(build(checkpoint, tmp_path / "plain", "fp32", "plain")) as pipe:
         assert asked(pipe, "What?", SCREEN)[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "least"), [("bf16", 0.9999), ("int8", 0.99), ("w8a8", 0.99), ("int4", 0.9)]
+)
+def test_other_precisions(checkpoint: Path, tmp_path: Path, precision: str, least: float) -> None:
+    """What decays and what is learnt is not stored in integers: that adds up over the whole sequence."""
+    bundle = build(checkpoint, tmp_path / "bundle", precision)
+    report = verify(bundle, checkpoint, [str(SCREEN)], tokens=8)
+    assert report.logits.cosine > least
+    graph = ir.load(bundle / "language.onnx").graph
+    kept = [name for name in graph.initializers if name.endswith((".a.weight", ".b.weight"))]
+    assert len(kept) == 2 * 3
+
+
+def test_a_checkpoint_with_some_vectors_in_float32(checkpoint: Path, tmp_path: Path) -> None:
+    """As published ones: its precision is that of its matrices."""
+    mixed = tmp_path / "mixed"
+    write_random(random_config("qwen3_5", "tiny", "bfloat16"), mixed)
+    weights = load_file(mixed / "model.safetensors")
+    weights = {name: w.float() if name.endswith("A_log") else w for name, w in weights.items()}
+    save_file(weights, mixed / "model.safetensors", metadata={"format": "pt"})
+    assert Checkpoint.open(mixed).precision == "bf16"
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plain"])

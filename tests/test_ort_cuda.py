@@ -64,11 +64,13 @@ IN_16_BITS = {  # float16 and bfloat16
     *("Unsqueeze", "Where", "GroupQueryAttention", "MultiHeadAttention", "RotaryEmbedding", "QuickGelu"),
     "SkipSimplifiedLayerNormalization",
 }
-IN_FLOAT32 = {"Cos", "Floor", "Sin", "Sqrt", "Pow"}
+IN_FLOAT32 = {"Cos", "Exp", "Floor", "Neg", "Pow", "Reciprocal", "Sin", "Softplus", "Sqrt"}
+HYBRID = {"CausalConvWithState", "LinearAttention"}  # both; by the names in the provider's library, 1.31.1
 OF_INTEGERS = {
     "And",
     "CumSum",
     "Equal",
+    "Greater",
     "GreaterOrEqual",
     "Less",
     "Max",
@@ -80,7 +82,7 @@ OF_INTEGERS = {
 }
 ON_THE_HOST = {"Constant", "ReduceProd", "Shape"}  # sizes
 INLINED = {"CastLike"}
-MAY = IN_16_BITS | IN_FLOAT32 | OF_INTEGERS | ON_THE_HOST | INLINED
+MAY = IN_16_BITS | HYBRID | IN_FLOAT32 | OF_INTEGERS | ON_THE_HOST | INLINED
 NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
@@ -89,7 +91,7 @@ def kinds(model: ir.Model) -> Counter[str]:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5", "llava"])
 def test_every_operator_has_a_kernel(family: str, precision: str, tmp_path: Path) -> None:
     """On the GPU: an operator that has none there waits for the stream, and keeps CUDA graphs away."""
     config = random_config(family, "tiny")

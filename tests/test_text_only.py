@@ -68,6 +68,8 @@ def test_it_has_no_graph_for_images(checkpoint: Path, bundle: Path) -> None:
 
 def test_images_are_refused(bundle: Path) -> None:
     refused = "expected none: a qwen3_5_text model takes text only"
+    with pytest.raises(ppexport.RequestError, match="limits of pixels are given, expected none"):
+        ppexport.load(bundle, max_pixels=100_000)
     with ppexport.load(bundle) as pipe:
         assert pipe.generate("Hello", max_new_tokens=3).text() is not None
         for ask in (

@@ -113,12 +113,12 @@ def _parts(checkpoint: Checkpoint, graph: str, name: str) -> list[str]:
 
 def _matrix(name: str, weight: Weight) -> bool:
     """Is it multiplied with, or a table of tokens?"""
-    return len(weight.shape) == 2 and weight.layout != "patch" and name != "positions"
+    return weight.integers and len(weight.shape) == 2 and weight.layout != "patch" and name != "positions"
 
 
 def _divides(weight: Weight, part: str, precision: Precision) -> bool:
     """Can a matrix be stored in integers?"""
-    if len(weight.shape) != 2 or weight.layout == "patch":
+    if not weight.integers or len(weight.shape) != 2 or weight.layout == "patch":
         return False
     return not precision.grouped(precision.of(part)) or weight.shape[1] % precision.group_size == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 from ...models.engine_record import TARGETS, folder
@@ -84,11 +85,20 @@ def _check_release(directory: Path, manifest: Manifest, device: str) -> None:
     own = manifest.graphs["language"].dialect in ("ort", "cuda") and manifest.model.text.delta is not None
     if own and release(version) < FIRST_WITH_DELTA_RULE:
         first = ".".join(map(str, FIRST_WITH_DELTA_RULE))
-        extra = "hybrid" if device == "cpu" else "hybrid-cuda"
         raise BackendError(
             f"{directory}: has layers of linear attention, found onnxruntime {version}, expected {first} or later; "
-            f"pip install 'ppexport[{extra}]' (Python 3.11 or later), or build the bundle with --dialect plain"
+            f"{newer_onnxruntime()}, or build the bundle with --dialect plain"
         )
+
+
+def newer_onnxruntime() -> str:
+    """How to get one with LinearAttention; that for CUDA and that for the CPU are packages of one folder."""
+    try:
+        importlib.metadata.version("onnxruntime-gpu")
+        extra = "hybrid-cuda"
+    except importlib.metadata.PackageNotFoundError:
+        extra = "hybrid"
+    return f"pip install 'ppexport[{extra}]' (Python 3.11 or later)"
 
 
 def saturates() -> bool:
