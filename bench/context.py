@@ -87,7 +87,7 @@ def measure(
                 "first_ms": round(median(answer["first"] for answer in answers), 1),
                 "decode_ms": round(median(ms for answer in answers for ms in answer["decode"]), 2),
                 "state_mb": round(state_bytes(bundles[family], answers[0]["prompt"] + TOKENS) / 1e6, 1),
-                "peak_rss_gb": round(max(answer["rss"] for answer in answers) / 1e9, 2),
+                "peak_rss_so_far_gb": round(answers[0]["rss"] / 1e9, 2),
             }
             for name, answers in of_family.items()
         }

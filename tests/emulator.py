@@ -477,7 +477,9 @@ class ICudaEngine:
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.num_io_tensors, self.num_optimization_profiles = len(self.types), len(self.profiles)
-        self.caches = {n for n in self.types if n.startswith("new_")}
+        # in place, as TensorScatter is; other states may be read while the new ones are written
+        self.caches = {n for n in self.types if n.startswith(("new_key", "new_value"))}
+        self.others = {n for n in self.types if n.startswith("new_")} - self.caches
         self.scratch = [(1 + i) << 20 for i in range(len(self.profiles))]  # bytes, of each profile
 
     @property
@@ -516,6 +518,10 @@ class ICudaEngine:
         for name in self.caches:
             assert addresses[name] == addresses[name.removeprefix("new_")], (
                 f"{name} is not aliased with its input"
+            )
+        for name in self.others:
+            assert addresses[name] != addresses[name.removeprefix("new_")], (
+                f"{name} is written over its input"
             )
         feed = {name: read(addresses[name], shapes[name], self.types[name]) for name in self.inputs}
         for name, value in zip(self.outputs, self.session.run(self.outputs, feed), strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import emulator
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -339,6 +340,26 @@ def test_a_checkpoint_with_some_vectors_in_float32(checkpoint: Path, tmp_path: P
     weights = {name: w.float() if name.endswith("A_log") else w for name, w in weights.items()}
     save_file(weights, mixed / "model.safetensors", metadata={"format": "pt"})
     assert Checkpoint.open(mixed).precision == "bf16"
+
+
+@pytest.mark.parametrize(("target", "dialect"), [("tensorrt", "plain"), ("tensorrt-rtx", "standard")])
+def test_further_questions_on_engines(checkpoint: Path, tmp_path: Path, target: str, dialect: str) -> None:
+    """On the emulator, whose stream is behind: states that are copied and gone back to, answers as on the CPU."""
+    options = Options(max_pixels=65536, capacity=512)
+    questions = ("What is this?", "And what else?", "Who signed it?")
+    pages = (SCREEN, np.full((96, 96, 3), 90, np.uint8))
+    cpu = build(checkpoint, tmp_path / "cpu", "fp16")
+    with emulator.installed(target):
+        bundle = build(checkpoint, tmp_path / "bundle", "fp16", dialect, [target], None, options)
+        with ppexport.load(bundle, target) as pipe, ppexport.load(cpu, max_pixels=65536, reuse=0) as fresh:
+            reused = []
+            for page in pages:
+                for question in questions:
+                    text, stats = asked(pipe, question, page)
+                    assert text == asked(fresh, question, page)[0]
+                    reused.append(stats.reused_tokens)
+    assert reused[0] == 0
+    assert min(reused[1], reused[2], reused[4], reused[5]) >= 8  # behind the image
 
 
 @pytest.mark.parametrize("dialect", ["standard", "plain"])
