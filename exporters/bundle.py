@@ -241,9 +241,20 @@ def _save(model: ir.Model, directory: Path, name: str, progress: Progress) -> No
         progress(stage, info.index, info.total)
 
     path = directory / f"{name}.onnx"
-    ir.save(
-        model, path, external_data=f"{path.name}.data", alignment=4096, align_threshold=4096, callback=step
-    )
+    try:
+        ir.save(
+            model,
+            path,
+            external_data=f"{path.name}.data",
+            alignment=4096,
+            align_threshold=4096,
+            callback=step,
+        )
+    except ir.serde.SerdeError as err:  # small weights are read while the graph is written
+        cause: BaseException | None = err
+        while cause is not None and not isinstance(cause, CheckpointError):
+            cause = cause.__cause__
+        raise (cause or err) from None
     progress(stage, 1, 1)
 
 

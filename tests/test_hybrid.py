@@ -332,6 +332,19 @@ def test_other_precisions(checkpoint: Path, tmp_path: Path, precision: str, leas
     assert len(kept) == 2 * 3
 
 
+def test_a_vector_that_is_not_finite_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    """It is so small that it is read while the graph is written."""
+    broken = tmp_path / "broken"
+    write_random(random_config("qwen3_5", "tiny", "bfloat16"), broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("A_log"))
+    weights[name][:] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ppexport.CheckpointError, match=f"'{name}' holds .* that are not finite"):
+        build(broken, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_checkpoint_with_some_vectors_in_float32(checkpoint: Path, tmp_path: Path) -> None:
     """As published ones: its precision is that of its matrices."""
     mixed = tmp_path / "mixed"

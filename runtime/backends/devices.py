@@ -87,7 +87,7 @@ def _check_release(directory: Path, manifest: Manifest, device: str) -> None:
         first = ".".join(map(str, FIRST_WITH_DELTA_RULE))
         raise BackendError(
             f"{directory}: has layers of linear attention, found onnxruntime {version}, expected {first} or later; "
-            f"{newer_onnxruntime()}, or build the bundle with --dialect plain"
+            f"{newer_onnxruntime()}, or build the bundle with --dialect plain --precision fp16"
         )
 
 
