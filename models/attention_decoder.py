@@ -189,7 +189,7 @@ def _turned_width(r: Reader, rope: Reader, head_dim: int, turned: float) -> int:
     width = int(head_dim * share)
     if width % 2 or not 0 < width <= head_dim:
         rope.fail(
-            f"partial_rotary_factor {share} of heads {head_dim} wide, expected an even number of values, at most the head's"
+            f"partial_rotary_factor {share} of heads {head_dim} wide, expected an even number, at most all of them"
         )
     return width
 
