@@ -1,7 +1,7 @@
 """How first token, decode and memory grow with the context on the CPU: a hybrid decoder beside one of attention alone.
 
-    python bench/context.py --shape 300m -o bench/results/context_300m.json --plot docs/context.svg
-    python bench/context.py --shape 2b --lengths 1000,8000 --rounds 1 -o bench/results/context_2b.json
+    python bench/context.py --rounds 2 -o bench/results/context_300m.json
+    python bench/context.py --shape 2b --rounds 1 -o bench/results/context_2b.json --plot docs/context.svg
 
 Random checkpoints of both families at the same published size, in one precision, each bundle in a process of its own,
 in turns. A prompt of random tokens, then TOKENS - 1 more; "state_mb" is what the decoder remembers of so many, by the

@@ -166,8 +166,7 @@ def export(
     interface = copy_text(checkpoint, directory)
     tried = samples(directory)
     kinds = float32_kinds(checkpoint, plan.preprocessing, plan.compute, screens, progress, tried)
-    with_weights = [name for name in config.graphs if name in GRAPHS]
-    for i, name in enumerate(with_weights):
+    for i, name in enumerate(config.with_weights):
         progress("trace", i + 1, 3)
         models[name] = GRAPHS[name](config, dialect, plan.precision.base, kinds[name])
     progress("trace", 3, 3)
@@ -181,7 +180,7 @@ def export(
             where = Path(moments_directory)
             pre = plan.preprocessing
             moments = collect(checkpoint, pre, tried, _fitted(plan.precision), where, progress)
-        for name in with_weights:
+        for name in config.with_weights:
             attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision, moments)
             _save(models[name], directory, name, progress)
     files = _hash(directory, "hash bundle", progress)

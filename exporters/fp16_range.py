@@ -47,7 +47,7 @@ def float32_kinds(
     ``screens`` uint8 [H, W, 3]: what is tried on every model; ``samples``: a user's images, which are tried, too.
     Raises CheckpointError for weights that cannot be read, and for a model that float16 cannot calculate.
     """
-    with_weights = [graph for graph in checkpoint.config.graphs if graph != "prune"]
+    with_weights = checkpoint.config.with_weights
     if precision == "fp32":
         return dict.fromkeys(with_weights, ALL)
     found: dict[str, set[str]] = {graph: set() for graph in with_weights}

@@ -201,6 +201,11 @@ class ModelConfig:
         return ("prune", "vision", "language") if self.sees else ("language",)
 
     @property
+    def with_weights(self) -> tuple[str, ...]:
+        """Those of the graphs that have weights."""
+        return tuple(graph for graph in self.graphs if graph != "prune")
+
+    @property
     def axes(self) -> int:
         """A, the axes of a position."""
         return len(self.text.rope.sections)

@@ -135,7 +135,7 @@ def _check(manifest: Manifest) -> None:
     except RequestError as err:
         raise StrictError(f"prune: {err}") from err
     needed = {graph.file for graph in manifest.graphs.values()}
-    needed |= {f"{graph.file}.data" for name, graph in manifest.graphs.items() if name != "prune"}
+    needed |= {f"{manifest.graphs[name].file}.data" for name in manifest.model.with_weights}
     needed |= {"tokenizer.json", "chat_template.jinja"} if manifest.interface == "text" else set()
     for name in sorted(needed - set(manifest.files)):
         raise StrictError(f"files: {name!r} is not listed")

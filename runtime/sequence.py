@@ -95,9 +95,8 @@ class Sequence:
     cancelled: bool = False
     slot: Slot | None = None
     rest: Prompt | None = None  # of the prompt, what the slot does not hold
-    branch: int = (
-        0  # tokens that it has begun with like another one, whose states cannot be cut back to there
-    )
+    # tokens that it has begun with like another one, whose states cannot be cut back to there
+    branch: int = 0
     # the images in there, as far as they have no features yet
     images_to_encode: list[Picture] = field(default_factory=list)
     parts: list[Buffer] = field(default_factory=list)  # features of each of the others
