@@ -25,7 +25,7 @@ from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
 from .fp16_range import float32_kinds
-from .lowering.dialects import DIALECTS, Dialect
+from .lowering.dialects import DIALECTS, OPENVINO, Dialect
 from .preprocessing import preprocessing_of
 from .pruners import Sizes, pruning_graphs
 from .run_model import Sample
@@ -33,7 +33,7 @@ from .text_files import copy_text, special_tokens, stop_tokens, text_notices
 from .weights.attach import attach, not_in_groups, weight_bytes
 from .weights.gptq import Moments, collect
 
-GRAPHS = {"vision": graphs.vision_graph, "language": graphs.language_graph}  # those with weights
+OTHER_TOWERS = {"ort": (OPENVINO,)}  # dialect -> those that the tower is written in as well
 HEAD_DIM_STEP = 8  # of GroupQueryAttention; it loads graphs with other widths, and fails when they run
 FIXED_RAM = 680_000_000  # bytes: torch, the exporter and one traced graph
 # bytes to run the layers in float32: for each value of the largest tensor, and for each unit inside of vision's MLPs
@@ -162,14 +162,10 @@ def export(
     dialect = DIALECTS[plan.dialect]
     config = checkpoint.config
     progress("trace", 0, 3)
-    models: dict[str, ir.Model] = {}
     interface = copy_text(checkpoint, directory)
     tried = samples(directory)
     kinds = float32_kinds(checkpoint, plan.preprocessing, plan.compute, screens, progress, tried)
-    for i, name in enumerate(config.with_weights):
-        progress("trace", i + 1, 3)
-        models[name] = GRAPHS[name](config, dialect, plan.precision.base, kinds[name])
-    progress("trace", 3, 3)
+    models, others = _trace(plan, kinds, progress)
     if config.sees:
         sizes = Sizes.of(config, graphs.PRECISIONS[plan.compute])
         for name, graph in pruning_graphs(sizes, dialect).items():
@@ -183,6 +179,9 @@ def export(
         for name in config.with_weights:
             attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision, moments)
             _save(models[name], directory, name, progress)
+        for other, tower in others:
+            attach(tower, checkpoint, "vision", plan.preprocessing, other, plan.precision.without_w8a8())
+            _save_beside(tower, directory, "vision", other)
     files = _hash(directory, "hash bundle", progress)
     sources = {file.name: file for file in checkpoint.files()}
     progress("hash checkpoint", 0, len(sources))
@@ -191,6 +190,26 @@ def export(
         hashes[name] = sha256(file)
         progress("hash checkpoint", i + 1, len(sources))
     manifest.write(_manifest(plan, dialect, config, interface, kinds, files, hashes), directory)
+
+
+def _trace(
+    plan: Plan, kinds: dict[str, tuple[str, ...]], progress: Progress
+) -> tuple[dict[str, ir.Model], list[tuple[Dialect, ir.Model]]]:
+    """The graphs with weights by their names, and the tower in the other dialects."""
+    config = plan.checkpoint.config
+    dialect = DIALECTS[plan.dialect]
+    base = plan.precision.base
+    models: dict[str, ir.Model] = {}
+    others: list[tuple[Dialect, ir.Model]] = []
+    if config.sees:
+        progress("trace", 1, 3)
+        dialects = [dialect, *OTHER_TOWERS.get(plan.dialect, ())]
+        models["vision"], *towers = graphs.vision_graphs(config, dialects, base, kinds["vision"])
+        others = list(zip(dialects[1:], towers, strict=True))
+    progress("trace", 2, 3)
+    models["language"] = graphs.language_graph(config, dialect, base, kinds["language"])
+    progress("trace", 3, 3)
+    return models, others
 
 
 def _manifest(
@@ -204,6 +223,7 @@ def _manifest(
 ) -> manifest.Manifest:
     pixel = next((pruner for pruner in plan.prune if isinstance(pruner, PixelPrune)), PixelPrune())
     named = {"prune": prune_file(pixel.graph)}  # what engines are compiled of
+    others = OTHER_TOWERS.get(dialect.name, ())
     return manifest.Manifest(
         schema=manifest.SCHEMA,
         family=config.family,
@@ -213,7 +233,12 @@ def _manifest(
         float32_kinds=kinds,
         interface=interface,
         graphs={
-            name: manifest.Graph(named.get(name, f"{name}.onnx"), dialect.name) for name in config.graphs
+            name: manifest.Graph(
+                named.get(name, f"{name}.onnx"),
+                dialect.name,
+                {other.name: _beside(name, other) for other in others} if name == "vision" else {},
+            )
+            for name in config.graphs
         },
         model=config,
         preprocessing=plan.preprocessing,
@@ -255,6 +280,25 @@ def _save(model: ir.Model, directory: Path, name: str, progress: Progress) -> No
             cause = cause.__cause__
         raise (cause or err) from None
     progress(stage, 1, 1)
+
+
+def _beside(name: str, dialect: Dialect) -> str:
+    """The file of a graph that stands in the bundle in another dialect as well."""
+    return f"{name}.{dialect.name}.onnx"
+
+
+def _save_beside(model: ir.Model, directory: Path, name: str, dialect: Dialect) -> None:
+    """Write a graph whose weights are those that ``name`` was saved with: its file refers to theirs."""
+    saved = ir.load(directory / f"{name}.onnx").graph.initializers
+    for own in model.graph.initializers.values():
+        if not isinstance(own.const_value, ir.LazyTensor):
+            continue  # a constant
+        assert own.name is not None
+        stored = saved[own.name].const_value
+        assert stored is not None
+        assert (stored.dtype, stored.shape) == (own.const_value.dtype, own.const_value.shape), own.name
+        own.const_value = stored
+    ir.save(model, directory / _beside(name, dialect))
 
 
 def _hash(directory: Path, stage: str, progress: Progress) -> dict[str, manifest.FileRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import ModelConfig, Preprocessing
@@ -14,7 +14,7 @@ from .precision import BITS, BYTES, PARTS, Precision
 from .pruners import PruneSetting, listed, pruners_of
 from .strict import StrictError, from_json, to_json
 
-SCHEMA = 6
+SCHEMA = 7
 FILE = "bundle.json"
 MOST_SIDE = 1 << 20  # of a state
 SMALL_FILE = (
@@ -28,6 +28,7 @@ class Graph:
 
     file: str  # the graph; its weights lie beside it in ``file`` + ".data", if it has any
     dialect: str  # see exporters/lowering/dialects.py
+    also: dict[str, str] = field(default_factory=dict)  # other dialects of it -> file, on the same weights
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _check(manifest: Manifest) -> None:
         listed(list(pruners_of(manifest.prune)))
     except RequestError as err:
         raise StrictError(f"prune: {err}") from err
-    needed = {graph.file for graph in manifest.graphs.values()}
+    needed = {file for graph in manifest.graphs.values() for file in (graph.file, *graph.also.values())}
     needed |= {f"{manifest.graphs[name].file}.data" for name in manifest.model.with_weights}
     needed |= {"tokenizer.json", "chat_template.jinja"} if manifest.interface == "text" else set()
     for name in sorted(needed - set(manifest.files)):

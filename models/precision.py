@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .dtype import BY_PRECISION
 from .errors import CheckpointError
@@ -69,6 +69,12 @@ class Precision:
     def grouped(self, stored: str) -> bool:
         """Are matrices of a kind stored in groups? Else integers have a scale per output."""
         return stored == "int4" or (stored == "int8" and not self.per_output)
+
+    def without_w8a8(self) -> Precision:
+        """The tower's integers for a graph that does not round the inputs of products: int8, a scale per output."""
+        return (
+            replace(self, vision="int8", per_output=True, symmetric=True) if self.vision == "w8a8" else self
+        )
 
     def bytes_of(self, part: str, count: int) -> int:
         """What ``count`` values of a part take, with float32 scales."""

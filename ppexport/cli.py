@@ -540,10 +540,10 @@ def doctor(bundle: str | None) -> None:
 
     runs = bundle is None
     for finding in examine(bundle):
-        click.echo(f"{finding.name:<18}{finding.found}")
+        click.echo(f"{finding.name:<20}{finding.found}")
         runs = runs or finding == runs_on(finding.name)
         if finding.todo:
-            click.echo(f"{'':<18}-> {finding.todo}")
+            click.echo(f"{'':<20}-> {finding.todo}")
     if not runs:
         sys.exit(1)
 

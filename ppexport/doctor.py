@@ -13,8 +13,10 @@ from pathlib import Path
 from .models.engine_record import TARGETS
 from .models.errors import BackendError, PpexportError
 from .models.version import __version__, release
+from .runtime import vision_place
 from .runtime.backends import cuda, trt_api
 from .runtime.backends.devices import newer_onnxruntime
+from .runtime.backends.openvino import import_openvino
 from .runtime.backends.ort import FIRST_WITH_DELTA_RULE, import_onnxruntime
 from .runtime.bundle import open_bundle
 from .runtime.pipeline import load
@@ -28,6 +30,7 @@ PACKAGES = [
     "jinja2",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13-bindings",
     "cuda-python",
@@ -90,6 +93,7 @@ def examine(bundle: str | None = None) -> Iterator[Finding]:
     for target in TARGETS:
         yield _flavour(target)
     yield _providers()
+    yield _openvino()
     missing = [name for name in EXPORT if _version(name) is None]
     yield Finding(
         "export", f"missing: {', '.join(missing)}" if missing else "ready", _pip("export") if missing else ""
@@ -186,10 +190,26 @@ def _providers() -> Finding:
     return Finding("ONNX Runtime", f"{version}: {', '.join(names)}", todo)
 
 
+def _openvino() -> Finding:
+    """Its devices, and what its CPU device calculates in."""
+    try:
+        openvino = import_openvino()
+    except BackendError:
+        todo = f"{_pip('openvino')}, to run vision towers where that is faster, and on Intel's GPUs and NPUs"
+        return Finding("OpenVINO", "not installed", todo)
+    core = openvino.Core()
+    offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") if "CPU" in core.available_devices else []
+    kinds = [kind for kind in ("FP32", "BF16", "FP16", "INT8") if kind in offered]
+    devices = ", ".join(core.available_devices) or "no device"
+    calculates = f"; its CPU device calculates in {', '.join(kinds)}" if kinds else ""
+    return Finding("OpenVINO", f"{_version('openvino')}: {devices}{calculates}")
+
+
 def _targets(gpu: bool) -> Iterator[Finding]:
     """What ``build --target`` and ``run --device`` can do here."""
     builds = []
     runs = ["cpu"] if _version("onnxruntime") or _version("onnxruntime-gpu") else []
+    runs += ["openvino"] if runs and _version("openvino") else []
     for target in TARGETS:
         try:
             trt_api.load(target)
@@ -210,9 +230,20 @@ def _bundle(bundle: str) -> Iterator[Finding]:
     _, manifest = open_bundle(bundle)
     dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
     yield Finding("bundle", f"{manifest.family}, weights in {manifest.precision}, dialect {dialects}")
-    for device in ("cpu", "cuda", *TARGETS):
+    openvino = ["vision=openvino", "openvino"] if _version("openvino") else []
+    for device in ("cpu", *openvino, "cuda", *TARGETS):
         try:
             with load(bundle, device, verify=True):
                 yield runs_on(f"  on {device}")
         except PpexportError as err:
             yield Finding(f"  on {device}", f"does not run: {err}")
+    try:
+        with load(bundle) as pipe:
+            found = pipe.chosen
+    except PpexportError as err:
+        found = f"does not run: {err}"
+    yield Finding("  auto", found)
+    measured = vision_place.known(manifest) if manifest.model.sees else None
+    if measured is not None:
+        took = ", ".join(f"{name} {ms:.0f} ms" for name, ms in measured.milliseconds.items())
+        yield Finding("  vision tower", f"one small image on {measured.cpu}: {took}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .models.errors import BackendError
 from .models.precision import BITS, BYTES, GROUP_SIZES, Wanted
 from .models.pruners.pixelprune import PRUNE_METHODS, PRUNE_METRICS
 from .models.pruners.prunesid import MOST_BUDGET
@@ -255,12 +256,32 @@ def cluster_of(options: dict[str, Any]) -> Cluster | None:
 revision_option = click.option(
     "--revision", help="Branch, tag or commit, of a checkpoint that is named as on the Hugging Face hub."
 )
+
+
+class Device(click.ParamType):
+    """A device, or one for each stage (models/devices.py)."""
+
+    name = "DEVICE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it was given, if it is one."""
+        from .models.devices import places_of
+
+        try:
+            places_of(value)
+        except BackendError as err:
+            self.fail(str(err), param, ctx)
+        return str(value)
+
+
 device_option = click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]),
+    type=Device(),
     default="auto",
     show_default=True,
-    help="Where to run; auto takes engines of the bundle that run here, else the CPU, and says why.",
+    help="Where to run: auto, cpu, cuda, openvino (or openvino:GPU, openvino:NPU), tensorrt, tensorrt-rtx, or stage by "
+    "stage, such as vision=openvino,language=cpu. auto takes engines of the bundle that run here, else the CPU, there "
+    "with the vision tower on OpenVINO where that was measured to be faster, and says why.",
 )
 
 

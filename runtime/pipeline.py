@@ -23,8 +23,8 @@ from ..models.family import Views
 from ..models.manifest import Manifest
 from ..models.pruners import Pruner, listed, of_family, pruners_of
 from .answer import Answer, Speech, Steps
-from .backends.devices import open_device
-from .backends.session import Backend
+from .backends.devices import open_stages
+from .backends.stages import Stages
 from .bundle import open_bundle
 from .engine import TOGETHER, Engine
 from .grammar import Grammars, SchemaLike
@@ -83,46 +83,46 @@ class Pipeline:
         self,
         directory: Path,
         manifest: Manifest,
-        backend: Backend,
+        stages: Stages,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        chosen: str = "",
         reuse: int = REUSE,
         together: int = TOGETHER,
         context: int | None = None,
     ):
         model = manifest.model
         dtype = BY_PRECISION[manifest.compute].name
-        graphs = {name: directory / graph.file for name, graph in manifest.graphs.items()}
         self.directory = directory
         self.manifest = manifest
-        self.backend = backend
+        self.stages = stages
+        self.backend = stages.language.backend  # all stages have its memory
         self.family = FAMILIES[manifest.family]
         self.prune = of_family(
             pruners_of(manifest.prune), model.vision.class_token
         )  # of requests that do not say
-        self.chosen = chosen  # where it runs, and why there
+        self.chosen = stages.chosen  # where it runs, and why there
         pre = manifest.preprocessing
         self.preprocessing = replace(
             pre,
             min_pixels=pre.min_pixels if min_pixels is None else min_pixels,
             max_pixels=pre.max_pixels if max_pixels is None else max_pixels,
         )
-        most = min(manifest.context, backend.capacity or manifest.context)
+        most = min(manifest.context, self.backend.capacity or manifest.context)
         self.context = most if context is None else integer("context", context, 2, most)
-        self.feature_pruners = FeaturePruners(backend, directory, model.vision.block)
+        self.feature_pruners = FeaturePruners(stages.prune, directory, model.vision.block)
         self.load_pruners()
         self.selector = self._selector() if model.sees else None
         dialect = manifest.graphs["language"].dialect
         # first: loading the largest graph takes the most memory
-        self.language = Language(backend, graphs["language"], model, dtype, dialect)
-        self.vision = Vision(backend, graphs["vision"], model, dtype) if model.sees else None
-        self.reuse = Reuse(reuse, backend.capacity is not None, backend.appends) if reuse else None
+        self.language = Language(self.backend, stages.language.graph, model, dtype, dialect)
+        tower = stages.vision
+        self.vision = Vision(tower.backend, tower.graph, model, dtype) if tower else None
+        self.reuse = Reuse(reuse, self.backend.capacity is not None, self.backend.appends) if reuse else None
         self.engine = Engine(self.language, self.vision, self.reuse, self.context, together)
         self.text: Text | None = None
         if manifest.interface == "text":
             self.text = Text(directory, model.image_token, manifest.special_tokens)
-        backend.settle()
+        self.backend.settle()
 
     def _selector(self) -> Selector | HostSelector:
         """Where it was measured to be faster, on the host; there with onnxruntime only."""
@@ -137,7 +137,7 @@ class Pipeline:
                 text = f"pixels are pruned on the device, though the host was measured to be faster: {err}"
                 LOG.warning(text)
                 backend.notes.append(text)
-        return Selector(backend, self.directory, block, self.manifest.graphs["prune"].dialect)
+        return Selector(self.stages.prune, self.directory, block, self.manifest.graphs["prune"].dialect)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -148,7 +148,8 @@ class Pipeline:
     def close(self) -> None:
         """Give back the memory on the device; the pipeline cannot be used afterwards. ``with load(...)`` does so."""
         self.engine.close()
-        self.backend.close()
+        for backend in self.stages.backends:
+            backend.close()
 
     def generate(
         self,
@@ -473,8 +474,10 @@ def load(
     together: int = TOGETHER,
     context: int | None = None,
 ) -> Pipeline:
-    """Open a bundle on a device: "cpu" or "cuda" (ONNX Runtime), "tensorrt", "tensorrt-rtx", or "auto": one whose
-    engines it has, if they run here, else the CPU. ``chosen`` of the result says which and why.
+    """Open a bundle on a device: "cpu" or "cuda" (ONNX Runtime), "openvino" or "openvino:GPU", "tensorrt",
+    "tensorrt-rtx", or "auto": one whose engines it has, if they run here, else the CPU, where the vision tower runs on
+    OpenVINO if that is installed and was measured to be faster. "vision=openvino,language=cpu" says it stage by stage.
+    ``chosen`` of the result says which and why.
 
     ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own, or what its engines were compiled
     for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files and of
@@ -501,10 +504,12 @@ def load(
             f"looks at views of {side} x {side} pixels"
         )
     begin = time.perf_counter()
-    backend, chosen = open_device(device, directory, manifest, threads, verify)
-    limit = backend.max_pixels or manifest.preprocessing.max_pixels
+    stages = open_stages(device, directory, manifest, threads, verify)
+    limit = stages.language.backend.max_pixels or manifest.preprocessing.max_pixels
     max_pixels = min(limit, manifest.preprocessing.max_pixels) if max_pixels is None else max_pixels
-    pipe = Pipeline(directory, manifest, backend, min_pixels, max_pixels, chosen, reuse, together, context)
+    pipe = Pipeline(directory, manifest, stages, min_pixels, max_pixels, reuse, together, context)
     took = round((time.perf_counter() - begin) * 1e3, 3)
-    LOG.info("loaded", extra={"fields": {"bundle": str(directory), "device": chosen, "milliseconds": took}})
+    LOG.info(
+        "loaded", extra={"fields": {"bundle": str(directory), "device": pipe.chosen, "milliseconds": took}}
+    )
     return pipe

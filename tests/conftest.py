@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import ppexport
-from ppexport.runtime.backends.devices import saturates
+from ppexport.runtime.backends import devices
 from ppexport.runtime.backends.ort import OrtCpu
+from ppexport.runtime.backends.processor import saturates
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = (
@@ -88,6 +89,15 @@ def one_core_each(request: pytest.FixtureRequest, traces: Any) -> Iterator[None]
     start = OrtCpu.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OrtCpu, "__init__", lambda backend, threads=0: start(backend, threads or 1))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_openvino(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """ "auto" is ONNX Runtime alone but in tests of the choice; commands that tests start keep theirs in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "has_openvino", lambda: False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

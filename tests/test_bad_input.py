@@ -331,10 +331,10 @@ def test_missing_and_short_files(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=7), "found schema version 7, expected 6; upgrade ppexport"),
+        (lambda m: m.update(schema=8), "found schema version 8, expected 7; upgrade ppexport"),
         (
             lambda m: m.update(schema=0),
-            "found schema version 0, expected 6; build it again: ppexport build CHECKPOINT -o",
+            "found schema version 0, expected 7; build it again: ppexport build CHECKPOINT -o",
         ),
         (lambda m: m.update(extra=1), "extra: unknown key"),
         (lambda m: m["model"]["states"].append(m["model"]["states"][0]), "expected each state once"),

@@ -167,7 +167,7 @@ def test_a_cpu_that_saturates_is_refused(
     """Older x86 CPUs add two products in 16 bits. None: a machine that does not say (ARM adds in 32)."""
     path, listed = build(POCKET, tmp_path / "bundle", "w8a8"), tmp_path / "cpuinfo"
     listed.write_text("" if flags is None else f"processor\t: 0\nflags\t\t: {flags}\n")
-    monkeypatch.setattr("ppexport.runtime.backends.devices.CPUINFO", listed)
+    monkeypatch.setattr("ppexport.runtime.backends.processor.CPUINFO", listed)
     if message:
         with pytest.raises(ppexport.BackendError, match=f"w8a8.*{message}.*--precision int8"):
             ppexport.load(path)

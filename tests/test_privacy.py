@@ -1,4 +1,4 @@
-"""A product that reads documents stores and sends nothing: no telemetry of ONNX Runtime, no file in the home."""
+"""A product that reads documents stores and sends nothing of them: no telemetry, no file in the home."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_nothing_is_stored_in_the_home(arguments: list[str], tiny_bundle: Path, 
     ]
     done = subprocess.run(command, cwd=work, env={**kept, "HOME": str(home)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [str(path.relative_to(tmp_path)) for path in (*home.rglob("*"), *work.rglob("*"))] == []
+    left = [path.relative_to(tmp_path) for path in (*home.rglob("*"), *work.rglob("*")) if path.is_file()]
+    # where OpenVINO is installed, which backend ran the tower sooner: no word of what was asked or shown
+    assert [str(path) for path in left if not path.match("home/.cache/ppexport/vision-*.json")] == []
     assert "elemetry" not in done.stdout + done.stderr
 
 

@@ -393,7 +393,7 @@ def test_auto_says_what_it_chose_and_why(
         with pytest.raises(ppexport.BackendError, match=r"on no device here: .*found 7.5.*dialect standard"):
             ppexport.load(bundle)
     with pytest.raises(
-        ppexport.BackendError, match="device is 'tpu', expected one of: auto, cpu, cuda, tensorrt"
+        ppexport.BackendError, match="device is 'tpu', expected one of: auto, cpu, cuda, openvino, tensorrt"
     ):
         ppexport.load(bundle, "tpu")
 

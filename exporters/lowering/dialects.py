@@ -6,6 +6,9 @@
               (10.15 or later) and TensorRT-RTX.
 ``plain``     ONNX opset 20 and the operators of TensorRT 10.3 (JetPack 6): attention from MatMul and Softmax.
 
+``openvino`` is for a tower only, which stands a second time in a bundle of dialect ``ort``, on the same weights: no
+vendor op, attention from MatMul and Softmax (OpenVINO makes one kernel of them), in float32.
+
 Sources: the ONNX operator pages (Attention-24, TensorScatter-24, RMSNormalization-23, Gelu-20), ONNX Runtime's
 docs/ContribOperators.md (com.microsoft: GroupQueryAttention, MultiHeadAttention, RotaryEmbedding) and
 docs/OperatorKernels.md (types by provider), and onnx-tensorrt's docs/operators.md of release 10.
@@ -408,3 +411,9 @@ DIALECTS = {
         passes=(float_cumsum, shapes_after_cast, cache_rows),
     ),
 }
+OPENVINO = Dialect(
+    "openvino",
+    opset=20,
+    cast_first=DIALECTS["ort"].cast_first,  # they are made from one trace
+    table={**COMMON, "Attention": _plain_attention, "RMSNorm": _plain_rms_norm},
+)

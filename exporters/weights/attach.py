@@ -67,7 +67,7 @@ def attach(
                 del model.graph.initializers[name]
         elif value.const_value is None or value.const_value.size > 64:
             raise CheckpointError(f"the {graph} graph has an initializer '{name}' that no weight table names")
-    if precision.per_output:
+    if precision.per_output and dialect.name in ENGINES:
         one_product(model)
 
 

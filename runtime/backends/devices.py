@@ -1,82 +1,173 @@
-"""Where a bundle runs: the backend for a device, and how "auto" chooses one."""
+"""Where a bundle runs: backends for a device, stage by stage, and how "auto" chooses them."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 
+from ...models.devices import ON_HOST, places_of
 from ...models.engine_record import TARGETS, folder
 from ...models.errors import BackendError, BundleError, PpexportError
 from ...models.manifest import Manifest
 from ...models.version import release
+from ..vision_place import fastest
+from .openvino import CACHE, INSTALL, OpenVino, has_openvino
 from .ort import FIRST_WITH_DELTA_RULE, OrtCpu, import_onnxruntime
+from .processor import saturates
 from .session import Backend
-
-CPUINFO = Path("/proc/cpuinfo")
-DEVICES = ("auto", "cpu", "cuda", *TARGETS)
+from .stages import Stage, Stages
 
 
-def open_device(
+def open_stages(
     device: str, directory: Path, manifest: Manifest, threads: int, verify: bool = False
-) -> tuple[Backend, str]:
-    """The backend of a device and one line that says what was chosen and why. ``verify``: check hashes of engines.
+) -> Stages:
+    """What runs the stages of a bundle on a device. ``verify``: check hashes of engines.
 
     "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, CUDA for graphs that are made for
-    it, else the CPU. Raises BackendError, BundleError.
+    it, else the CPU; there the tower runs on OpenVINO where that is installed and was measured to be faster.
+    "vision=openvino,language=cpu" says it stage by stage. Raises BackendError, BundleError.
     """
-    if device not in DEVICES:
-        raise BackendError(f"device is {device!r}, expected one of: {', '.join(DEVICES)}")
+    places = places_of(device)
+    if all(ON_HOST.fullmatch(place) for place in places.values()):
+        return _on_host(directory, manifest, threads, places)
     if device != "auto":
-        backend = _open(device, directory, manifest, threads, verify)
-        return backend, f"{backend.name}, as asked for"
+        backend = _on_gpu(device, directory, manifest, verify)
+        return _all_on(backend, directory, manifest, f"{backend.name}, as asked for")
     problems = []
     own = [target for target in reversed(TARGETS) if folder(directory, target).is_dir()]
     own += ["cuda"] if manifest.graphs["language"].dialect == "cuda" else []
     for target in own:
         try:
-            backend = _open(target, directory, manifest, threads, verify)
+            backend = _on_gpu(target, directory, manifest, verify)
             why = (
                 "its graphs are for it" if target == "cuda" else "the bundle has engines for it that run here"
             )
-            return backend, f"{backend.name}: {why}"
+            return _all_on(backend, directory, manifest, f"{backend.name}: {why}")
         except PpexportError as err:
             problems.append(str(err))
-    if not problems:
-        backend = _open("cpu", directory, manifest, threads)
-        return backend, f"{backend.name}: the bundle has no engines"
+    why = "; ".join(problems) or "the bundle has no engines"
     try:
-        backend = _open("cpu", directory, manifest, threads)
+        return _on_cpu(directory, manifest, threads, why)
     except PpexportError as err:
+        if not problems:
+            raise
         raise BackendError(f"the bundle runs on no device here: {'; '.join([*problems, str(err)])}") from err
-    return backend, f"{backend.name}: {'; '.join(problems)}"
 
 
-def _open(device: str, directory: Path, manifest: Manifest, threads: int, verify: bool = False) -> Backend:
+def _all_on(backend: Backend, directory: Path, manifest: Manifest, chosen: str) -> Stages:
+    """Every stage on one backend."""
+    stages = {
+        name: Stage(backend, directory / manifest.graphs[name].file) for name in manifest.model.with_weights
+    }
+    return Stages(backend, stages.get("vision"), stages["language"], chosen)
+
+
+def _on_gpu(device: str, directory: Path, manifest: Manifest, verify: bool) -> Backend:
     if device in TARGETS:
         from .trt import TrtBackend
 
         return TrtBackend(directory, manifest, device, verify)
-    dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
-    found = f"{directory}: has {manifest.compute} graphs of dialect {dialects}"
-    if device == "cuda":
-        if dialects not in ("cuda", "plain"):
-            raise BundleError(f"{found}, expected 'cuda' (or 'plain') for CUDA; build it with --dialect cuda")
-        _check_release(directory, manifest, device)
-        from .ort_cuda import OrtCuda
-
-        return OrtCuda()
-    if dialects not in ("ort", "plain", "cuda") or manifest.compute == "bf16":
+    found = _dialects(manifest)
+    if found not in ("cuda", "plain"):
         raise BundleError(
-            f"{found}, expected 'ort' for a CPU (or 'plain' in fp32 or fp16, or 'cuda' in fp16); build it with "
-            "--dialect ort"
-        )
-    if manifest.precision.uses("w8a8") and saturates():
-        raise BackendError(
-            f"{directory}: has w8a8 weights, which need products of 8 bits that add up exactly, found a CPU without "
-            "VNNI; build it with --precision int8"
+            f"{directory}: has {manifest.compute} graphs of dialect {found}, expected 'cuda' (or 'plain') for CUDA; "
+            "build it with --dialect cuda"
         )
     _check_release(directory, manifest, device)
-    return OrtCpu(threads)
+    from .ort_cuda import OrtCuda
+
+    return OrtCuda()
+
+
+def _on_host(directory: Path, manifest: Manifest, threads: int, places: Mapping[str, str]) -> Stages:
+    """Each stage where it was asked for."""
+    stages = {
+        name: _stage(name, places[name], directory, manifest, threads) for name in manifest.model.with_weights
+    }
+    names = {name: stage.backend.name for name, stage in stages.items()}
+    each = ", ".join(f"{name} on {backend}" for name, backend in names.items())
+    chosen = names["language"] if len(set(names.values())) == 1 else each
+    return Stages(OrtCpu(threads), stages.get("vision"), stages["language"], f"{chosen}, as asked for")
+
+
+def _on_cpu(directory: Path, manifest: Manifest, threads: int, why: str) -> Stages:
+    """The decoder on ONNX Runtime, the tower there or on OpenVINO."""
+    language = _stage("language", "cpu", directory, manifest, threads)
+    chosen = f"{language.backend.name}: {why}"
+    vision = None
+    if manifest.model.sees:
+        vision, more = _tower(directory, manifest, threads)
+        chosen += more
+    return Stages(OrtCpu(threads), vision, language, chosen)
+
+
+def _tower(directory: Path, manifest: Manifest, threads: int) -> tuple[Stage, str]:
+    """Where the tower runs sooner, and what to say of it."""
+    found = []
+    problems = []
+    for place in ("cpu", "openvino") if has_openvino() else ("cpu",):
+        try:
+            found.append(_stage("vision", place, directory, manifest, threads))
+        except PpexportError as err:
+            problems.append(err)
+    if not found:
+        raise problems[0]
+    if len(found) == 1:
+        own = found[0].backend.device == "cpu"
+        return found[0], "" if own else f"; vision on {found[0].backend.name}: this CPU has no VNNI"
+    try:
+        vision, _ = fastest(manifest, found, threads)
+    except BackendError as err:  # whatever is wrong with ONNX Runtime's is told when it is loaded
+        return found[0], f"; vision not on OpenVINO: {err}"
+    own = vision is found[0]
+    return vision, "" if own else f"; vision on {vision.backend.name}, which was measured to be faster"
+
+
+def _stage(name: str, place: str, directory: Path, manifest: Manifest, threads: int) -> Stage:
+    """A graph on a CPU ("cpu") or a device of OpenVINO. Raises BackendError, BundleError for one that cannot run."""
+    graph = manifest.graphs[name]
+    if place == "cpu":
+        _check_cpu(name, directory, manifest)
+        return Stage(OrtCpu(threads), directory / graph.file)
+    plain = graph.dialect == "plain" and manifest.compute != "bf16"
+    file = graph.file if plain else graph.also.get("openvino")
+    if file is None:
+        todo = (
+            ""
+            if name == "vision" or "openvino" not in manifest.graphs["vision"].also
+            else ("run the tower there with --device vision=openvino, or ")
+        )
+        raise BundleError(
+            f"{directory}: has its {name} graph in {manifest.compute} and dialect {graph.dialect}, expected 'plain' in "
+            f"fp32 or fp16 for OpenVINO; {todo}build it with --dialect plain --precision fp16"
+        )
+    exact = name == "language" or manifest.precision.vision == "fp32"
+    where = place.partition(":")[2] or "CPU"
+    return Stage(OpenVino(where, threads, "f32" if exact else "bf16", directory / CACHE), directory / file)
+
+
+def _check_cpu(name: str, directory: Path, manifest: Manifest) -> None:
+    """Raise BackendError, BundleError where ONNX Runtime does not run a stage on this CPU."""
+    found = _dialects(manifest)
+    if found not in ("ort", "plain", "cuda") or manifest.compute == "bf16":
+        raise BundleError(
+            f"{directory}: has {manifest.compute} graphs of dialect {found}, expected 'ort' for a CPU (or 'plain' in "
+            "fp32 or fp16, or 'cuda' in fp16); build it with --dialect ort"
+        )
+    parts = ("vision",) if name == "vision" else ("language", "head")
+    if any(manifest.precision.of(part) == "w8a8" for part in parts) and saturates():
+        others = f", or let OpenVINO run it: {INSTALL}" if name == "vision" else ""
+        raise BackendError(
+            f"{directory}: has w8a8 weights, which need products of 8 bits that add up exactly, found a CPU without "
+            f"VNNI; build it with --precision int8 --vision-precision int8{others}"
+        )
+    if name == "language":
+        _check_release(directory, manifest, "cpu")
+
+
+def _dialects(manifest: Manifest) -> str:
+    return ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
 
 
 def _check_release(directory: Path, manifest: Manifest, device: str) -> None:
@@ -99,13 +190,3 @@ def newer_onnxruntime() -> str:
     except importlib.metadata.PackageNotFoundError:
         extra = "hybrid"
     return f"pip install 'ppexport[{extra}]' (Python 3.11 or later)"
-
-
-def saturates() -> bool:
-    """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
-    try:
-        lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith("flags")), None)
-    return flags is not None and not {"avx_vnni", "avx512_vnni"} & set(flags)

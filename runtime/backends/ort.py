@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...models.checks import utf8
 from ...models.dtype import BY_NAME
 from ...models.errors import BackendError, PpexportError
 from ...models.version import release
+from .host import HostMemory
 from .session import Buffer
 
 
@@ -107,17 +106,12 @@ class OrtSession:
         return OrtBinding(self._session)
 
 
-class OrtCpu:
+class OrtCpu(HostMemory):
     """The backend. ``threads``: threads per graph, 0 for one per core."""
 
     name = "onnxruntime-cpu"
     device = "cpu"
-    gpu = ""
-    capacity: int | None = None
-    max_pixels: int | None = None
-    cache_multiple = 1
     batches = True
-    appends = True
 
     def __init__(self, threads: int = 0):
         self._ort = import_onnxruntime("cpu")
@@ -145,36 +139,3 @@ class OrtCpu:
                 "build the bundle again, or install a newer onnxruntime"
             ) from err
         return OrtSession(session)
-
-    def zeros(self, shape: Sequence[int], dtype: str) -> Buffer:
-        """See session.Backend; pages are taken from the system when they are first written."""
-        return self.upload(np.zeros(shape, BY_NAME[dtype].numpy))
-
-    def upload(self, array: np.ndarray) -> Buffer:
-        """See session.Backend."""
-        array = np.ascontiguousarray(array)
-        return Buffer(array.ctypes.data, array.shape, array.dtype.name, array)
-
-    def write(self, buffer: Buffer, array: np.ndarray) -> None:
-        """See session.Backend."""
-        self.download(buffer)[...] = array
-
-    def download(self, buffer: Buffer) -> np.ndarray:
-        """See session.Backend."""
-        memory = buffer.owner.reshape(-1).view(np.uint8)
-        start = buffer.pointer - buffer.owner.ctypes.data
-        return memory[start : start + buffer.nbytes].view(BY_NAME[buffer.dtype].numpy).reshape(buffer.shape)
-
-    def copy_into(self, target: Buffer, at: int, source: Buffer, count: int | None = None) -> None:
-        """See session.Backend."""
-        count = source.shape[1] if count is None else count
-        self.download(target)[:, at : at + count] = self.download(source)[:, :count]
-
-    def settle(self) -> None:
-        """See session.Backend."""
-
-    def wait(self) -> None:
-        """See session.Backend; a run returns when it is done."""
-
-    def close(self) -> None:
-        """See session.Backend; there is nothing that Python does not give back."""

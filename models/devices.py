@@ -1,0 +1,34 @@
+"""How users name the devices that a bundle runs on."""
+
+from __future__ import annotations
+
+import re
+
+from .engine_record import TARGETS
+from .errors import BackendError
+
+DEVICES = ("auto", "cpu", "cuda", "openvino", *TARGETS)
+STAGES = (
+    "vision",
+    "language",
+)  # pixels are always pruned by ONNX Runtime where both run in the host's memory
+ON_HOST = re.compile(r"cpu|openvino(:(CPU|(GPU|NPU)(\.\d+)?))?")
+EXPECTED = (
+    f"one of: {', '.join(DEVICES)}, openvino:GPU, openvino:NPU; or a device for each stage, cpu or one of openvino's, "
+    "such as vision=openvino,language=cpu"
+)
+
+
+def places_of(device: str) -> dict[str, str]:
+    """The device of each stage. Raises BackendError for what is none."""
+    if "=" not in device:
+        if device not in DEVICES and not ON_HOST.fullmatch(device):
+            raise BackendError(f"device is {device!r}, expected {EXPECTED}")
+        return dict.fromkeys(STAGES, device)
+    found: dict[str, str] = {}
+    for part in device.split(","):
+        stage, _, place = part.strip().partition("=")
+        if stage not in STAGES or stage in found or not ON_HOST.fullmatch(place):
+            raise BackendError(f"device is {device!r}, expected {EXPECTED}")
+        found[stage] = place
+    return {**dict.fromkeys(STAGES, "cpu"), **found}

@@ -1,0 +1,161 @@
+"""OpenVINO: graphs on Intel's CPUs, GPUs and NPUs, and on other CPUs, on memory that numpy owns.
+
+Source of the properties: openvino.properties and docs.openvino.ai ("CPU device", "Model caching overview").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...models.checks import utf8
+from ...models.dtype import BY_NAME
+from ...models.errors import BackendError
+from .host import HostMemory
+from .session import Buffer
+
+LOG = logging.getLogger(__name__)
+CACHE = "openvino-cache"  # folder of a bundle
+TELEMETRY = "openvino_telemetry"
+INSTALL = "pip install 'ppexport[openvino]'"
+
+
+def has_openvino() -> bool:
+    """Is it installed?"""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def import_openvino() -> Any:
+    """The module. Raises BackendError that names the extra to install.
+
+    Its package openvino-telemetry would report to Intel that it was imported, and leave an identifier in the user's
+    home: while openvino is imported that one is not to be found, which openvino is made for.
+    """
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    reports = sys.modules.get(TELEMETRY)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as err:
+        raise BackendError(
+            f"openvino cannot be imported ({err}), expected for device 'openvino'; install it with: {INSTALL}"
+        ) from err
+    finally:
+        del sys.modules[TELEMETRY]
+        if reports is not None:
+            sys.modules[TELEMETRY] = reports
+
+
+class OpenVino(HostMemory):
+    """The backend.
+
+    ``place``: the device, as OpenVINO names it ("CPU", "GPU", "GPU.1", "NPU"); ``threads``: of the CPU, 0 for one per
+    core; ``precision``: what the CPU may calculate float32 graphs in, "f32" or "bf16" (which it does where it has
+    products of bfloat16, else in float32); ``cache``: folder for compiled graphs, None for no such thing.
+    """
+
+    batches = False
+
+    def __init__(
+        self, place: str = "CPU", threads: int = 0, precision: str = "f32", cache: Path | None = None
+    ):
+        self._openvino = import_openvino()
+        self._core = self._openvino.Core()
+        self._place = place
+        self.name = f"openvino-{place.lower()}"
+        self.device = "openvino" if place == "CPU" else f"openvino:{place}"
+        self.notes: list[str] = []
+        self.byte_max = True
+        self._properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if place == "CPU":
+            self._properties |= {
+                "INFERENCE_PRECISION_HINT": precision,
+                "INFERENCE_NUM_THREADS": threads,
+                "ENABLE_CPU_PINNING": False,  # several processes would all take the first cores
+            }
+        if cache is not None and _can_be_made(cache):
+            self._properties["CACHE_DIR"] = utf8(cache)
+
+    def session(self, path: Path) -> OpenVinoSession:
+        """See session.Backend. Raises BackendError quoting OpenVINO if it refuses the graph or has no such device."""
+        try:
+            model = self._core.compile_model(utf8(path), self._place, self._properties)
+        except RuntimeError as err:
+            raise BackendError(
+                f"OpenVINO {self._openvino.__version__} cannot load {path.name} on {self._place}: {_reason(err)}; "
+                f"devices here: {', '.join(self._core.available_devices) or 'none'}"
+            ) from err
+        return OpenVinoSession(self._openvino, model)
+
+
+class OpenVinoSession:
+    """An openvino.CompiledModel."""
+
+    def __init__(self, openvino: Any, model: Any):
+        self.openvino = openvino
+        self.model = model
+        self.inputs: Sequence[str] = [value.get_any_name() for value in model.inputs]
+        self.outputs: Sequence[str] = [value.get_any_name() for value in model.outputs]
+
+    def binding(self) -> OpenVinoBinding:
+        """See session.Session."""
+        return OpenVinoBinding(self)
+
+
+class OpenVinoBinding:
+    """An infer request whose tensors are the bound buffers themselves."""
+
+    def __init__(self, session: OpenVinoSession):
+        self._openvino = session.openvino
+        self._request = session.model.create_infer_request()
+        self._bound: dict[str, Buffer] = {}
+
+    def input(self, name: str, buffer: Buffer) -> None:
+        """See session.Binding. Raises BackendError for a shape or a type that the graph does not take."""
+        try:
+            self._request.set_tensor(name, self._openvino.Tensor(_memory(buffer), shared_memory=True))
+        except RuntimeError as err:
+            raise BackendError(f"OpenVINO does not take {name} {list(buffer.shape)}: {_reason(err)}") from err
+        self._bound[name] = buffer
+
+    output = input
+
+    def run(self) -> None:
+        """See session.Binding."""
+        try:
+            self._request.infer()
+        except RuntimeError as err:
+            raise BackendError(f"OpenVINO could not run the graph: {_reason(err)}") from err
+
+
+def _memory(buffer: Buffer) -> np.ndarray:
+    """A buffer as an array that may be written, which OpenVINO wants of inputs, too."""
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * buffer.nbytes).from_address(buffer.pointer))
+    return memory.view(BY_NAME[buffer.dtype].numpy).reshape(buffer.shape)
+
+
+def _reason(err: RuntimeError) -> str:
+    """OpenVINO's words without the places in its source."""
+    lines = [
+        line for line in str(err).splitlines() if line and not line.startswith(("Exception from", "Check "))
+    ]
+    return " ".join(lines)[:500] or str(err)[:500]
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Is there a folder of that name, or can one be made, that files can be put into?"""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as err:
+        LOG.info("%s: compiled graphs cannot be kept: %s", folder, err)
+        return False
+    return os.access(folder, os.W_OK)

@@ -1,0 +1,28 @@
+"""What Linux says of the CPU."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def said(what: str) -> str:
+    """Of the first core, the line that begins with ``what``; "" where the system does not say."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
+
+
+def name() -> str:
+    """The processor's, as its maker gives it."""
+    return said("model name") or platform.processor() or platform.machine()
+
+
+def saturates() -> bool:
+    """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
+    flags = set(said("flags").split())
+    return bool(flags) and not {"avx_vnni", "avx512_vnni"} & flags
