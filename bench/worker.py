@@ -1,6 +1,6 @@
 """A bundle on the CPU as a worker of end_to_end.py and language.py: the protocol of worker_reference.py.
 
-    worker.py BUNDLE THREADS
+    worker.py BUNDLE THREADS [DEVICE]
 
 A request may ask to reuse what earlier ones computed ({"reuse": true}); the answer has "stages", ms each, too, and
 "outside", the part of each decode that is not spent in ONNX Runtime.
@@ -31,8 +31,10 @@ def peak() -> int:
 
 def main() -> None:
     OrtBinding.run = timed  # type: ignore[method-assign]
-    pipe = ppexport.load(sys.argv[1], "cpu", threads=int(sys.argv[2]))
-    print(json.dumps({"ready": True}), flush=True)
+    device = sys.argv[3] if len(sys.argv) > 3 else "cpu"
+    begin = time.perf_counter()
+    pipe = ppexport.load(sys.argv[1], device, threads=int(sys.argv[2]))
+    print(json.dumps({"ready": True, "load": (time.perf_counter() - begin) * 1e3, "rss": peak()}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if not request.get("reuse"):

@@ -21,7 +21,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
-        self._answer()
+        self.ready = self._answer()  # and, of ours, how long loading took and what it took
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request."""
@@ -46,11 +46,15 @@ class Worker:
         self.process.wait()
 
 
-def ours(bundle: Path, threads: int) -> Worker:
-    """A bundle on ONNX Runtime, CPU."""
-    return Worker(
-        f"ppexport {bundle.name}", [sys.executable, str(HERE / "worker.py"), str(bundle), str(threads)]
-    )
+def ours(bundle: Path, threads: int, device: str = "cpu") -> Worker:
+    """A bundle on a device."""
+    command = [sys.executable, str(HERE / "worker.py"), str(bundle), str(threads), device]
+    return Worker(f"ppexport {bundle.name}" + ("" if device == "cpu" else f" {device}"), command)
+
+
+def optimum(python: str, exported: Path, threads: int) -> Worker:
+    """optimum-intel's OpenVINO model."""
+    return Worker("openvino", [python, str(HERE / "worker_openvino.py"), str(exported), str(threads)])
 
 
 def reference(python: str, path: str, checkpoint: Path, dtype: str, threads: int) -> Worker:

@@ -20,7 +20,9 @@ EXPECTED = (
 
 
 def places_of(device: str) -> dict[str, str]:
-    """The device of each stage. Raises BackendError for what is none."""
+    """The device of each stage; one that is not named beside another runs on the CPU. Raises BackendError."""
+    if not isinstance(device, str):
+        raise BackendError(f"device is {device!r:.80}, expected {EXPECTED}")
     if "=" not in device:
         if device not in DEVICES and not ON_HOST.fullmatch(device):
             raise BackendError(f"device is {device!r}, expected {EXPECTED}")

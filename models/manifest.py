@@ -131,6 +131,11 @@ def _check(manifest: Manifest) -> None:
     if set(manifest.graphs) != set(manifest.model.graphs):
         expected = ", ".join(sorted(manifest.model.graphs))
         raise StrictError(f"graphs: found {sorted(manifest.graphs)}, expected {expected}")
+    for name, graph in manifest.graphs.items():
+        if set(graph.also) - ({"openvino"} if name == "vision" else set()):
+            raise StrictError(
+                f"graphs.{name}.also: found {sorted(graph.also)}, expected openvino, of vision only"
+            )
     try:
         listed(list(pruners_of(manifest.prune)))
     except RequestError as err:

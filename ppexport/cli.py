@@ -517,11 +517,12 @@ def verify(
 
     The exit code is 1 if one is too far off.
     """
+    from .models.devices import places_of
     from .verify import main as run_verify
 
     if (checkpoint is None) != against_cpu:
         raise click.UsageError("expected either --against, the checkpoint, or --against-cpu")
-    if against_cpu and options["device"] in ("auto", "cpu"):
+    if against_cpu and set(places_of(options["device"]).values()) <= {"auto", "cpu"}:
         raise click.UsageError("--against-cpu needs a --device to hold against the CPU")
     settings, no_prune = prune_settings(options)
     budget = budget_of(options)
@@ -540,10 +541,10 @@ def doctor(bundle: str | None) -> None:
 
     runs = bundle is None
     for finding in examine(bundle):
-        click.echo(f"{finding.name:<20}{finding.found}")
+        click.echo(f"{finding.name:<22}{finding.found}")
         runs = runs or finding == runs_on(finding.name)
         if finding.todo:
-            click.echo(f"{'':<20}-> {finding.todo}")
+            click.echo(f"{'':<22}-> {finding.todo}")
     if not runs:
         sys.exit(1)
 

@@ -16,7 +16,7 @@ from .models.version import __version__, release
 from .runtime import vision_place
 from .runtime.backends import cuda, trt_api
 from .runtime.backends.devices import newer_onnxruntime
-from .runtime.backends.openvino import import_openvino
+from .runtime.backends.openvino import import_openvino, new_core
 from .runtime.backends.ort import FIRST_WITH_DELTA_RULE, import_onnxruntime
 from .runtime.bundle import open_bundle
 from .runtime.pipeline import load
@@ -191,18 +191,20 @@ def _providers() -> Finding:
 
 
 def _openvino() -> Finding:
-    """Its devices, and what its CPU device calculates in."""
-    try:
-        openvino = import_openvino()
-    except BackendError:
-        todo = f"{_pip('openvino')}, to run vision towers where that is faster, and on Intel's GPUs and NPUs"
+    """OpenVINO's devices, and what its CPU device calculates in."""
+    todo = f"{_pip('openvino')}, to run vision towers where that is faster, and on Intel's GPUs and NPUs"
+    if _version("openvino") is None:
         return Finding("OpenVINO", "not installed", todo)
-    core = openvino.Core()
-    offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") if "CPU" in core.available_devices else []
+    try:
+        core = new_core(import_openvino())
+        offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except (BackendError, RuntimeError) as err:
+        return Finding("OpenVINO", f"{_version('openvino')}, which does not work: {err}", todo)
     kinds = [kind for kind in ("FP32", "BF16", "FP16", "INT8") if kind in offered]
-    devices = ", ".join(core.available_devices) or "no device"
-    calculates = f"; its CPU device calculates in {', '.join(kinds)}" if kinds else ""
-    return Finding("OpenVINO", f"{_version('openvino')}: {devices}{calculates}")
+    devices = ", ".join(core.available_devices)
+    return Finding(
+        "OpenVINO", f"{_version('openvino')}: {devices}; its CPU device calculates in {', '.join(kinds)}"
+    )
 
 
 def _targets(gpu: bool) -> Iterator[Finding]:
@@ -230,7 +232,8 @@ def _bundle(bundle: str) -> Iterator[Finding]:
     _, manifest = open_bundle(bundle)
     dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
     yield Finding("bundle", f"{manifest.family}, weights in {manifest.precision}, dialect {dialects}")
-    openvino = ["vision=openvino", "openvino"] if _version("openvino") else []
+    openvino = ["openvino"] if _version("openvino") else []
+    openvino += ["vision=openvino"] if openvino and manifest.model.sees else []
     for device in ("cpu", *openvino, "cuda", *TARGETS):
         try:
             with load(bundle, device, verify=True):
@@ -245,5 +248,6 @@ def _bundle(bundle: str) -> Iterator[Finding]:
     yield Finding("  auto", found)
     measured = vision_place.known(manifest) if manifest.model.sees else None
     if measured is not None:
-        took = ", ".join(f"{name} {ms:.0f} ms" for name, ms in measured.milliseconds.items())
+        named = {"cpu": "ONNX Runtime", "openvino": "OpenVINO"}
+        took = ", ".join(f"{named[place]} {ms:.0f} ms" for place, ms in measured.milliseconds.items())
         yield Finding("  vision tower", f"one small image on {measured.cpu}: {took}")

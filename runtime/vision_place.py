@@ -13,17 +13,18 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..models.dtype import BY_PRECISION
+from ..models.errors import BackendError
 from ..models.families import FAMILIES
 from ..models.files import write_whole
 from ..models.manifest import Manifest
-from ..models.strict import StrictError, from_json, to_json
+from ..models.strict import from_json, to_json
 from ..models.version import __version__
 from .backends import processor
 from .backends.stages import Stage
@@ -36,7 +37,7 @@ SIDE = 384  # pixels of the image that is looked at, where a family does not res
 RUNS = 3  # at most, after one that is not counted
 ENOUGH = 1500  # milliseconds, after which no other run begins
 GAIN = 0.95  # share of the first one's time that another has to stay under to be taken
-PACKAGES = ("onnxruntime", "openvino")
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,42 @@ class Measured:
 
     schema: int
     cpu: str
-    milliseconds: dict[str, float]  # Backend.name -> of the fastest run
+    milliseconds: dict[str, float]  # place ("cpu" is ONNX Runtime's, "openvino") -> of the fastest run
+    refused: str  # why OpenVINO does not run this tower; "" where it does
+
+    @property
+    def faster(self) -> str:
+        """The place to take: OpenVINO has to gain 5 %."""
+        took = self.milliseconds
+        return "openvino" if not self.refused and took["openvino"] < GAIN * took["cpu"] else "cpu"
 
 
-def fastest(manifest: Manifest, stages: Sequence[Stage], threads: int) -> tuple[Stage, Measured]:
-    """Of several ways to run the tower, the fastest; the first one unless another gains 5 %."""
+def measured(
+    manifest: Manifest, cpu: Callable[[], Stage], openvino: Callable[[], Stage], threads: int
+) -> Measured:
+    """What is known of a tower on this machine, measured now where nothing is.
+
+    ``cpu`` and ``openvino`` make the two ways to run it. Raises BackendError where the first one fails, or where
+    OpenVINO itself is broken; a tower that OpenVINO refuses is remembered.
+    """
     path = _file(manifest, threads)
-    names = [stage.backend.name for stage in stages]
     found = _read(path)
-    if found is None or set(found.milliseconds) != set(names):
-        found = Measured(
-            SCHEMA,
-            processor.name(),
-            {stage.backend.name: _milliseconds(manifest, stage) for stage in stages},
-        )
-        LOG.debug("the vision tower was measured: %s", found.milliseconds)
-        _keep(path, found)
-    took = [found.milliseconds[name] for name in names]
-    best = int(np.argmin(took))
-    return stages[best if took[best] < GAIN * took[0] else 0], found
+    if found is not None:
+        return found
+    ways = {"cpu": cpu(), "openvino": openvino()}
+    LOG.info("measuring where the vision tower runs sooner; this is done once for a bundle and a machine")
+    took = {"cpu": _milliseconds(manifest, ways["cpu"])}
+    refused = ""
+    try:
+        took["openvino"] = _milliseconds(manifest, ways["openvino"])
+    except BackendError as err:
+        refused = str(err)
+    other = _read(path)  # of another process, meanwhile: all shall choose the same
+    if other is not None:
+        return other
+    found = Measured(SCHEMA, processor.name(), took, refused)
+    _keep(path, found)
+    return found
 
 
 def known(manifest: Manifest, threads: int = 0) -> Measured | None:
@@ -91,7 +109,7 @@ def _file(manifest: Manifest, threads: int) -> Path | None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     of = [
         [manifest.files[name].sha256 for name in files],
-        [processor.name(), processor.said("flags"), cores, threads],
+        [processor.name(), processor.features(), cores, threads, repr(manifest.preprocessing)],
         [__version__, *(_release(package) for package in PACKAGES)],
     ]
     return directory / f"vision-{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]}.json"
@@ -106,16 +124,15 @@ def _release(package: str) -> str:
 
 def _read(path: Path | None) -> Measured | None:
     """What was measured; None where nothing was, or the file is damaged."""
-    try:
-        text = path.read_text(encoding="utf-8") if path is not None else ""
-    except OSError:
+    if path is None:
         return None
     try:
-        found = from_json(Measured, json.loads(text))
-    except (ValueError, RecursionError, StrictError):
+        found = from_json(Measured, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, OverflowError, RecursionError):
         return None
-    whole = found.schema == SCHEMA and all(0 < took < 1e9 for took in found.milliseconds.values())
-    return found if whole else None
+    expected = {"cpu"} if found.refused else {"cpu", "openvino"}
+    whole = found.schema == SCHEMA and set(found.milliseconds) == expected
+    return found if whole and all(0 < took < 1e9 for took in found.milliseconds.values()) else None
 
 
 def _keep(path: Path | None, measured: Measured) -> None:
@@ -126,7 +143,7 @@ def _keep(path: Path | None, measured: Measured) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as err:
-        LOG.debug(
+        LOG.info(
             "what was measured of the vision tower cannot be kept, and is measured again next time: %s", err
         )
 

@@ -257,7 +257,7 @@ def test_doctor_knows_jetpack(
 def test_doctor(tiny_bundle: Path, tmp_path: Path) -> None:
     result = runner().invoke(main, ["doctor", str(tiny_bundle)])
     assert result.exit_code == 0, result.output
-    lines = {line[:20].strip(): line[20:] for line in result.stdout.splitlines()}
+    lines = {line[:22].strip(): line[22:] for line in result.stdout.splitlines()}
     assert "onnxruntime" in lines["packages"]
     assert "CPU" in lines["ONNX Runtime"]
     assert "cpu" in lines["can run on"]

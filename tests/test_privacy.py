@@ -1,4 +1,4 @@
-"""A product that reads documents stores and sends nothing of them: no telemetry, no file in the home."""
+"""A product that reads documents stores and sends nothing of them: no telemetry, nothing of them in the home."""
 
 from __future__ import annotations
 

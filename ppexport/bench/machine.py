@@ -27,6 +27,7 @@ except ImportError as err:
 PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13-bindings",
     "numpy",

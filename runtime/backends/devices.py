@@ -11,7 +11,7 @@ from ...models.engine_record import TARGETS, folder
 from ...models.errors import BackendError, BundleError, PpexportError
 from ...models.manifest import Manifest
 from ...models.version import release
-from ..vision_place import fastest
+from ..vision_place import measured
 from .openvino import CACHE, INSTALL, OpenVino, has_openvino
 from .ort import FIRST_WITH_DELTA_RULE, OrtCpu, import_onnxruntime
 from .processor import saturates
@@ -29,6 +29,10 @@ def open_stages(
     "vision=openvino,language=cpu" says it stage by stage. Raises BackendError, BundleError.
     """
     places = places_of(device)
+    if "vision=" in device and not manifest.model.sees:
+        raise BackendError(
+            f"device is {device!r}, expected none for the vision stage: a {manifest.family} model takes text only"
+        )
     if all(ON_HOST.fullmatch(place) for place in places.values()):
         return _on_host(directory, manifest, threads, places)
     if device != "auto":
@@ -86,8 +90,9 @@ def _on_host(directory: Path, manifest: Manifest, threads: int, places: Mapping[
         name: _stage(name, places[name], directory, manifest, threads) for name in manifest.model.with_weights
     }
     names = {name: stage.backend.name for name, stage in stages.items()}
-    each = ", ".join(f"{name} on {backend}" for name, backend in names.items())
-    chosen = names["language"] if len(set(names.values())) == 1 else each
+    chosen = names["language"]
+    if len(set(names.values())) > 1:
+        chosen = ", ".join(f"{name} on {backend}" for name, backend in names.items())
     return Stages(OrtCpu(threads), stages.get("vision"), stages["language"], f"{chosen}, as asked for")
 
 
@@ -97,54 +102,75 @@ def _on_cpu(directory: Path, manifest: Manifest, threads: int, why: str) -> Stag
     chosen = f"{language.backend.name}: {why}"
     vision = None
     if manifest.model.sees:
-        vision, more = _tower(directory, manifest, threads)
-        chosen += more
+        vision, of_vision = _tower(directory, manifest, threads)
+        chosen += of_vision
     return Stages(OrtCpu(threads), vision, language, chosen)
 
 
 def _tower(directory: Path, manifest: Manifest, threads: int) -> tuple[Stage, str]:
-    """Where the tower runs sooner, and what to say of it."""
-    found = []
-    problems = []
-    for place in ("cpu", "openvino") if has_openvino() else ("cpu",):
-        try:
-            found.append(_stage("vision", place, directory, manifest, threads))
-        except PpexportError as err:
-            problems.append(err)
-    if not found:
-        raise problems[0]
-    if len(found) == 1:
-        own = found[0].backend.device == "cpu"
-        return found[0], "" if own else f"; vision on {found[0].backend.name}: this CPU has no VNNI"
+    """Where the tower runs sooner, and the words for ``chosen`` where that is not ONNX Runtime by right."""
+
+    def on(place: str, caches: bool = True) -> Stage:
+        return _stage("vision", place, directory, manifest, threads, caches)
+
+    if not has_openvino():
+        return on("cpu"), ""
     try:
-        vision, _ = fastest(manifest, found, threads)
-    except BackendError as err:  # whatever is wrong with ONNX Runtime's is told when it is loaded
-        return found[0], f"; vision not on OpenVINO: {err}"
-    own = vision is found[0]
-    return vision, "" if own else f"; vision on {vision.backend.name}, which was measured to be faster"
+        _check_cpu("vision", directory, manifest)
+    except BackendError as refused:  # w8a8 without VNNI
+        try:
+            tower = on("openvino")
+        except PpexportError as err:
+            raise BackendError(
+                f"{refused}; and OpenVINO does not run its vision tower either: {err}"
+            ) from err
+        return tower, f"; vision on {tower.backend.name}: this CPU has no VNNI for ONNX Runtime's"
+    try:
+        _openvino_graph("vision", directory, manifest)
+    except BundleError:  # a bundle for other devices
+        return on("cpu"), ""
+    try:
+        found = measured(manifest, lambda: on("cpu"), lambda: on("openvino", caches=False), threads)
+        if found.faster == "openvino":
+            tower = on("openvino")
+            return tower, f"; vision on {tower.backend.name}, which was measured to be faster"
+        problem = found.refused
+    except BackendError as err:
+        problem = str(err)
+    return on("cpu"), f"; vision not on OpenVINO: {problem}" if problem else ""
 
 
-def _stage(name: str, place: str, directory: Path, manifest: Manifest, threads: int) -> Stage:
-    """A graph on a CPU ("cpu") or a device of OpenVINO. Raises BackendError, BundleError for one that cannot run."""
-    graph = manifest.graphs[name]
+def _stage(
+    name: str, place: str, directory: Path, manifest: Manifest, threads: int, caches: bool = True
+) -> Stage:
+    """A graph on a CPU ("cpu") or a device of OpenVINO. Raises BackendError, BundleError for one that cannot run.
+
+    ``caches``: may OpenVINO keep what it compiles in the bundle?
+    """
     if place == "cpu":
         _check_cpu(name, directory, manifest)
-        return Stage(OrtCpu(threads), directory / graph.file)
-    plain = graph.dialect == "plain" and manifest.compute != "bf16"
-    file = graph.file if plain else graph.also.get("openvino")
-    if file is None:
-        todo = (
-            ""
-            if name == "vision" or "openvino" not in manifest.graphs["vision"].also
-            else ("run the tower there with --device vision=openvino, or ")
-        )
-        raise BundleError(
-            f"{directory}: has its {name} graph in {manifest.compute} and dialect {graph.dialect}, expected 'plain' in "
-            f"fp32 or fp16 for OpenVINO; {todo}build it with --dialect plain --precision fp16"
-        )
+        return Stage(OrtCpu(threads), directory / manifest.graphs[name].file)
+    file = _openvino_graph(name, directory, manifest)
     exact = name == "language" or manifest.precision.vision == "fp32"
-    where = place.partition(":")[2] or "CPU"
-    return Stage(OpenVino(where, threads, "f32" if exact else "bf16", directory / CACHE), directory / file)
+    cache = directory / CACHE if caches else None
+    return Stage(OpenVino(place.partition(":")[2] or "CPU", threads, exact, cache), directory / file)
+
+
+def _openvino_graph(name: str, directory: Path, manifest: Manifest) -> str:
+    """The file of a graph that OpenVINO reads. Raises BundleError where there is none."""
+    graph = manifest.graphs[name]
+    if graph.dialect == "plain" and manifest.compute != "bf16":
+        return graph.file
+    if "openvino" in graph.also:
+        return graph.also["openvino"]
+    found = f"{directory}: has its {name} graph in {manifest.compute} and dialect {graph.dialect}"
+    if name == "vision":
+        raise BundleError(f"{found}, expected dialect 'ort' for OpenVINO; build it with --dialect ort")
+    tower = manifest.model.sees and "openvino" in manifest.graphs["vision"].also
+    other = "run the tower alone there with --device vision=openvino, or " if tower else ""
+    raise BundleError(
+        f"{found}, expected 'plain' in fp32 or fp16 for OpenVINO; {other}build it with --dialect plain --precision fp16"
+    )
 
 
 def _check_cpu(name: str, directory: Path, manifest: Manifest) -> None:
@@ -157,7 +183,10 @@ def _check_cpu(name: str, directory: Path, manifest: Manifest) -> None:
         )
     parts = ("vision",) if name == "vision" else ("language", "head")
     if any(manifest.precision.of(part) == "w8a8" for part in parts) and saturates():
-        others = f", or let OpenVINO run it: {INSTALL}" if name == "vision" else ""
+        others = ""
+        if name == "vision":
+            others = ", or let OpenVINO run it: "
+            others += "--device vision=openvino" if has_openvino() else INSTALL
         raise BackendError(
             f"{directory}: has w8a8 weights, which need products of 8 bits that add up exactly, found a CPU without "
             f"VNNI; build it with --precision int8 --vision-precision int8{others}"

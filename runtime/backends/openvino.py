@@ -6,10 +6,11 @@ Source of the properties: openvino.properties and docs.openvino.ai ("CPU device"
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,51 +26,64 @@ from .session import Buffer
 LOG = logging.getLogger(__name__)
 CACHE = "openvino-cache"  # folder of a bundle
 TELEMETRY = "openvino_telemetry"
+IMPORTS = threading.Lock()
 INSTALL = "pip install 'ppexport[openvino]'"
 
 
 def has_openvino() -> bool:
-    """Is it installed?"""
-    return importlib.util.find_spec("openvino") is not None
+    """Is the package installed?"""
+    try:
+        importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def import_openvino() -> Any:
-    """The module. Raises BackendError that names the extra to install.
+    """The module. Raises BackendError that says what is missing and names the extra to install.
 
     Its package openvino-telemetry would report to Intel that it was imported, and leave an identifier in the user's
     home: while openvino is imported that one is not to be found, which openvino is made for.
     """
-    if "openvino" in sys.modules:
-        return sys.modules["openvino"]
-    reports = sys.modules.get(TELEMETRY)
-    sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+    with IMPORTS:
+        hidden = "openvino" not in sys.modules
+        reports = sys.modules.get(TELEMETRY)
+        if hidden:
+            sys.modules[TELEMETRY] = None  # type: ignore[assignment]
+        try:
+            return importlib.import_module("openvino")
+        except ImportError as err:
+            raise BackendError(
+                f"openvino cannot be imported ({err}), expected for device 'openvino'; install it with: {INSTALL}"
+            ) from err
+        finally:
+            if hidden:
+                sys.modules.pop(TELEMETRY, None)
+            if hidden and reports is not None:
+                sys.modules[TELEMETRY] = reports
+
+
+def new_core(openvino: Any) -> Any:
+    """What knows the devices. Raises BackendError where OpenVINO's libraries do not work."""
     try:
-        return importlib.import_module("openvino")
-    except ImportError as err:
-        raise BackendError(
-            f"openvino cannot be imported ({err}), expected for device 'openvino'; install it with: {INSTALL}"
-        ) from err
-    finally:
-        del sys.modules[TELEMETRY]
-        if reports is not None:
-            sys.modules[TELEMETRY] = reports
+        return openvino.Core()
+    except (RuntimeError, AttributeError) as err:
+        raise BackendError(f"OpenVINO does not start: {err}; install it again: {INSTALL}") from err
 
 
 class OpenVino(HostMemory):
     """The backend.
 
     ``place``: the device, as OpenVINO names it ("CPU", "GPU", "GPU.1", "NPU"); ``threads``: of the CPU, 0 for one per
-    core; ``precision``: what the CPU may calculate float32 graphs in, "f32" or "bf16" (which it does where it has
-    products of bfloat16, else in float32); ``cache``: folder for compiled graphs, None for no such thing.
+    core; ``exact``: calculate float32 graphs in float32; else a CPU takes bfloat16 where it has products of it, a GPU
+    float16 (an NPU knows 16 bits only); ``cache``: folder for compiled graphs, None for no such thing.
     """
 
     batches = False
 
-    def __init__(
-        self, place: str = "CPU", threads: int = 0, precision: str = "f32", cache: Path | None = None
-    ):
+    def __init__(self, place: str = "CPU", threads: int = 0, exact: bool = True, cache: Path | None = None):
         self._openvino = import_openvino()
-        self._core = self._openvino.Core()
+        self._core = new_core(self._openvino)
         self._place = place
         self.name = f"openvino-{place.lower()}"
         self.device = "openvino" if place == "CPU" else f"openvino:{place}"
@@ -78,10 +92,12 @@ class OpenVino(HostMemory):
         self._properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if place == "CPU":
             self._properties |= {
-                "INFERENCE_PRECISION_HINT": precision,
+                "INFERENCE_PRECISION_HINT": "f32" if exact else "bf16",
                 "INFERENCE_NUM_THREADS": threads,
                 "ENABLE_CPU_PINNING": False,  # several processes would all take the first cores
             }
+        elif place.startswith("GPU"):
+            self._properties["INFERENCE_PRECISION_HINT"] = "f32" if exact else "f16"
         if cache is not None and _can_be_made(cache):
             self._properties["CACHE_DIR"] = utf8(cache)
 
@@ -116,7 +132,10 @@ class OpenVinoBinding:
 
     def __init__(self, session: OpenVinoSession):
         self._openvino = session.openvino
-        self._request = session.model.create_infer_request()
+        try:
+            self._request = session.model.create_infer_request()
+        except RuntimeError as err:
+            raise BackendError(f"OpenVINO has no room for a request: {_reason(err)}") from err
         self._bound: dict[str, Buffer] = {}
 
     def input(self, name: str, buffer: Buffer) -> None:

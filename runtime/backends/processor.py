@@ -22,6 +22,11 @@ def name() -> str:
     return said("model name") or platform.processor() or platform.machine()
 
 
+def features() -> str:
+    """What it can do, and on ARM which one it is."""
+    return " ".join(said(what) for what in ("flags", "Features", "CPU part"))
+
+
 def saturates() -> bool:
     """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
     flags = set(said("flags").split())
