@@ -94,7 +94,7 @@ def one_core_each(request: pytest.FixtureRequest, traces: Any) -> Iterator[None]
 
 @pytest.fixture(scope="session", autouse=True)
 def without_openvino(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """ "auto" is ONNX Runtime alone but in tests of the choice; commands that tests start keep theirs in a folder."""
+    """ "auto" is ONNX Runtime alone but in tests of the choice; so it is in commands (without_openvino.py)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "has_openvino", lambda: False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
