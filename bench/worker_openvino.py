@@ -13,29 +13,10 @@ from itertools import pairwise
 
 sys.modules["openvino_telemetry"] = None  # else it reports that it was imported
 import torch
+from clock import Clock, peak
 from optimum.intel import OVModelForVisualCausalLM
 from PIL import Image
 from reference_processor import reference_processor
-from transformers.generation.streamers import BaseStreamer
-
-
-class Clock(BaseStreamer):
-    """When each token came."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, value):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
-def peak() -> int:
-    with open("/proc/self/status", encoding="ascii") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
 
 model = OVModelForVisualCausalLM.from_pretrained(
     sys.argv[1], ov_config={"INFERENCE_NUM_THREADS": sys.argv[2]}

@@ -15,34 +15,16 @@ from itertools import pairwise
 
 sys.path.insert(0, sys.argv[1])
 import torch
+from clock import Clock, peak
 from PIL import Image
 from pixelprune import apply_pixelprune
 from reference_processor import reference_processor
 from transformers import AutoModelForImageTextToText
-from transformers.generation.streamers import BaseStreamer
 
 torch.set_num_threads(int(sys.argv[4]))
 apply_pixelprune(model="qwen3_vl")
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[2], dtype=getattr(torch, sys.argv[3])).eval()
 processor = reference_processor()
-
-
-class Clock(BaseStreamer):
-    """When each token came."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, value):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
-def peak() -> int:
-    with open("/proc/self/status", encoding="ascii") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 print(json.dumps({"ready": True}), flush=True)
