@@ -8,10 +8,8 @@ from .engine_record import TARGETS
 from .errors import BackendError
 
 DEVICES = ("auto", "cpu", "cuda", "openvino", *TARGETS)
-STAGES = (
-    "vision",
-    "language",
-)  # pixels are always pruned by ONNX Runtime where both run in the host's memory
+# where both run in the host's memory, pixels are pruned by ONNX Runtime
+STAGES = ("vision", "language")
 ON_HOST = re.compile(r"cpu|openvino(:(CPU|(GPU|NPU)(\.\d+)?))?")
 EXPECTED = (
     f"one of: {', '.join(DEVICES)}, openvino:GPU, openvino:NPU; or a device for each stage, cpu or one of openvino's, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from .models.engine_record import TARGETS
 from .models.errors import BackendError, PpexportError
-from .models.version import __version__, release
+from .models.version import __version__, installed, release
 from .runtime import vision_place
 from .runtime.backends import cuda, trt_api
 from .runtime.backends.devices import newer_onnxruntime
@@ -85,7 +84,7 @@ def examine(bundle: str | None = None) -> Iterator[Finding]:
     yield Finding("ppexport", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("CPU", f"{os.cpu_count()} cores")
-    packages = [(name, version) for name in PACKAGES if (version := _version(name))]
+    packages = [(name, version) for name in PACKAGES if (version := installed(name))]
     yield Finding("packages", ", ".join(f"{name} {version}" for name, version in packages))
     yield _jetpack()
     gpu = _gpu()
@@ -94,20 +93,13 @@ def examine(bundle: str | None = None) -> Iterator[Finding]:
         yield _flavour(target)
     yield _providers()
     yield _openvino()
-    missing = [name for name in EXPORT if _version(name) is None]
+    missing = [name for name in EXPORT if installed(name) is None]
     yield Finding(
         "export", f"missing: {', '.join(missing)}" if missing else "ready", _pip("export") if missing else ""
     )
     yield from _targets(gpu.todo == "")
     if bundle is not None:
         yield from _bundle(bundle)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _pip(extra: str) -> str:
@@ -193,25 +185,25 @@ def _providers() -> Finding:
 def _openvino() -> Finding:
     """OpenVINO's devices, and what its CPU device calculates in."""
     todo = f"{_pip('openvino')}, to run vision towers where that is faster, and on Intel's GPUs and NPUs"
-    if _version("openvino") is None:
+    if installed("openvino") is None:
         return Finding("OpenVINO", "not installed", todo)
     try:
         core = new_core(import_openvino())
         offered = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except (BackendError, RuntimeError) as err:
-        return Finding("OpenVINO", f"{_version('openvino')}, which does not work: {err}", todo)
+        return Finding("OpenVINO", f"{installed('openvino')}, which does not work: {err}", todo)
     kinds = [kind for kind in ("FP32", "BF16", "FP16", "INT8") if kind in offered]
     devices = ", ".join(core.available_devices)
     return Finding(
-        "OpenVINO", f"{_version('openvino')}: {devices}; its CPU device calculates in {', '.join(kinds)}"
+        "OpenVINO", f"{installed('openvino')}: {devices}; its CPU device calculates in {', '.join(kinds)}"
     )
 
 
 def _targets(gpu: bool) -> Iterator[Finding]:
     """What ``build --target`` and ``run --device`` can do here."""
     builds = []
-    runs = ["cpu"] if _version("onnxruntime") or _version("onnxruntime-gpu") else []
-    runs += ["openvino"] if runs and _version("openvino") else []
+    runs = ["cpu"] if installed("onnxruntime") or installed("onnxruntime-gpu") else []
+    runs += ["openvino"] if runs and installed("openvino") else []
     for target in TARGETS:
         try:
             trt_api.load(target)
@@ -232,7 +224,7 @@ def _bundle(bundle: str) -> Iterator[Finding]:
     _, manifest = open_bundle(bundle)
     dialects = ", ".join(sorted({graph.dialect for graph in manifest.graphs.values()}))
     yield Finding("bundle", f"{manifest.family}, weights in {manifest.precision}, dialect {dialects}")
-    openvino = ["openvino"] if _version("openvino") else []
+    openvino = ["openvino"] if installed("openvino") else []
     openvino += ["vision=openvino"] if openvino and manifest.model.sees else []
     for device in ("cpu", *openvino, "cuda", *TARGETS):
         try:

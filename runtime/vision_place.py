@@ -8,7 +8,6 @@ it does no harm.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from ..models.families import FAMILIES
 from ..models.files import write_whole
 from ..models.manifest import Manifest
 from ..models.strict import from_json, to_json
-from ..models.version import __version__
+from ..models.version import __version__, installed
 from .backends import processor
 from .backends.stages import Stage
 from .image import cut, frames_of
@@ -110,16 +109,9 @@ def _file(manifest: Manifest, threads: int) -> Path | None:
     of = [
         [manifest.files[name].sha256 for name in files],
         [processor.name(), processor.features(), cores, threads, repr(manifest.preprocessing)],
-        [__version__, *(_release(package) for package in PACKAGES)],
+        [__version__, *(installed(package) for package in PACKAGES)],
     ]
     return directory / f"vision-{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:32]}.json"
-
-
-def _release(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _read(path: Path | None) -> Measured | None:

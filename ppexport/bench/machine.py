@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..models.errors import BackendError
+from ..runtime.backends import processor
 from .schema import Gpu, Machine
 
 try:
@@ -41,7 +42,7 @@ def describe() -> Machine:
     """This machine, now."""
     clocks = _clocks()
     return Machine(
-        cpu=_processor(),
+        cpu=processor.name(),
         cores=os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
         clock_mhz=round(clocks, 1) if clocks else None,
@@ -126,15 +127,6 @@ def _seconds(task: Any) -> float:
         task()
         found.append(time.perf_counter() - begin)
     return min(found)
-
-
-def _processor() -> str:
-    """The name of the processor; of ARM boards, which name none in cpuinfo, the board's."""
-    for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    board = _text(Path("/proc/device-tree/model"))
-    return board.rstrip("\0") if board else platform.processor() or platform.machine()
 
 
 def _clocks() -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from ...models.devices import ON_HOST, places_of
 from ...models.engine_record import TARGETS, folder
 from ...models.errors import BackendError, BundleError, PpexportError
 from ...models.manifest import Manifest
-from ...models.version import release
+from ...models.version import installed, release
 from ..vision_place import measured
 from .openvino import CACHE, INSTALL, OpenVino, has_openvino
 from .ort import FIRST_WITH_DELTA_RULE, OrtCpu, import_onnxruntime
@@ -213,9 +212,5 @@ def _check_release(directory: Path, manifest: Manifest, device: str) -> None:
 
 def newer_onnxruntime() -> str:
     """How to get one with LinearAttention; that for CUDA and that for the CPU are packages of one folder."""
-    try:
-        importlib.metadata.version("onnxruntime-gpu")
-        extra = "hybrid-cuda"
-    except importlib.metadata.PackageNotFoundError:
-        extra = "hybrid"
+    extra = "hybrid-cuda" if installed("onnxruntime-gpu") else "hybrid"
     return f"pip install 'ppexport[{extra}]' (Python 3.11 or later)"

@@ -6,7 +6,7 @@ Source of the properties: openvino.properties and docs.openvino.ai ("CPU device"
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
+import importlib
 import logging
 import os
 import sys
@@ -20,6 +20,7 @@ import numpy as np
 from ...models.checks import utf8
 from ...models.dtype import BY_NAME
 from ...models.errors import BackendError
+from ...models.version import installed
 from .host import HostMemory
 from .session import Buffer
 
@@ -32,11 +33,7 @@ INSTALL = "pip install 'ppexport[openvino]'"
 
 def has_openvino() -> bool:
     """Is the package installed?"""
-    try:
-        importlib.metadata.version("openvino")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return installed("openvino") is not None
 
 
 def import_openvino() -> Any:

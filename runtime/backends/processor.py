@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+BOARD = Path("/proc/device-tree/model")
 
 
 def said(what: str) -> str:
@@ -18,8 +19,14 @@ def said(what: str) -> str:
 
 
 def name() -> str:
-    """The processor's, as its maker gives it."""
-    return said("model name") or platform.processor() or platform.machine()
+    """The processor's, as its maker gives it; of ARM boards, which name none there, the board's."""
+    if found := said("model name"):
+        return found
+    try:
+        board = BOARD.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        board = ""
+    return board.rstrip("\0") or platform.processor() or platform.machine()
 
 
 def features() -> str:
