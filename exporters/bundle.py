@@ -24,13 +24,13 @@ from ..models.pruners.pixelprune import PixelPrune, prune_file
 from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
-from .fp16_range import float32_kinds
+from .fp16_range import ALL, ALWAYS, float32_kinds
 from .lowering.dialects import DIALECTS, OPENVINO, Dialect
 from .preprocessing import preprocessing_of
 from .pruners import Sizes, pruning_graphs
 from .run_model import Sample
 from .text_files import copy_text, special_tokens, stop_tokens, text_notices
-from .weights.attach import attach, not_in_groups, weight_bytes
+from .weights.attach import attach, cast_after_load, not_in_groups, weight_bytes
 from .weights.gptq import Moments, collect
 
 OTHER_TOWERS = {"ort": (OPENVINO,)}  # dialect -> those that the tower is written in as well
@@ -180,7 +180,7 @@ def export(
             attach(models[name], checkpoint, name, plan.preprocessing, dialect, plan.precision, moments)
             _save(models[name], directory, name, progress)
         for other, tower in others:
-            attach(tower, checkpoint, "vision", plan.preprocessing, other, plan.precision.without_w8a8())
+            attach(tower, checkpoint, "vision", plan.preprocessing, other, plan.precision.for_openvino())
             _save_beside(tower, directory, "vision", other)
     files = _hash(directory, "hash bundle", progress)
     sources = {file.name: file for file in checkpoint.files()}
@@ -203,9 +203,12 @@ def _trace(
     others: list[tuple[Dialect, ir.Model]] = []
     if config.sees:
         progress("trace", 1, 3)
-        dialects = [dialect, *OTHER_TOWERS.get(plan.dialect, ())]
-        models["vision"], *towers = graphs.vision_graphs(config, dialects, base, kinds["vision"])
-        others = list(zip(dialects[1:], towers, strict=True))
+        models["vision"] = graphs.vision_graph(config, dialect, base, kinds["vision"])
+        for other in OTHER_TOWERS.get(plan.dialect, ()):
+            computed = plan.precision.for_openvino().base
+            wide = ALL if computed == "fp32" else (*ALWAYS, "residual")
+            tower = graphs.vision_graph(config, other, computed, wide)
+            others.append((other, tower))
     progress("trace", 2, 3)
     models["language"] = graphs.language_graph(config, dialect, base, kinds["language"])
     progress("trace", 3, 3)
@@ -296,7 +299,10 @@ def _save_beside(model: ir.Model, directory: Path, name: str, dialect: Dialect) 
         assert own.name is not None
         stored = saved[own.name].const_value
         assert stored is not None
-        assert (stored.dtype, stored.shape) == (own.const_value.dtype, own.const_value.shape), own.name
+        assert stored.shape == own.const_value.shape, own.name
+        if stored.dtype != own.dtype:
+            assert own.dtype is not None
+            cast_after_load(model, own, stored.dtype, own.dtype)
         own.const_value = stored
     ir.save(model, directory / _beside(name, dialect))
 

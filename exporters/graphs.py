@@ -29,10 +29,9 @@ TORCH: dict[str, torch.dtype] = {name: getattr(torch, dtype.name) for name, dtyp
 
 
 def compute_precision(precision: str, dialect: Dialect) -> str:
-    """What a graph computes in. The dialects ``ort`` and ``openvino`` store weights in 16 bits but are written in
-    float32 (ONNX Runtime has nothing faster on a CPU, OpenVINO goes down to what a CPU is fast in by itself); the
-    others are strongly typed and compute in what they store."""
-    return "fp32" if dialect.name in ("ort", "openvino") else precision
+    """What a graph computes in. The dialect ``ort`` stores weights in 16 bits but computes in float32 (ONNX Runtime has
+    nothing faster on a CPU); the others are strongly typed and compute in what they store."""
+    return "fp32" if dialect.name == "ort" else precision
 
 
 def vision_graph(
@@ -42,19 +41,8 @@ def vision_graph(
 
     ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py).
     """
-    return vision_graphs(model, [dialect], precision, float32_kinds)[0]
-
-
-def vision_graphs(
-    model: ModelConfig,
-    dialects: Sequence[Dialect],
-    precision: str = "fp32",
-    float32_kinds: Sequence[str] = (),
-) -> list[ir.Model]:
-    """The tower in several dialects that compute in the same precision and look at images alike, traced once."""
-    dtype = TORCH[compute_precision(precision, dialects[0])]
-    traced = trace_vision(model, dialects[0].cast_first, dtype, frozenset(float32_kinds))
-    return [_lowered(traced.clone(), dialect) for dialect in dialects]
+    dtype = TORCH[compute_precision(precision, dialect)]
+    return _lowered(trace_vision(model, dialect.cast_first, dtype, frozenset(float32_kinds)), dialect)
 
 
 def language_graph(

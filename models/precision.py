@@ -70,11 +70,9 @@ class Precision:
         """Are matrices of a kind stored in groups? Else integers have a scale per output."""
         return stored == "int4" or (stored == "int8" and not self.per_output)
 
-    def without_w8a8(self) -> Precision:
-        """The tower's integers for a graph that does not round the inputs of products: int8, a scale per output."""
-        return (
-            replace(self, vision="int8", per_output=True, symmetric=True) if self.vision == "w8a8" else self
-        )
+    def for_openvino(self) -> Precision:
+        """Of a tower that computes in bfloat16 beside float32; one that is stored in fp32 stays exact."""
+        return replace(self, base="fp32" if self.vision == "fp32" else "bf16")
 
     def bytes_of(self, part: str, count: int) -> int:
         """What ``count`` values of a part take, with float32 scales."""

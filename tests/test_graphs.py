@@ -322,5 +322,7 @@ def test_every_graph_passes_the_checker_and_opens_without_a_warning(
         onnx.checker.check_model(str(file), full_check=True)
     if dialect != "ort" and precision in ("bf16", "int4"):
         return  # ONNX Runtime has no kernels in bfloat16 on a CPU
+    if precision != "fp32":
+        files = [file for file in files if file.name != "vision.openvino.onnx"]  # in bfloat16, too
     done = subprocess.run([sys.executable, "-c", OPEN, *map(str, files)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

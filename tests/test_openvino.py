@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import E2E_PIXELS, GOLDEN, WITHOUT_VNNI, usual_and_slow
+from PIL import Image
 from terminal import runner
 
 import ppexport
@@ -28,6 +29,7 @@ from ppexport.verify import verify
 pytest.importorskip("openvino", reason="the extra openvino is not installed")
 
 SCREEN = GOLDEN.parent.parent / "docs" / "settings.png"
+WIDE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 1984, 3), np.uint8))
 TOWER = "vision=openvino"
 
 
@@ -43,6 +45,11 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A bundle that no other test has loaded."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns(CACHE)))
+
+
+@pytest.fixture(scope="module")
+def bfloat16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tiny_checkpoint, tmp_path_factory.mktemp("narrow") / "bundle", "bf16")
 
 
 def test_the_second_tower_holds_no_weights(tiny_bundle: Path) -> None:
@@ -200,18 +207,26 @@ def test_compiled_graphs_are_kept_in_the_bundle(own_bundle: Path) -> None:
     assert np.array_equal(ppexport.load(own_bundle, TOWER).encode(SCREEN).embeds, first)
 
 
-def test_a_cpu_without_vnni_runs_w8a8_towers(
-    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On OpenVINO, which calculates them in floats; a decoder in w8a8 is refused as before."""
+@pytest.fixture
+def old_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies neither bfloat16 nor, adding up exactly, 8 bits."""
     listed = tmp_path / "cpuinfo"
     listed.write_text("model name\t: Old\nflags\t\t: avx2\n")
     monkeypatch.setattr(processor, "CPUINFO", listed)
+
+
+@pytest.mark.usefixtures("old_cpu")
+def test_a_cpu_without_vnni_runs_w8a8_towers(
+    golden_pipe: ppexport.Pipeline, installed: Path, tmp_path: Path
+) -> None:
+    """On OpenVINO, which calculates them in floats; a decoder in w8a8 is refused as before."""
     model = GOLDEN / "e2e" / "model"
     bundle = build(model, tmp_path / "bundle", "int8")
     pipe = ppexport.load(bundle, max_pixels=E2E_PIXELS)
     assert pipe.chosen.endswith("; vision on openvino-cpu: this CPU has no VNNI for ONNX Runtime's")
     assert not installed.exists()
+    assert cosines(pipe.encode(SCREEN).embeds, golden_pipe.encode(SCREEN).embeds).min() > 0.999
+    assert ("FullyConnected", "u8") not in executed(pipe)
     with pytest.raises(
         ppexport.BackendError, match=r"--vision-precision int8, or let OpenVINO run it: --dev"
     ):
@@ -219,6 +234,44 @@ def test_a_cpu_without_vnni_runs_w8a8_towers(
     bundle = build(model, tmp_path / "other", "w8a8")
     with pytest.raises(ppexport.BackendError, match=r"found a CPU without VNNI"):
         ppexport.load(bundle)
+
+
+@pytest.mark.usefixtures("old_cpu")
+def test_a_cpu_without_bfloat16_calculates_in_float32(bfloat16_bundle: Path) -> None:
+    """OpenVINO would imitate products in bfloat16."""
+    with ppexport.load(bfloat16_bundle, TOWER) as pipe, ppexport.load(bfloat16_bundle, "cpu") as cpu:
+        kinds = executed(pipe)
+        assert {precision for kind, precision in kinds if kind in ("FullyConnected", "Subgraph")} == {"f32"}
+        assert np.allclose(pipe.encode(WIDE).embeds, cpu.encode(WIDE).embeds, atol=1e-4)
+
+
+def test_positions_are_not_rounded(bfloat16_bundle: Path) -> None:
+    """A tower in bfloat16 still knows where every patch of a wide picture is: angles of 100 radians."""
+    with ppexport.load(bfloat16_bundle, TOWER) as pipe, ppexport.load(bfloat16_bundle, "cpu") as cpu:
+        found = cosines(pipe.encode(WIDE, None).embeds, cpu.encode(WIDE, None).embeds)
+    assert len(found) > 100
+    assert found.min() > 0.9998
+
+
+def test_what_is_executed(golden_pipe: ppexport.Pipeline, tmp_path: Path) -> None:
+    """One kernel for the attention of a layer and for each of its rotations, and products of integers for w8a8."""
+    depth = golden_pipe.manifest.model.vision.depth
+    bundle = build(GOLDEN / "e2e" / "model", tmp_path / "bundle", "int8")
+    kinds = executed(ppexport.load(bundle, TOWER, max_pixels=E2E_PIXELS))
+    assert [kind for kind, _ in kinds].count("RoPE") == 2 * depth
+    assert [kind for kind, _ in kinds].count("Softmax") == 0
+    assert [kind for kind, _ in kinds].count("Subgraph") >= depth
+    if not WITHOUT_VNNI:
+        assert kinds.count(("FullyConnected", "u8")) >= 4 * depth
+
+
+def executed(pipe: ppexport.Pipeline) -> list[tuple[str, str]]:
+    """What OpenVINO made of a tower's graph: kinds of operations and what they calculate in."""
+    model = pipe.vision.session.model.get_runtime_model()
+    return [
+        (node.rt_info["layerType"].astype(str), node.rt_info["runtimePrecision"].astype(str))
+        for node in model.get_ordered_ops()
+    ]
 
 
 def test_memory_is_shared(tiny_bundle: Path) -> None:

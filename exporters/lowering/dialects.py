@@ -7,7 +7,7 @@
 ``plain``     ONNX opset 20 and the operators of TensorRT 10.3 (JetPack 6): attention from MatMul and Softmax.
 
 ``openvino`` is for a tower only, which stands a second time in a bundle of dialect ``ort``, on the same weights: no
-vendor op, attention from MatMul and Softmax (OpenVINO makes one kernel of them), in float32.
+vendor op, attention from MatMul and Softmax and rotary positions in the form that OpenVINO makes one kernel of each.
 
 Sources: the ONNX operator pages (Attention-24, TensorScatter-24, RMSNormalization-23, Gelu-20), ONNX Runtime's
 docs/ContribOperators.md (com.microsoft: GroupQueryAttention, MultiHeadAttention, RotaryEmbedding) and
@@ -30,6 +30,7 @@ from .passes import (
     cache_rows,
     entries_input,
     float_cumsum,
+    float_outputs,
     one_reshape,
     shapes_after_cast,
     skip_norm,
@@ -257,7 +258,7 @@ def _standard_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 def _quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     x = node.inputs[0]
-    return [op("Mul", x, op("Sigmoid", op("Mul", x, _in_type_of(op, 1.702, x))))]
+    return [op("Mul", x, op("Sigmoid", op("Mul", x, op.like(1.702, x))))]
 
 
 def _standard_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
@@ -289,7 +290,7 @@ def _grouped_attention(op: Ops, node: ir.Node, keys: Any, values: Any, place: An
     query = op("Concat", *[op("Unsqueeze", own, op.ints([2]))] * groups, axis=2)
     query = op("Reshape", query, op.ints([0, 1, -1, 1]))  # [B, 1, S * groups, 1]
     scores = op("MatMul", grouped, op("Transpose", keys, perm=[0, 1, 3, 2]))
-    scores = op("Where", op("LessOrEqual", place, query), scores, _in_type_of(op, LOWEST, q))
+    scores = op("Where", op("LessOrEqual", place, query), scores, op.like(LOWEST, q))
     out = op("MatMul", op("Softmax", scores, axis=-1), values)
     out = op("Transpose", op("Reshape", out, op.ints([0, kv_heads, -1, groups, width])), perm=[0, 2, 1, 3, 4])
     return op("Reshape", out, op.ints([0, 0, heads, width]))
@@ -312,23 +313,32 @@ def _standard_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 # -------------------------------------------------------------------------------------------------- plain
 
 
-def _in_type_of(op: Ops, value: float, x: Any) -> ir.Value:
-    """A scalar constant of the type of ``x``."""
-    return op("Cast", op.const(value), to=x.dtype)
-
-
 def _scaled(op: Ops, node: ir.Node) -> ir.Value:
     """The queries times the scale: smaller than the scores, and in range where scores of 16 bits might not be."""
     q = node.inputs[0]
-    return op("Mul", q, _in_type_of(op, _attr(node, "scale"), q))
+    return op("Mul", q, op.like(_attr(node, "scale"), q))
 
 
 def _plain_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     q, k, v, *masks = node.inputs
     scores = op("MatMul", _swap(op, _scaled(op, node)), op("Transpose", k, perm=[0, 2, 3, 1]))
     for mask in masks:
-        scores = op("Where", op("Unsqueeze", mask, op.ints([1, 2])), scores, _in_type_of(op, LOWEST, q))
+        scores = op("Where", op("Unsqueeze", mask, op.ints([1, 2])), scores, op.like(LOWEST, q))
     return [_swap(op, op("MatMul", op("Softmax", scores, axis=-1), _swap(op, v)))]
+
+
+def _openvino_rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+    """As OpenVINO's pass RoPEFusionGPTNEOX knows it, which makes one kernel of it."""
+    x, *tables = node.inputs
+    _, width = _sizes(node)
+    x = _swap(op, x)
+    cos, sin = (op("Unsqueeze", op("Concat", t, t, axis=-1), op.ints([1])) for t in tables)
+    halves = ((0, width // 2), (width // 2, width))
+    first, second = (
+        op("Slice", x, op.ints([begin]), op.ints([end]), op.ints([3]), op.ints([1])) for begin, end in halves
+    )
+    turned = op("Concat", op("Mul", second, op.like(-1.0, node.inputs[0])), first, axis=-1)
+    return [_swap(op, op("Add", op("Mul", x, cos), op("Mul", turned, sin)))]
 
 
 def _plain_cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
@@ -414,6 +424,12 @@ DIALECTS = {
 OPENVINO = Dialect(
     "openvino",
     opset=20,
-    cast_first=DIALECTS["ort"].cast_first,  # they are made from one trace
-    table={**COMMON, "Attention": _plain_attention, "RMSNorm": _plain_rms_norm},
+    cast_first=False,
+    table={
+        **COMMON,
+        "Attention": _plain_attention,
+        "Rotary": _openvino_rotary,
+        "RMSNorm": _plain_rms_norm,
+    },
+    passes=(float_outputs,),
 )

@@ -40,6 +40,10 @@ class Ops:
             return self("Constant", value_float=value)
         return self("Constant", value_int=value)
 
+    def like(self, value: float, x: Any) -> ir.Value:
+        """A scalar constant of the type of ``x``."""
+        return self("Cast", self.const(value), to=x.dtype)
+
     def uint8(self, value: int) -> ir.Value:
         """A scalar of that type."""
         return self("Constant", value=ir.tensor(np.array(value, np.uint8)))

@@ -24,6 +24,20 @@ def float_cumsum(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, [before], [after])
 
 
+def float_outputs(model: ir.Model) -> None:
+    """Outputs in bfloat16 -> in float32."""
+    outputs = model.graph.outputs
+    for i, before in enumerate(outputs):
+        if before.dtype != ir.DataType.BFLOAT16:
+            continue
+        op = Ops()
+        outputs[i] = op("Cast", before, to=ir.DataType.FLOAT)
+        outputs[i].name, before.name = before.name, f"{before.name}.narrow"
+        outputs[i].type = ir.TensorType(ir.DataType.FLOAT)
+        outputs[i].shape = before.shape
+        model.graph.extend(op.nodes)
+
+
 def shapes_after_cast(model: ir.Model) -> None:
     """A uint8 input is read by its Cast alone; sizes are taken from what that gives: Shape does not take uint8."""
     graph = model.graph

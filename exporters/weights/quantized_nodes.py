@@ -30,6 +30,7 @@ class Stored:
     precision: Precision
     computed: str  # what the graph calculates in
     signed: bool  # may scales of four bits be negative?
+    dialect: str
     moments: Moments | None = None  # of the inputs of matrices in int4
 
 
@@ -173,6 +174,8 @@ def store_rows(
 
     ``rounded``: values that already are, with their scales; several products may read them. The inputs are uint8 around
     128, the weights int8: that is the pair that ONNX Runtime has the fastest kernels for (MatMulIntegerToFloat).
+    Other dialects get QuantizeLinear and DequantizeLinear around MatMul, which OpenVINO makes a product of integers of:
+    it wants one scale for all inputs of a product, so that of a token is divided by before and multiplied with behind.
     """
     outer, inner = stored.weight.shape
     lazy = Lazy(name, "int8", lambda: quantize(_matrix(checkpoint, stored.weight), 8, inner, True))
@@ -187,24 +190,30 @@ def store_rows(
             rounded[x] = _round(model, x)
         integers, scale = rounded[x]
         op = Ops()
-        one = op.const(1.0)
+        one = op.like(1.0, x)
         middle = op.uint8(MIDDLE)
-        whole = op("MatMulIntegerToFloat", integers, values, one, scales, middle, domain="com.microsoft")
-        whole.type = ir.TensorType(ir.DataType.FLOAT)
+        if stored.dialect == "ort":
+            whole = op("MatMulIntegerToFloat", integers, values, one, scales, middle, domain="com.microsoft")
+            whole.type = ir.TensorType(ir.DataType.FLOAT)
+            model.graph.opset_imports["com.microsoft"] = 1
+        else:
+            matrix = op("DequantizeLinear", values, op("Cast", scales, to=x.dtype), axis=1)
+            whole = op("MatMul", op("DequantizeLinear", integers, one, middle), matrix)
         _replace(model, node, op, op("Mul", whole, scale))
-    model.graph.opset_imports["com.microsoft"] = 1
 
 
 def _round(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """x float32 [..., in] -> uint8 of that shape and the scales [..., 1], right behind the node that computes x."""
+    """x [..., in] -> uint8 of that shape and the scales [..., 1], right behind the node that computes x."""
     op = Ops()
-    largest = op("ReduceMax", op("Abs", x), op.ints([-1]), keepdims=1)
-    scale = op("Max", op("Mul", largest, op.const(1 / 127)), op.const(LEAST))
-    integers = op("QuantizeLinear", op("Div", x, scale), op.const(1.0), op.uint8(MIDDLE))
+    high = op("ReduceMax", x, op.ints([-1]), keepdims=1)
+    low = op("ReduceMin", x, op.ints([-1]), keepdims=1)
+    largest = op("Max", high, op("Neg", low))  # without writing what Abs would
+    scale = op("Max", op("Mul", largest, op.like(1 / 127, x)), op.like(LEAST, x))
+    integers = op("QuantizeLinear", op("Div", x, scale), op.like(1.0, x), op.uint8(MIDDLE))
     for what, value in (("scale", scale), ("integers", integers)):
         value.name = f"{x.name}.{what}"
     integers.type = ir.TensorType(ir.DataType.UINT8)
-    scale.type = ir.TensorType(ir.DataType.FLOAT)
+    scale.type = x.type
     producer = x.producer()
     assert producer is not None  # towers do not multiply their inputs
     model.graph.insert_after(producer, op.nodes)

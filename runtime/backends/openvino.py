@@ -22,6 +22,7 @@ from ...models.dtype import BY_NAME
 from ...models.errors import BackendError
 from ...models.version import installed
 from .host import HostMemory
+from .processor import multiplies_bfloat16, saturates
 from .session import Buffer
 
 LOG = logging.getLogger(__name__)
@@ -72,8 +73,11 @@ class OpenVino(HostMemory):
     """The backend.
 
     ``place``: the device, as OpenVINO names it ("CPU", "GPU", "GPU.1", "NPU"); ``threads``: of the CPU, 0 for one per
-    core; ``exact``: calculate float32 graphs in float32; else a CPU takes bfloat16 where it has products of it, a GPU
-    float16 (an NPU knows 16 bits only); ``cache``: folder for compiled graphs, None for no such thing.
+    core; ``exact``: a GPU calculates in float32, not in float16 (an NPU knows 16 bits only); ``cache``: folder for
+    compiled graphs, None for no such thing.
+
+    A CPU calculates as the graph says: what is bfloat16 there in bfloat16, in float32 where it has no instructions for
+    it (OpenVINO would imitate it, fifteen times slower); products of 8 bits in floats where they would not add up.
     """
 
     batches = False
@@ -82,6 +86,7 @@ class OpenVino(HostMemory):
         self._openvino = import_openvino()
         self._core = new_core(self._openvino)
         self._place = place
+        self._bfloat16 = place == "CPU" and multiplies_bfloat16()
         self.name = f"openvino-{place.lower()}"
         self.device = "openvino" if place == "CPU" else f"openvino:{place}"
         self.notes: list[str] = []
@@ -89,9 +94,10 @@ class OpenVino(HostMemory):
         self._properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if place == "CPU":
             self._properties |= {
-                "INFERENCE_PRECISION_HINT": "f32" if exact else "bf16",
+                "INFERENCE_PRECISION_HINT": "f32",  # of what is float32 in the graph
                 "INFERENCE_NUM_THREADS": threads,
                 "ENABLE_CPU_PINNING": False,  # several processes would all take the first cores
+                "LP_TRANSFORMS_MODE": not saturates(),
             }
         elif place.startswith("GPU"):
             self._properties["INFERENCE_PRECISION_HINT"] = "f32" if exact else "f16"
@@ -101,13 +107,32 @@ class OpenVino(HostMemory):
     def session(self, path: Path) -> OpenVinoSession:
         """See session.Backend. Raises BackendError quoting OpenVINO if it refuses the graph or has no such device."""
         try:
-            model = self._core.compile_model(utf8(path), self._place, self._properties)
+            source = utf8(path) if self._bfloat16 else self._in_float32(path)
+            model = self._core.compile_model(source, self._place, self._properties)
         except RuntimeError as err:
             raise BackendError(
                 f"OpenVINO {self._openvino.__version__} cannot load {path.name} on {self._place}: {_reason(err)}; "
                 f"devices here: {', '.join(self._core.available_devices) or 'none'}"
             ) from err
         return OpenVinoSession(self._openvino, model)
+
+    def _in_float32(self, path: Path) -> Any:
+        """The graph with float32 for bfloat16."""
+        float32, bfloat16 = self._openvino.Type.f32, self._openvino.Type.bf16
+        model = self._core.read_model(utf8(path))
+        for node in model.get_ordered_ops():
+            if (
+                node.get_type_name() not in ("Constant", "Convert")
+                or node.get_output_element_type(0) != bfloat16
+            ):
+                continue
+            source = node.output(0) if node.get_type_name() == "Constant" else node.input_value(0)
+            readers = node.output(0).get_target_inputs()
+            wide = self._openvino.opset13.convert(source, float32)
+            for reader in readers:
+                reader.replace_source_output(wide.output(0))
+        model.validate_nodes_and_infer_types()
+        return model
 
 
 class OpenVinoSession:

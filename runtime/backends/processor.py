@@ -34,6 +34,11 @@ def features() -> str:
     return " ".join(said(what) for what in ("flags", "Features", "CPU part"))
 
 
+def multiplies_bfloat16() -> bool:
+    """Has this x86 CPU instructions for that? False where the system does not say, and on others."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(said("flags").split()))
+
+
 def saturates() -> bool:
     """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
     flags = set(said("flags").split())
