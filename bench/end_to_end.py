@@ -44,7 +44,7 @@ def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
     if "stages" in answers[0]:
         names = answers[0]["stages"]
         row["stages"] = {name: round(median(a["stages"][name] for a in answers), 1) for name in names}
-        row |= {name: answers[0][name] for name in ("kept", "total", "prompt")}
+    row |= {name: answers[0][name] for name in ("kept", "total", "prompt") if name in answers[0]}
     row["tokens"] = answers[0]["tokens"]
     return row
 

@@ -1,11 +1,15 @@
-"""The first token beside optimum-intel's OpenVINO model of the same weights; our tower on OpenVINO and ONNX Runtime.
+"""The first token beside optimum-intel's OpenVINO model and llama.cpp's of the same weights.
 
     python3 -m venv peers && peers/bin/pip install torch==2.13.0 optimum-intel==2.2.0 openvino==2026.4.1 nncf \\
-        transformers==4.57.6 pillow && peers/bin/pip uninstall -y torchvision
-    python bench/peers.py --shape 300m --openvino-python peers/bin/python -o RESULT.json
+        transformers==4.57.6 pillow sentencepiece && peers/bin/pip uninstall -y torchvision
+    peers/bin/pip download llama-cpp-python==0.3.36 --no-deps --no-binary :all:
+    tar xzf llama_cpp_python-0.3.36.tar.gz && peers/bin/pip install ./llama_cpp_python-0.3.36  # compiles, some minutes
+    python bench/peers.py --shape 300m --peers-python peers/bin/python -o RESULT.json \\
+        --llama-source llama_cpp_python-0.3.36/vendor/llama.cpp
 
 All take turns in one run, each in a process of its own: same weights, image, prompt and threads. "first" is the time to
-the first token after preprocessing. Pruned are ours only; the whole image is asked of all. Of several runs: medians.
+the first token after preprocessing. Pruned are ours only; the whole image is asked of all. Of several runs, after one
+that is not counted: medians.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from checkpoints import random_checkpoint
 from end_to_end import IMAGES, QUESTION, summary
 from machine import describe
-from workers import Worker, optimum, ours
+from workers import HERE, Worker, llama, optimum, ours
 
 import ppexport
 from ppexport.models.precision import Wanted
@@ -51,12 +55,13 @@ def export(python: str, checkpoint: Path, output: Path, weights: str) -> None:
 @click.option("--precision", default="w8a8", show_default=True, help="Of the decoder.")
 @click.option("--vision", default="w8a8", show_default=True, help="Of the tower; int8 on CPUs without VNNI.")
 @click.option("--devices", default="cpu;vision=openvino", show_default=True, help="Ours, with ; between.")
-@click.option("--openvino-python", "python", help="An interpreter with optimum-intel.")
+@click.option("--peers-python", "python", help="An interpreter with optimum-intel and llama-cpp-python.")
 @click.option("--openvino-weights", default="int8", show_default=True)
+@click.option("--llama-source", type=click.Path(exists=True, path_type=Path), help="llama.cpp's own folder.")
 @click.option("--images", default=",".join(SCREENS), show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--runs", default=3, show_default=True, help="Of pruned images.")
-@click.option("--whole-runs", default=1, show_default=True, help="Of the first image, unpruned.")
+@click.option("--whole-runs", default=2, show_default=True, help="Of the first image, unpruned.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 def main(
     shape: str,
@@ -65,6 +70,7 @@ def main(
     devices: str,
     python: str | None,
     openvino_weights: str,
+    llama_source: Path | None,
     images: str,
     threads: int,
     runs: int,
@@ -72,6 +78,8 @@ def main(
     output: Path,
 ) -> None:
     """Measure and write a JSON file."""
+    if llama_source is not None and python is None:
+        raise click.UsageError("found --llama-source alone, expected --peers-python, which runs it")
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -81,13 +89,17 @@ def main(
         if python is not None:
             export(python, checkpoint, work / "openvino", openvino_weights)
             workers.append(optimum(python, work / "openvino", threads))
+            if llama_source is not None:
+                command = [python, str(HERE / "llama_convert.py"), str(llama_source), str(checkpoint)]
+                subprocess.run([*command, str(work / "llama")], check=True, stdout=subprocess.DEVNULL)
+                workers.append(llama(python, work / "llama", threads))
         for file in images.split(","):
             ids = prompt(checkpoint, IMAGES / file)
             asked = [w for w in workers if w.name.startswith("ppexport")]
             rows[file] = turns(asked, runs, image=str(IMAGES / file), prune=True, ids=ids, tokens=17)
         first = IMAGES / images.split(",")[0]
         ids = prompt(checkpoint, first)
-        whole = turns(workers, whole_runs, False, image=str(first), prune=False, ids=ids, tokens=17)
+        whole = turns(workers, whole_runs, image=str(first), prune=False, ids=ids, tokens=17)
         loaded = {w.name: {k: w.ready[k] for k in ("load", "rss")} for w in workers if "load" in w.ready}
         for worker in workers:
             worker.close()
@@ -111,13 +123,13 @@ def main(
             )
 
 
-def turns(workers: list[Worker], runs: int, warm: bool = True, **request: Any) -> dict[str, Any]:
-    """{worker: medians} of one request; ``warm``: after one that is not counted."""
+def turns(workers: list[Worker], runs: int, **request: Any) -> dict[str, Any]:
+    """{worker: medians} of one request, after one that is not counted."""
     found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    for i in range(runs + warm):
+    for i in range(runs + 1):
         for worker in workers:
-            answer = worker.ask(**request)
-            if i >= warm:
+            answer = worker.ask(asked=len(QUESTION), **request)
+            if i > 0:
                 found[worker.name].append(answer)
     return {name: summary(answers) for name, answers in found.items()}
 

@@ -57,6 +57,11 @@ def optimum(python: str, exported: Path, threads: int) -> Worker:
     return Worker("openvino", [python, str(HERE / "worker_openvino.py"), str(exported), str(threads)])
 
 
+def llama(python: str, folder: Path, threads: int) -> Worker:
+    """llama.cpp, of files that llama_convert.py wrote."""
+    return Worker("llama.cpp", [python, str(HERE / "worker_llama.py"), str(folder), str(threads)])
+
+
 def reference(python: str, path: str, checkpoint: Path, dtype: str, threads: int) -> Worker:
     """The authors' patched model in PyTorch."""
     command = [python, str(HERE / "worker_reference.py"), path, str(checkpoint), dtype, str(threads)]

@@ -144,7 +144,7 @@ def _store(
 ) -> None:
     """One value after the other, in ``stored``, cast to what the graph computes in after it is read."""
     shape = [int(n) for n in value.shape]  # type: ignore[union-attr, arg-type]
-    # vectors cost nothing; the patch kernel is a sum of two frames, which 16 bits would round
+    # vectors cost nothing; the patch kernel is a sum of two frames, which 16 bits would round (OpenVINO's tower does)
     dtype = PRECISIONS[stored if len(shape) > 1 and weight.layout != "patch" else computed]
     if value.dtype == ir.DataType.FLOAT and len(shape) == 1:  # whatever the graph calculates in
         dtype = ir.DataType.FLOAT

@@ -150,9 +150,8 @@ def _stage(
         _check_cpu(name, directory, manifest)
         return Stage(OrtCpu(threads), directory / manifest.graphs[name].file)
     file = _openvino_graph(name, directory, manifest)
-    exact = name == "language" or manifest.precision.vision == "fp32"
     cache = directory / CACHE if caches else None
-    return Stage(OpenVino(place.partition(":")[2] or "CPU", threads, exact, cache), directory / file)
+    return Stage(OpenVino(place.partition(":")[2] or "CPU", threads, cache), directory / file)
 
 
 def _openvino_graph(name: str, directory: Path, manifest: Manifest) -> str:

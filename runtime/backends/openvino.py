@@ -22,7 +22,7 @@ from ...models.dtype import BY_NAME
 from ...models.errors import BackendError
 from ...models.version import installed
 from .host import HostMemory
-from .processor import multiplies_bfloat16, saturates
+from .processor import adds_up_bytes, multiplies_bfloat16
 from .session import Buffer
 
 LOG = logging.getLogger(__name__)
@@ -73,16 +73,16 @@ class OpenVino(HostMemory):
     """The backend.
 
     ``place``: the device, as OpenVINO names it ("CPU", "GPU", "GPU.1", "NPU"); ``threads``: of the CPU, 0 for one per
-    core; ``exact``: a GPU calculates in float32, not in float16 (an NPU knows 16 bits only); ``cache``: folder for
-    compiled graphs, None for no such thing.
+    core; ``cache``: folder for compiled graphs, None for no such thing.
 
-    A CPU calculates as the graph says: what is bfloat16 there in bfloat16, in float32 where it has no instructions for
-    it (OpenVINO would imitate it, fifteen times slower); products of 8 bits in floats where they would not add up.
+    What is float32 in a graph is calculated so (an NPU knows 16 bits only). What is bfloat16 is on CPUs that multiply
+    it, in float32 elsewhere (OpenVINO would imitate it, fifteen times slower); products of 8 bits are calculated in
+    floats where they would not add up.
     """
 
     batches = False
 
-    def __init__(self, place: str = "CPU", threads: int = 0, exact: bool = True, cache: Path | None = None):
+    def __init__(self, place: str = "CPU", threads: int = 0, cache: Path | None = None):
         self._openvino = import_openvino()
         self._core = new_core(self._openvino)
         self._place = place
@@ -94,20 +94,20 @@ class OpenVino(HostMemory):
         self._properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if place == "CPU":
             self._properties |= {
-                "INFERENCE_PRECISION_HINT": "f32",  # of what is float32 in the graph
                 "INFERENCE_NUM_THREADS": threads,
                 "ENABLE_CPU_PINNING": False,  # several processes would all take the first cores
-                "LP_TRANSFORMS_MODE": not saturates(),
             }
-        elif place.startswith("GPU"):
-            self._properties["INFERENCE_PRECISION_HINT"] = "f32" if exact else "f16"
+            if not adds_up_bytes():
+                self._properties["LP_TRANSFORMS_MODE"] = False
+        if place != "NPU":
+            self._properties["INFERENCE_PRECISION_HINT"] = "f32"
         if cache is not None and _can_be_made(cache):
             self._properties["CACHE_DIR"] = utf8(cache)
 
     def session(self, path: Path) -> OpenVinoSession:
         """See session.Backend. Raises BackendError quoting OpenVINO if it refuses the graph or has no such device."""
         try:
-            source = utf8(path) if self._bfloat16 else self._in_float32(path)
+            source = utf8(path) if self._bfloat16 else self._without_bfloat16(path)
             model = self._core.compile_model(source, self._place, self._properties)
         except RuntimeError as err:
             raise BackendError(
@@ -116,23 +116,23 @@ class OpenVino(HostMemory):
             ) from err
         return OpenVinoSession(self._openvino, model)
 
-    def _in_float32(self, path: Path) -> Any:
-        """The graph with float32 for bfloat16."""
+    def _without_bfloat16(self, path: Path) -> Any:
+        """The graph with float32 in its place; the path itself where there is none."""
         float32, bfloat16 = self._openvino.Type.f32, self._openvino.Type.bf16
         model = self._core.read_model(utf8(path))
-        for node in model.get_ordered_ops():
-            if (
-                node.get_type_name() not in ("Constant", "Convert")
-                or node.get_output_element_type(0) != bfloat16
-            ):
-                continue
+        found = [
+            node
+            for node in model.get_ordered_ops()
+            if node.get_type_name() in ("Constant", "Convert") and node.get_output_element_type(0) == bfloat16
+        ]
+        for node in found:
             source = node.output(0) if node.get_type_name() == "Constant" else node.input_value(0)
             readers = node.output(0).get_target_inputs()
             wide = self._openvino.opset13.convert(source, float32)
             for reader in readers:
                 reader.replace_source_output(wide.output(0))
         model.validate_nodes_and_infer_types()
-        return model
+        return model if found else utf8(path)
 
 
 class OpenVinoSession:

@@ -41,5 +41,13 @@ def multiplies_bfloat16() -> bool:
 
 def saturates() -> bool:
     """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
-    flags = set(said("flags").split())
-    return bool(flags) and not {"avx_vnni", "avx512_vnni"} & flags
+    return bool(said("flags")) and not _vnni()
+
+
+def adds_up_bytes() -> bool:
+    """Is it known that products of 8 bits add up exactly: by VNNI, or on a CPU that is not an x86 one?"""
+    return _vnni() or platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
+
+
+def _vnni() -> bool:
+    return bool({"avx_vnni", "avx512_vnni"} & set(said("flags").split()))
