@@ -24,6 +24,7 @@ from ppexport.build_bundle import build
 from ppexport.cli import main
 from ppexport.exporters.lowering.onnx_writer import Ops
 from ppexport.exporters.weights.quantize import dequantize, integer_type, quantize
+from ppexport.exporters.weights.quantized_nodes import LEAST, round_rows
 from ppexport.models import engine_record
 from ppexport.models.precision import Precision, Wanted, resolve
 from ppexport.runtime.bundle import open_bundle
@@ -150,6 +151,22 @@ def test_products_of_integers(tmp_path: Path) -> None:
     assert vision["MatMulIntegerToFloat"] == vision["QuantizeLinear"] == PRODUCTS["vision"]
     assert (language["MatMulIntegerToFloat"], language["MatMulNBits"]) == (PRODUCTS["language"] - 1, 1)
     assert language["QuantizeLinear"] == 6 * 4  # read by q k v, o, gate up, down
+
+
+def test_inputs_are_rounded_row_by_row() -> None:
+    """By the value farthest from 0, on either side of it; a row of zeros stays one."""
+    op = Ops()
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4, 3]))
+    same = op("Identity", x)
+    same.name, same.type = "same", x.type
+    model = ir.Model(ir.Graph([x], [], nodes=op.nodes, opset_imports={"": 21}), ir_version=10)
+    model.graph.outputs.extend(round_rows(model, same))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    rows = np.array([[-4, 1, 2], [3, -1, 0], [0, 0, 0], [1e-3, 0, -1e-3]], np.float32)
+    integers, scales = session.run(None, {"x": rows})
+    assert integers.tolist() == [[1, 160, 192], [255, 86, 128], [128] * 3, [255, 128, 1]]
+    assert np.allclose(scales[:, 0], [4 / 127, 3 / 127, LEAST, 1e-3 / 127])
+    assert np.float16(LEAST) > 0
 
 
 @pytest.mark.parametrize(

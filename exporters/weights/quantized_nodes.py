@@ -18,7 +18,7 @@ from .quantize import Lazy, Quantized, integer_type, quantize
 
 Users = list[tuple[ir.Node, int]]  # of a value: a node and which of its inputs
 MIDDLE = 128  # of uint8, what 0 becomes
-LEAST = 1e-30  # a scale of inputs that are all 0
+LEAST = 1e-7  # a scale of inputs that are all 0; float16 knows it, too
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def store_rows(
         x = node.inputs[0]
         assert x is not None
         if x not in rounded:
-            rounded[x] = _round(model, x)
+            rounded[x] = round_rows(model, x)
         integers, scale = rounded[x]
         op = Ops()
         one = op.like(1.0, x)
@@ -202,7 +202,7 @@ def store_rows(
         _replace(model, node, op, op("Mul", whole, scale))
 
 
-def _round(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def round_rows(model: ir.Model, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """x [..., in] -> uint8 of that shape and the scales [..., 1], right behind the node that computes x."""
     op = Ops()
     high = op("ReduceMax", x, op.ints([-1]), keepdims=1)
