@@ -50,13 +50,12 @@ def lowest(text: str) -> list[str]:
     return found
 
 
-def requirements() -> list[str]:
-    """The lowest version of every run-time dependency."""
+def requirements(*extras: str) -> list[str]:
+    """The lowest version of what some extras name."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    extras = config["options.extras_require"]
-    found = [lowest(config["options"]["install_requires"]), *(lowest(extras[extra]) for extra in EXTRAS)]
-    return [each for part in found for each in part]
+    parts = [lowest(config["options.extras_require"][extra]) for extra in extras]
+    return [each for part in [lowest(config["options"]["install_requires"]), *parts] for each in part]
 
 
 def run(*command: object, expected: int = 0) -> None:
@@ -73,7 +72,7 @@ def main(python: str) -> None:
     here = WORK / "env" / "bin" / "python"
     pip = (here, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     run(*pip, "--upgrade", "pip")
-    run(*pip, *requirements(), *TOOLS)
+    run(*pip, *requirements(*EXTRAS), *TOOLS)
     run(*pip, "--no-deps", ROOT)
     run(here, "-m", "pip", "--disable-pip-version-check", "list")
     screen, pocket = ROOT / "docs" / "settings.png", WORK / "bundles" / "pocket"
@@ -97,6 +96,8 @@ def main(python: str) -> None:
         "not newest and not slow",
         *tests,
     )
+    run(*pip, *requirements("openvino"))
+    run(*ppexport, "verify", pocket, "--against-cpu", "--device", "vision=openvino", "-i", screen)
 
 
 if __name__ == "__main__":
