@@ -8,6 +8,7 @@ the kind "qwen2", since it is not among those that the converter knows by their 
 """
 
 import json
+import logging
 import runpy
 import sys
 import tempfile
@@ -17,6 +18,7 @@ source, checkpoint, output = (Path(argument).resolve() for argument in sys.argv[
 sys.path[:0] = [str(source), str(source / "gguf-py")]
 from conversion import base  # noqa: E402 (of llama.cpp, found by the path above)
 
+logging.disable(logging.INFO)  # a line for each tensor
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 with tempfile.TemporaryDirectory() as name:
     copy = Path(name)
