@@ -68,7 +68,13 @@ def test_the_second_tower_holds_no_weights(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "precision"),
     usual_and_slow(
-        [("qwen3_vl", "fp32"), ("qwen3_vl", "int8"), ("qwen2_5_vl", "int4"), ("llava_next", "fp32")],
+        [
+            ("qwen3_vl", "fp32"),
+            ("qwen3_vl", "int8"),
+            ("qwen2_5_vl", "bf16"),
+            ("llava_next", "fp32"),
+            ("llava", "int8"),
+        ],
         [(f, p) for f in sorted(set(FAMILIES) - {"qwen3_5_text"}) for p in ("fp32", "bf16", "int8", "int4")],
     ),
 )

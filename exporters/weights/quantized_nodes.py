@@ -56,7 +56,8 @@ def store_integers(
 
     lazy = Lazy(name, stored.kind, read)
     integers = integer_type(stored.kind, symmetric)
-    floats = PRECISIONS[stored.computed]
+    # OpenVINO's tower reads the scales of the first one; it does not load where products share a Cast of them
+    floats = ir.DataType.FLOAT if stored.dialect == "openvino" else PRECISIONS[stored.computed]
     rows = inner // size
     if looked_up:
         parts = [lazy.value("values", integers, outer, inner), lazy.value("scales", floats, outer, rows)]
@@ -76,12 +77,15 @@ def store_integers(
                 row.type = part.type
             _replace(model, node, op, op("DequantizeLinear", *found, axis=-1, block_size=size))
             continue
+        values, scales, *zeros = parts
+        if floats != PRECISIONS[stored.computed]:
+            scales = op("Cast", scales, to=PRECISIONS[stored.computed])
         if grouped:
-            weights = op("DequantizeLinear", *parts, axis=0, block_size=size)
+            weights = op("DequantizeLinear", values, scales, *zeros, axis=0, block_size=size)
         else:
-            weights = op("DequantizeLinear", *parts, axis=1)
+            weights = op("DequantizeLinear", values, scales, axis=1)
         weights.name = f"{name}.{node.name or 'use'}"
-        weights.type = ir.TensorType(floats)
+        weights.type = ir.TensorType(PRECISIONS[stored.computed])
         if node.op_type == "Gemm":  # x @ table.t()
             _replace(model, node, op, op("MatMul", node.inputs[0], weights))
         else:
