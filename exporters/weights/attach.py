@@ -50,10 +50,7 @@ def attach(
         elif name in table:
             for part, users in _users(value, graph, name).items():
                 if precision.of(part) in BITS and _fits(table[name], part, users, precision):
-                    signed = dialect.name not in ENGINES
-                    what = Stored(
-                        table[name], precision.of(part), precision, computed, signed, dialect.name, moments
-                    )
+                    what = Stored(table[name], precision.of(part), precision, computed, dialect.name, moments)
                     own = (
                         f"{name}.{part}" if table[name].layout == "same" else name
                     )  # a table may be stored twice

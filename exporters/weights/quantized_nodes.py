@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ...models.config import Weight
-from ...models.precision import BITS, Precision
+from ...models.precision import BITS, ENGINES, Precision
 from ..checkpoint import Checkpoint
 from ..graphs import PRECISIONS, TORCH
 from ..lowering.onnx_writer import Ops
@@ -29,9 +29,13 @@ class Stored:
     kind: str  # a key of BITS
     precision: Precision
     computed: str  # what the graph calculates in
-    signed: bool  # may scales of four bits be negative?
-    dialect: str
+    dialect: str  # name of the graph's
     moments: Moments | None = None  # of the inputs of matrices in int4
+
+    @property
+    def signed(self) -> bool:
+        """May scales of four bits be negative?"""
+        return self.dialect not in ENGINES
 
 
 def store_integers(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 BOARD = Path("/proc/device-tree/model")
+VNNI = ("avx_vnni", "avx512_vnni")
 
 
 def said(what: str) -> str:
@@ -36,18 +37,19 @@ def features() -> str:
 
 def multiplies_bfloat16() -> bool:
     """Has this x86 CPU instructions for that? False where the system does not say, and on others."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(said("flags").split()))
+    return _has("avx512_bf16", "amx_bf16")
 
 
 def saturates() -> bool:
     """Does this x86 CPU add two products of 8 bits in 16 (vpmaddubsw)? False where the system does not say."""
-    return bool(said("flags")) and not _vnni()
+    return bool(said("flags")) and not _has(*VNNI)
 
 
 def adds_up_bytes() -> bool:
     """Is it known that products of 8 bits add up exactly: by VNNI, or on a CPU that is not an x86 one?"""
-    return _vnni() or platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
+    return _has(*VNNI) or platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
 
 
-def _vnni() -> bool:
-    return bool({"avx_vnni", "avx512_vnni"} & set(said("flags").split()))
+def _has(*flags: str) -> bool:
+    """Does this x86 CPU say one of these of itself?"""
+    return not set(said("flags").split()).isdisjoint(flags)
