@@ -89,7 +89,7 @@ def measure(
             graph = "vision"
             asked = model.asked(tried)
             graph = "language"
-            model.logits(asked.ids, asked.feature_rows, asked.positions, asked.features, 1)
+            model.decode(asked)
     return {name: dict(kinds) for name, kinds in largest.items()}
 
 

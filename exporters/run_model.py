@@ -101,7 +101,6 @@ class EagerModel:
             found.append({name: value.numpy() for name, value in zip(names, values, strict=True)})
         return found
 
-    @torch.no_grad()
     def logits(
         self,
         ids: np.ndarray,
@@ -114,29 +113,36 @@ class EagerModel:
 
         Returns the logits of the ``last`` positions, float32 [last, V].
         """
+        return self._decode(Asked(ids, feature_rows, positions, features), last, head=True).numpy()
+
+    def decode(self, asked: Asked) -> None:
+        """Run every layer at every position, for those who look on."""
+        self._decode(asked, len(asked.ids), head=False)
+
+    @torch.no_grad()
+    def _decode(self, asked: Asked, last: int, head: bool) -> Tensor:
+        """What comes out of the last layer at the ``last`` positions [last, D], or with the head their logits."""
         model = self.checkpoint.config
-        S = len(ids)
+        S = len(asked.ids)
         with torch.device("meta"):
             decoder = DECODERS[model.decoder].Decoder(model)
-        start = torch.zeros(1, dtype=torch.int32)
-        at = torch.arange(S - last, S, dtype=torch.int32)[None]
         constants = DECODERS[model.decoder].constants(model)
         steps = self._steps("language", model.text.layers)
         with (
             self._shown("language", decoder),
             streamed(self.checkpoint, decoder, "language", "layers", constants, steps),
         ):
-            states = [torch.zeros(*state.sized(slots=1, capacity=S)) for state in model.states]
-            found, *_ = decoder(
-                torch.from_numpy(ids)[None],
-                torch.from_numpy(features),
-                torch.from_numpy(feature_rows)[None],
-                torch.from_numpy(positions)[:, None],
-                start,
-                at,
-                states,
+            x, _ = decoder.hidden(
+                torch.from_numpy(asked.ids)[None],
+                torch.from_numpy(asked.features),
+                torch.from_numpy(asked.feature_rows)[None],
+                torch.from_numpy(asked.positions)[:, None],
+                torch.zeros(1, dtype=torch.int32),
+                torch.arange(S - last, S, dtype=torch.int32)[None],
+                [torch.zeros(*state.sized(slots=1, capacity=S)) for state in model.states],
             )
-        return found[0].numpy()
+            out: Tensor = decoder.logits(x) if head else x
+        return out[0]
 
     @contextmanager
     def _shown(self, graph: str, module: nn.Module) -> Iterator[None]:

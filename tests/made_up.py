@@ -67,7 +67,7 @@ class Decoder(attention.Decoder):
         super().__init__(model, *given)
         self.mix = nn.Parameter(torch.empty(model.text.width, dtype=self.dtype))
 
-    def forward(
+    def hidden(
         self,
         input_ids: Tensor,
         features: Tensor,
@@ -76,14 +76,14 @@ class Decoder(attention.Decoder):
         start: Tensor,
         logits_at: Tensor,
         states: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         *caches, last = states
         x = self.embed(input_ids, features, feature_rows)
         before = torch.cat((last.unsqueeze(1).to(x.dtype), x[:, :-1]), dim=1)
         mixed, caches = self.attend(
-            x + before * self.mix, features, feature_rows, position_ids, start, caches
+            x + before * self.mix, features, feature_rows, position_ids, start, logits_at, caches
         )
-        return self.logits(mixed, logits_at), *caches, x[:, -1].to(last.dtype)
+        return mixed, [*caches, x[:, -1].to(last.dtype)]
 
 
 def decoder() -> ModuleType:

@@ -13,13 +13,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from conftest import GOLDEN
 from invariants import relative_error
 
 import ppexport
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
+from ppexport.exporters.decoders import attention
 from ppexport.exporters.lowering.dialects import DIALECTS
+from ppexport.exporters.run_model import Asked, EagerModel
 from ppexport.exporters.weights.attach import attach
 from ppexport.models.family import Prompt
 from ppexport.models.layout import lay_out, on_grid
@@ -118,6 +121,46 @@ def test_prefill_in_two_parts_equals_one(decoders: dict[str, Decoder], name: str
     _, *caches = session.run(None, feed([ids[:3]], [0], [[2]], empty(1)))
     parts, *_ = session.run(None, feed([ids[3:]], [3], [[4]], caches))
     assert relative_error(parts, whole) < 1e-4
+
+
+def test_the_last_layer_goes_on_where_logits_are_wanted() -> None:
+    """But for its keys and values; those who look on (calibration, ranges of float16) are shown every position."""
+    checkpoint = Checkpoint.open(GOLDEN / "e2e" / "model")
+    seen: dict[str, int] = {}
+
+    def on_input(graph: str, weight: str, x: torch.Tensor) -> None:
+        seen[weight] = x.shape[1]
+
+    eager = EagerModel(checkpoint, checkpoint.family.preprocessing, "test", on_input=on_input)
+    asked = Asked(
+        np.arange(6, dtype=np.int32),
+        np.full(6, -1, np.int32),
+        np.tile(np.arange(6, dtype=np.int32), (3, 1)),
+        np.zeros((4, 1, 128), np.float32),
+    )
+    eager.logits(asked.ids, asked.feature_rows, asked.positions, asked.features, 2)
+    few = {weight for weight, count in seen.items() if count == 2}
+    assert few == {f"layers.{LAYERS - 1}.{part}.weight" for part in ("o", "gate", "up", "down")}
+    eager.decode(asked)
+    assert set(seen.values()) == {6}
+
+
+def test_features_behind_the_last_layer() -> None:
+    """Of a model with as many levels of features as layers."""
+    golden = Checkpoint.open(GOLDEN / "e2e" / "model").config
+    model = dataclasses.replace(golden, text=dataclasses.replace(golden.text, layers=golden.levels))
+    decoder = attention.Decoder(model)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    decoder.axis_freq = torch.rand(decoder.axis_freq.shape)
+    given = feed([[3, IMAGE, IMAGE, 9, IMAGE]], [0], [[0]], empty(1))
+    names = ("input_ids", "features", "feature_rows", "position_ids", "start")
+    inputs = [torch.from_numpy(given[name]) for name in names]
+    states = [torch.zeros(1, KV, 8, DH) for _ in range(2 * golden.levels)]
+    with torch.no_grad():
+        every, *_ = decoder(*inputs, torch.arange(5, dtype=torch.int32)[None], states)
+        two, *_ = decoder(*inputs, torch.tensor([[4, 1]], dtype=torch.int32), states)
+    assert torch.allclose(two[0], every[0, [4, 1]], atol=1e-5)
 
 
 def test_dialects_agree_on_a_batch_with_different_starts(decoders: dict[str, Decoder]) -> None:

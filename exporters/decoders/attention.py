@@ -37,8 +37,14 @@ class Block(nn.Module):
         self.up = Linear(c.width, c.ffn, False)
         self.down = Linear(c.ffn, c.width, False)
 
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Add what the mixer made of x [B, S, D], then what the MLP makes of that."""
+    def finish(self, x: Tensor, mixed: Tensor, wanted: Tensor | None) -> Tensor:
+        """Add what the mixer made of x [B, S, D], then what the MLP makes of that.
+
+        ``mixed`` [B, S, heads * Dh] is still to be multiplied by ``o``. With ``wanted`` int32 [B, P], rows of B * S,
+        only those positions go on, as [B, P, D].
+        """
+        x, mixed = rows_of(x, wanted), rows_of(mixed, wanted)
+        mixed = ops.watch("attention", self.o(mixed))
         x = ops.watch("residual", x + mixed.to(x.dtype))
         h = self.norm2(x).to(self.dtype)
         if self.float32_mlp:
@@ -71,8 +77,9 @@ class Layer(Block):
         v_cache: Tensor,
         own: Tensor,
         entries: Tensor,
+        wanted: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, D] -> x [B, S, D] and the updated caches [B, kv_heads, M, Dh]."""
+        """x [B, S, D] -> x, as ``finish`` returns it, and the updated caches [B, kv_heads, M, Dh]."""
         c = self.c
         B, S, _ = x.shape
         h = self.norm1(x).to(self.dtype)
@@ -88,8 +95,7 @@ class Layer(Block):
         )
         if gates is not None:
             out = out * torch.sigmoid(gates)
-        out = ops.watch("attention", self.o(out.reshape(B, S, c.heads * c.head_dim)))
-        return self.finish(x, out), k_cache, v_cache
+        return self.finish(x, out.reshape(B, S, c.heads * c.head_dim), wanted), k_cache, v_cache
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions for the first values of each head. x [B, S, heads, Dh]; cos, sin [B, S, width / 2]."""
@@ -142,9 +148,22 @@ class Decoder(nn.Module):
         value per layer, [B, kv_heads, M, Dh] each (TextConfig.states). Returns logits float32 [B, P, V] and the
         states in the same order.
         """
+        x, new_states = self.hidden(input_ids, features, feature_rows, position_ids, start, logits_at, states)
+        return self.logits(x), *new_states
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        features: Tensor,
+        feature_rows: Tensor,
+        position_ids: Tensor,
+        start: Tensor,
+        logits_at: Tensor,
+        states: Sequence[Tensor],
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """What the head is given, x [B, P, D], and the updated states; arguments as of ``forward``."""
         x = self.embed(input_ids, features, feature_rows)
-        x, new_states = self.attend(x, features, feature_rows, position_ids, start, states)
-        return self.logits(x, logits_at), *new_states
+        return self.attend(x, features, feature_rows, position_ids, start, logits_at, states)
 
     def embed(self, input_ids: Tensor, features: Tensor, feature_rows: Tensor) -> Tensor:
         """Arguments as of ``forward`` -> x [B, S, D]: embeddings of tokens, and of images where they stand."""
@@ -160,11 +179,17 @@ class Decoder(nn.Module):
         feature_rows: Tensor,
         position_ids: Tensor,
         start: Tensor,
+        logits_at: Tensor,
         states: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """All layers: x [B, S, D], the others as of ``forward`` -> x [B, S, D] and the updated states."""
-        S = x.shape[1]
+        """All layers: x [B, S, D], the others as of ``forward`` -> x [B, P, D] and the updated states.
+
+        Every position of the last layer is needed as a key and a value only, so its other products are made of the
+        wanted positions alone.
+        """
+        B, S, _ = x.shape
         image_gate = (feature_rows >= 0).unsqueeze(2).to(self.residual)
+        first = torch.arange(B, device=x.device, dtype=torch.int32).unsqueeze(1) * S
         cos, sin = self.rotary_tables(position_ids)
         own = start.unsqueeze(1) + torch.arange(S, device=start.device, dtype=torch.int32)
         full = next(i for i, layer in enumerate(self.layers) if isinstance(layer, Layer))
@@ -172,14 +197,15 @@ class Decoder(nn.Module):
         new_states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             own_states = states[2 * i : 2 * i + 2]
+            wanted = first + logits_at if i + 1 == len(self.layers) else None
             if isinstance(layer, Layer):
-                x, *changed = layer(x, cos, sin, *own_states, own, entries)
+                x, *changed = layer(x, cos, sin, *own_states, own, entries, wanted)
             else:
-                x, *changed = layer(x, *own_states)
+                x, *changed = layer(x, *own_states, wanted)
             new_states += changed
             if i + 1 < features.shape[0]:
                 level = _placed(features, feature_rows, i + 1).to(self.residual)
-                x = ops.watch("residual", x + level * image_gate)
+                x = ops.watch("residual", x + rows_of(level * image_gate, wanted))
         return x, new_states
 
     def rotary_tables(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,15 +219,18 @@ class Decoder(nn.Module):
             sin = sin * factor
         return cos.to(self.dtype), sin.to(self.dtype)
 
-    def logits(self, x: Tensor, logits_at: Tensor) -> Tensor:
-        """Hidden states x [B, S, D] -> float32 logits [B, P, V] at the wanted positions only."""
-        B, S, D = x.shape
-        first = torch.arange(B, device=x.device, dtype=torch.int32).unsqueeze(1) * S
-        wanted = x.reshape(-1, D).index_select(0, (first + logits_at).reshape(-1))
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states x [B, P, D] -> float32 logits [B, P, V]."""
         table = self.token_table if self.head is None else self.head
-        wanted = self.norm(wanted).to(self.dtype)
-        out = F.linear(wanted, table)
-        return out.float().reshape(B, -1, self.c.vocab)
+        rows = self.norm(x.reshape(-1, x.shape[2])).to(self.dtype)
+        return F.linear(rows, table).float().reshape(x.shape[0], -1, self.c.vocab)
+
+
+def rows_of(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """x [B, S, D] -> its rows ``wanted`` int32 [B, P] of the B * S as [B, P, D]; all of them where that is None."""
+    if wanted is None:
+        return x
+    return x.reshape(-1, x.shape[2]).index_select(0, wanted.reshape(-1)).reshape(*wanted.shape, -1)
 
 
 def _placed(features: Tensor, feature_rows: Tensor, level: int) -> Tensor:

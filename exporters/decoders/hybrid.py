@@ -39,8 +39,13 @@ class DeltaLayer(attention.Block):
         self.gated_norm = RMSNorm(d.value_dim, c.norm_eps)
         self.o = Linear(values, c.width, False)
 
-    def forward(self, x: Tensor, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, D] -> x [B, S, D] and the states: conv [B, kernel - 1, channels], recurrent [B, Hv, dk, dv]."""
+    def forward(
+        self, x: Tensor, conv: Tensor, recurrent: Tensor, wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> x, as ``finish`` returns it, and the states.
+
+        conv [B, kernel - 1, channels], recurrent [B, Hv, dk, dv].
+        """
         d = self.d
         B, S, _ = x.shape
         h = self.norm1(x).to(self.dtype)
@@ -57,8 +62,7 @@ class DeltaLayer(attention.Block):
         out, recurrent = ops.delta_rule(q, k, v, decay, beta, recurrent)
         gates = F.silu(self.z(h).reshape(B, S, d.value_heads, d.value_dim).float())
         out = (self.gated_norm(out) * gates).to(self.dtype)
-        out = ops.watch("attention", self.o(out.reshape(B, S, d.value_heads * d.value_dim)))
-        return self.finish(x, out), conv, recurrent
+        return self.finish(x, out.reshape(B, S, d.value_heads * d.value_dim), wanted), conv, recurrent
 
 
 def _unit(x: Tensor) -> Tensor:

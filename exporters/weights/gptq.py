@@ -74,7 +74,7 @@ def collect(
         progress("calibrate", i, len(samples))
         asked = model.asked(sample)
         if "language" in graphs:
-            model.logits(asked.ids, asked.feature_rows, asked.positions, asked.features, 1)
+            model.decode(asked)
     progress("calibrate", len(samples), len(samples))
     return moments
 
