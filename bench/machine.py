@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
+from process import versions
+
+from ppexport.runtime.backends import processor
+
+PRODUCTS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+PACKAGES = (
+    "ppexport",
+    "onnxruntime",
+    "openvino",
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "numpy",
+    "pillow",
+    "transformers",
+)
+
 
 def describe() -> dict[str, object]:
-    """Processor, cores, memory and package versions."""
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    """Processor, which instructions for products it has, cores, memory and package versions."""
     memory = next(
         (int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0
     )
-    packages = {}
-    for name in ("ppexport", "onnxruntime", "torch", "onnx", "onnx_ir", "numpy", "pillow", "transformers"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    flags = processor.features().split()
     return {
-        "cpu": cpu,
+        "cpu": processor.name(),
+        "instructions": [name for name in PRODUCTS if name in flags],
         "cores": os.cpu_count(),
         "memory_gb": round(memory * 1024 / 1e9, 1),
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": versions(*PACKAGES),
     }
 
 

@@ -10,7 +10,8 @@ import json
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
+
+from process import peak
 
 import ppexport
 from ppexport.runtime.backends.ort import OrtBinding
@@ -22,11 +23,6 @@ def timed(binding: OrtBinding, run=OrtBinding.run) -> None:  # type: ignore[no-u
     begin = time.perf_counter()
     run(binding)
     inside.append(time.perf_counter() - begin)
-
-
-def peak() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main() -> None:

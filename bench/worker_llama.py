@@ -15,9 +15,9 @@ from pathlib import Path
 
 import llama_cpp as llama
 import numpy as np
-from clock import peak
 from llama_cpp import mtmd_cpp as mtmd
 from PIL import Image
+from process import peak, versions
 
 folder, threads = Path(sys.argv[1]), int(sys.argv[2])
 CONTEXT = 4096
@@ -46,7 +46,7 @@ assert model is not None
 assert context is not None
 assert vision is not None
 words = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-print(json.dumps({"ready": True}), flush=True)
+print(json.dumps({"ready": True, "packages": versions("llama-cpp-python")}), flush=True)
 
 
 def likeliest() -> int:

@@ -1,0 +1,20 @@
+"""What a process says of itself, in the Python of whichever program it measures: packages, peak of memory."""
+
+import importlib.metadata
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak() -> int:
+    """The most memory that this process had, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
