@@ -24,7 +24,7 @@ from ..models.pruners.pixelprune import PixelPrune, prune_file
 from ..models.version import __version__
 from . import graphs
 from .checkpoint import Checkpoint
-from .fp16_range import ALL, ALWAYS, float32_kinds
+from .fp16_range import ALWAYS, float32_kinds
 from .lowering.dialects import DIALECTS, OPENVINO, Dialect
 from .preprocessing import preprocessing_of
 from .pruners import Sizes, pruning_graphs
@@ -203,12 +203,11 @@ def _trace(
     others: list[tuple[Dialect, ir.Model]] = []
     if config.sees:
         progress("trace", 1, 3)
-        models["vision"] = graphs.vision_graph(config, dialect, base, kinds["vision"])
-        for other in OTHER_TOWERS.get(plan.dialect, ()):
-            computed = plan.precision.for_openvino().base
-            wide = ALL if computed == "fp32" else (*ALWAYS, "residual")
-            tower = graphs.vision_graph(config, other, computed, wide)
-            others.append((other, tower))
+        beside = OTHER_TOWERS.get(plan.dialect, ())
+        computed = plan.precision.for_openvino().base if beside else base
+        wide = (*ALWAYS, "residual") if beside else kinds["vision"]
+        models["vision"], *towers = graphs.vision_graphs(config, (dialect, *beside), computed, wide)
+        others = list(zip(beside, towers, strict=True))
     progress("trace", 2, 3)
     models["language"] = graphs.language_graph(config, dialect, base, kinds["language"])
     progress("trace", 3, 3)

@@ -22,6 +22,7 @@ from ..models.config import ModelConfig
 from ..models.dtype import BY_PRECISION
 from .decoders import DECODERS
 from .lowering.dialects import Dialect, lower
+from .lowering.passes import in_float32
 from .towers import TOWERS
 
 PRECISIONS = {name: ir.DataType(dtype.onnx) for name, dtype in BY_PRECISION.items()}
@@ -34,15 +35,25 @@ def compute_precision(precision: str, dialect: Dialect) -> str:
     return "fp32" if dialect.name == "ort" else precision
 
 
-def vision_graph(
-    model: ModelConfig, dialect: Dialect, precision: str = "fp32", float32_kinds: Sequence[str] = ()
-) -> ir.Model:
-    """The vision tower: inputs image, keep and what else it takes; outputs features and what else it gives.
+def vision_graphs(
+    model: ModelConfig,
+    dialects: Sequence[Dialect],
+    precision: str = "fp32",
+    float32_kinds: Sequence[str] = (),
+) -> list[ir.Model]:
+    """The vision tower in each of the dialects, traced once: inputs image, keep and what else it takes; outputs
+    features and what else it gives.
 
     ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py).
     """
-    dtype = TORCH[compute_precision(precision, dialect)]
-    return _lowered(trace_vision(model, dialect.cast_first, dtype, frozenset(float32_kinds)), dialect)
+    traced = trace_vision(model, dialects[0].cast_first, TORCH[precision], frozenset(float32_kinds))
+    found = []
+    for dialect in dialects:
+        own = traced.clone()
+        if compute_precision(precision, dialect) == "fp32":
+            in_float32(own)
+        found.append(_lowered(own, dialect))
+    return found
 
 
 def language_graph(
@@ -50,7 +61,7 @@ def language_graph(
 ) -> ir.Model:
     """The decoder: inputs and outputs as in its forward; a state ``x`` comes back as ``new_x``.
 
-    ``float32_kinds`` as for vision_graph.
+    ``float32_kinds`` as for vision_graphs.
     """
     computed = BY_PRECISION[compute_precision(precision, dialect)].name
     return _lowered(trace_language(model, computed, frozenset(float32_kinds)), dialect)

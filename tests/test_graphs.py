@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx.shape_inference
@@ -21,9 +22,11 @@ import ppexport
 from ppexport.build_bundle import build
 from ppexport.exporters import graphs
 from ppexport.exporters.checkpoint import Checkpoint
-from ppexport.exporters.lowering.dialects import DIALECTS, lower
+from ppexport.exporters.fp16_range import ALWAYS
+from ppexport.exporters.lowering.dialects import DIALECTS, OPENVINO, lower
 from ppexport.exporters.lowering.onnx_writer import Ops
 from ppexport.exporters.lowering.passes import one_reshape
+from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
 from ppexport.exporters.weights.attach import attach, cast_after_load
 from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.image import prepare
@@ -109,9 +112,46 @@ def test_decoder_nodes_of_each_dialect(checkpoint: Checkpoint) -> None:
 
 def test_standard_vision_casts_the_image_first(checkpoint: Checkpoint) -> None:
     """TensorRT takes uint8 as a graph input only."""
-    model = graphs.vision_graph(checkpoint.config, DIALECTS["standard"])
+    (model,) = graphs.vision_graphs(checkpoint.config, [DIALECTS["standard"]])
     image = next(v for v in model.graph.inputs if v.name == "image")
     assert {user.op_type for user, _ in image.uses()} == {"Cast", "Shape"}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl", "qwen2_5_vl", "llava_next"])
+def test_a_tower_of_a_trace_in_16_bits_is_the_one_in_float32(family: str, tmp_path: Path) -> None:
+    """Node by node; and what has been made of it first leaves the other dialect's as it would be alone."""
+    write_random(random_config(family, "tiny"), tmp_path)
+    write_text_files(tmp_path, family)
+    config = Checkpoint.open(tmp_path).config
+    kinds = (*ALWAYS, "residual")
+    wide, narrow = graphs.vision_graphs(config, [DIALECTS["ort"], OPENVINO], "bf16", kinds)
+    assert structure(wide) == structure(*graphs.vision_graphs(config, [DIALECTS["ort"]]))
+    assert structure(narrow) == structure(*graphs.vision_graphs(config, [OPENVINO], "bf16", kinds))
+    assert not {value.dtype for node in wide.graph for value in node.outputs} & {ir.DataType.BFLOAT16}
+
+
+def structure(model: ir.Model) -> list[Any]:
+    """Nodes with their attributes, where their inputs come from, and what their outputs are; no names of values.
+
+    Floats as a file holds them, since a trace may come from one.
+    """
+    place: dict[ir.Value | None, Any] = {None: None}
+    place |= {value: (value.name, str(value.type)) for value in model.graph.inputs}
+    place |= {value: (value.name, str(value.type)) for value in model.graph.initializers.values()}
+    found = []
+    for i, node in enumerate(model.graph):
+        attributes = {
+            name: np.float32(a.value)
+            if a.type == ir.AttributeType.FLOAT
+            else a.value.numpy().tolist()
+            if a.type == ir.AttributeType.TENSOR
+            else a.value
+            for name, a in node.attributes.items()
+        }
+        made = [(str(v.type), str(v.shape), v.name * v.is_graph_output()) for v in node.outputs]
+        found.append((node.op_type, [place[value] for value in node.inputs], attributes, made))
+        place |= {value: (i, j) for j, value in enumerate(node.outputs)}
+    return found
 
 
 @pytest.mark.parametrize(

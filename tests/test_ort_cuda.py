@@ -98,8 +98,11 @@ def test_every_operator_has_a_kernel(family: str, precision: str, tmp_path: Path
     write_random(config, tmp_path)
     write_text_files(tmp_path, family)
     model = Checkpoint.open(tmp_path).config
-    for make in (graphs.vision_graph, graphs.language_graph):
-        made = make(model, DIALECTS["cuda"], precision)
+    cuda = DIALECTS["cuda"]
+    for made in (
+        *graphs.vision_graphs(model, [cuda], precision),
+        graphs.language_graph(model, cuda, precision),
+    ):
         assert set(kinds(made)) <= MAY, sorted(set(kinds(made)) - MAY)
         for node in made.graph:
             if node.op_type in IN_FLOAT32 | OF_INTEGERS:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes.common import IdentityEliminationPass
 
 from .onnx_writer import Ops
 
 ENTRIES = "entries"
+NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 
 
@@ -22,6 +24,32 @@ def float_cumsum(model: ir.Model) -> None:
         after.type = before.type
         after.shape = before.shape
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], op.nodes, [before], [after])
+
+
+def in_float32(model: ir.Model) -> None:
+    """What a tower traced in 16 bits is in float32: the same graph with other types, and without casts between them."""
+    wide = ir.DataType.FLOAT
+    graph = model.graph
+    nodes = list(graph)
+    for value in [
+        *graph.inputs,
+        *graph.initializers.values(),
+        *(out for node in nodes for out in node.outputs),
+    ]:
+        if value.dtype in NARROW:
+            value.type = ir.TensorType(wide)  # a new one: copies of the graph share it
+    for node in nodes:
+        if node.op_type == "Constant" and (tensor := node.attributes.get("value")) is not None:
+            assert tensor.value.dtype not in NARROW, f"{node.name}: a constant that was rounded to 16 bits"
+        if node.op_type != "Cast":
+            continue
+        if node.attributes["to"].as_int() in NARROW:
+            node.attributes["to"] = ir.AttrInt64("to", wide)
+        source = node.inputs[0]
+        if source is not None and source.dtype == node.attributes["to"].as_int() == wide:
+            node.op_type = "Identity"
+            node.attributes.clear()
+    IdentityEliminationPass()(model)
 
 
 def float_outputs(model: ir.Model) -> None:
