@@ -52,7 +52,7 @@ def _thrifty() -> Iterator[None]:
     ONNX Runtime transposes and repacks weights while it loads a graph; the C library of Linux would keep what that
     frees, a third of an int4 model. Others have no such switch. Afterwards large activations go back, too: among
     smaller ones they would leave holes that the next, larger image does not fit into (a tower on OpenVINO had 1.6 GB
-    after images of 13 sizes, and has 1.1; no run takes longer). ONNX Runtime keeps its own for the next run.
+    after images of 13 sizes, and has 1.2; no run takes longer). ONNX Runtime keeps its own for the next run.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt, trim = (getattr(libc, name, None) for name in ("mallopt", "malloc_trim"))
@@ -63,7 +63,7 @@ def _thrifty() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(M_MMAP_THRESHOLD, 8 << 20)
         mallopt(M_TRIM_THRESHOLD, 64 << 20)
         trim(0)
 
