@@ -10,7 +10,9 @@ from process import versions
 
 from ppexport.runtime.backends import processor
 
+# of x86 and of ARM, as Linux names them
 PRODUCTS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+PRODUCTS += ("asimddp", "i8mm", "bf16", "sve")
 PACKAGES = (
     "ppexport",
     "onnxruntime",

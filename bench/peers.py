@@ -9,8 +9,8 @@
 
 All take turns in one run, each in a process of its own: same weights, image, prompt and threads. "first" is the time to
 the first token after preprocessing. Pruned are ours only; the whole image is asked of all. Of several runs, after one
-that is not counted: medians. Ours are started several times, in turns the other way round: where its memory lies makes
-one process up to a tenth faster than another of the same program.
+that is not counted: medians. For pruned images ours are started several times, in turns the other way round: one
+process may decode a tenth faster than another of the same program. The whole image is asked of fresh processes.
 """
 
 from __future__ import annotations
@@ -62,9 +62,21 @@ def export(python: str, checkpoint: Path, output: Path, weights: str) -> None:
 @click.option("--llama-source", type=click.Path(exists=True, path_type=Path), help="llama.cpp's own folder.")
 @click.option("--images", default=",".join(SCREENS), show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--starts", default=4, show_default=True, help="Of each of ours.")
-@click.option("--runs", default=3, show_default=True, help="Of pruned images, after each start.")
-@click.option("--whole-runs", default=2, show_default=True, help="Of the first image, unpruned.")
+@click.option("--starts", default=4, type=click.IntRange(min=1), show_default=True, help="Of each of ours.")
+@click.option(
+    "--runs",
+    default=3,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Of pruned images, after each start.",
+)
+@click.option(
+    "--whole-runs",
+    default=2,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Of the first image, unpruned.",
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 def main(
     shape: str,
@@ -89,29 +101,24 @@ def main(
         checkpoint = random_checkpoint(shape, work)
         bundle = ppexport.build(checkpoint, work / precision, Wanted(precision, vision=vision))
         pruned: dict[str, Answers] = {file: {} for file in images.split(",")}
+        ready: Answers = {}
         for start in range(starts):
             order = devices.split(";")[:: -1 if start % 2 else 1]
             workers = [ours(bundle, threads, device) for device in order]
-            for file, found in pruned.items():
+            for file, answers in pruned.items():
                 ids = prompt(checkpoint, IMAGES / file)
-                turns(found, workers, runs, image=str(IMAGES / file), prune=True, ids=ids, tokens=17)
-            if start + 1 < starts:
-                close(workers)
+                given = {"image": str(IMAGES / file), "prune": True, "ids": ids, "tokens": 17}
+                turns(answers, workers, runs, start, **given)
+            close(workers, ready)
+        workers = [ours(bundle, threads, device) for device in devices.split(";")]
         if python is not None:
             workers += peers(python, checkpoint, openvino_weights, llama_source, threads, work)
         first = IMAGES / images.split(",")[0]
         whole: Answers = {}
-        turns(
-            whole,
-            workers,
-            whole_runs,
-            image=str(first),
-            prune=False,
-            ids=prompt(checkpoint, first),
-            tokens=17,
-        )
-        close(workers)
-    rows = {file: medians(found) for file, found in pruned.items()}
+        given = {"image": str(first), "prune": False, "ids": prompt(checkpoint, first), "tokens": 17}
+        turns(whole, workers, whole_runs, 0, **given)
+        close(workers, ready)
+    rows = {file: medians(answers) for file, answers in pruned.items()}
     result = {
         "what": "image to first token and decode on the CPU, milliseconds",
         "shape": shape,
@@ -119,14 +126,13 @@ def main(
         "openvino_weights": openvino_weights,
         "threads": threads,
         "machine": describe(),
-        "ready": {w.name: {k: v for k, v in w.ready.items() if k != "ready"} for w in workers},
-        "starts": starts,
+        "ready": ready,
         "pruned": rows,
         "whole": {first.name: medians(whole)},
     }
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for file, found in [*rows.items(), (f"{first.name}, whole", medians(whole))]:
-        for worker_name, row in found.items():
+    for file, of_workers in [*rows.items(), (f"{first.name}, whole", medians(whole))]:
+        for worker_name, row in of_workers.items():
             kept = f"{row['kept']} of {row['total']}" if "kept" in row else ""
             click.echo(
                 f"{file:32} {worker_name:30} {row['first']:9.0f} {row['decode_per_token']:7.1f} {kept}"
@@ -146,23 +152,32 @@ def peers(
     return found
 
 
-def turns(found: Answers, workers: list[Worker], runs: int, **request: Any) -> None:
-    """Add answers to one request to those ``found`` already, after one of each worker that is not counted."""
+def turns(answers: Answers, workers: list[Worker], runs: int, start: int, **request: Any) -> None:
+    """Add answers to one request to those that are there, after one of each worker that is not counted."""
     for i in range(runs + 1):
         for worker in workers:
             answer = worker.ask(asked=len(QUESTION), **request)
             if i > 0:
-                found.setdefault(worker.name, []).append(answer)
+                answers.setdefault(worker.name, []).append({**answer, "start": start})
 
 
-def medians(found: Answers) -> dict[str, Any]:
-    """Of each worker."""
-    return {name: summary(answers) for name, answers in sorted(found.items())}
+def medians(answers: Answers) -> dict[str, Any]:
+    """Of each worker; of its tokens, those of each start, too."""
+    rows = {}
+    for name, of_worker in sorted(answers.items()):
+        rows[name] = summary(of_worker)
+        starts = sorted({answer["start"] for answer in of_worker})
+        rows[name]["decode_of_starts"] = [
+            summary([answer for answer in of_worker if answer["start"] == start])["decode_per_token"]
+            for start in starts
+        ]
+    return rows
 
 
-def close(workers: list[Worker]) -> None:
-    """End their processes."""
+def close(workers: list[Worker], ready: Answers) -> None:
+    """End their processes; what they said when they began goes to ``ready``."""
     for worker in workers:
+        ready.setdefault(worker.name, []).append({k: v for k, v in worker.ready.items() if k != "ready"})
         worker.close()
 
 

@@ -33,7 +33,9 @@ def serve(model, more_inputs):
     print(json.dumps({"ready": True, "packages": versions(*PACKAGES)}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        ids, count, clock = torch.tensor([request["ids"]]), request["tokens"], Clock()
+        ids = torch.tensor([request["ids"]])
+        count = request["tokens"]
+        clock = Clock()
         begin = time.perf_counter()
         batch = processor(images=[Image.open(request["image"]).convert("RGB")], return_tensors="pt")
         ready = time.perf_counter()

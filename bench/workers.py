@@ -21,7 +21,9 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
-        self.ready = self._answer()  # and, of ours, how long loading took and what it took
+        self.ready = (
+            self._answer()
+        )  # of ours, how long loading took and its memory; of others, their packages
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request."""

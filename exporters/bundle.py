@@ -205,8 +205,8 @@ def _trace(
         progress("trace", 1, 3)
         beside = OTHER_TOWERS.get(plan.dialect, ())
         computed = plan.precision.for_openvino().base if beside else base
-        wide = (*ALWAYS, "residual") if beside else kinds["vision"]
-        models["vision"], *towers = graphs.vision_graphs(config, (dialect, *beside), computed, wide)
+        in_float32 = (*ALWAYS, "residual") if beside else kinds["vision"]
+        models["vision"], *towers = graphs.vision_graphs(config, (dialect, *beside), computed, in_float32)
         others = list(zip(beside, towers, strict=True))
     progress("trace", 2, 3)
     models["language"] = graphs.language_graph(config, dialect, base, kinds["language"])

@@ -44,16 +44,21 @@ def vision_graphs(
     """The vision tower in each of the dialects, traced once: inputs image, keep and what else it takes; outputs
     features and what else it gives.
 
-    ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py).
+    ``float32_kinds``: values to calculate in float32 whatever the precision (exporters/fp16_range.py). Raises
+    ValueError for dialects that begin in different ways, which are different traces.
     """
-    traced = trace_vision(model, dialects[0].cast_first, TORCH[precision], frozenset(float32_kinds))
-    found = []
+    starts = {dialect.cast_first for dialect in dialects}
+    if len(starts) != 1:
+        names = ", ".join(dialect.name for dialect in dialects)
+        raise ValueError(f"found {names}, expected dialects that cast the image first, or ones that do not")
+    traced = trace_vision(model, starts.pop(), TORCH[precision], frozenset(float32_kinds))
+    towers = []
     for dialect in dialects:
-        own = traced.clone()
+        tower = traced.clone()
         if compute_precision(precision, dialect) == "fp32":
-            in_float32(own)
-        found.append(_lowered(own, dialect))
-    return found
+            in_float32(tower)
+        towers.append(_lowered(tower, dialect))
+    return towers
 
 
 def language_graph(

@@ -1,7 +1,7 @@
 """What a checkpoint computes in float32: the towers that are exported, run in torch.
 
 Bundles are held against it (ppexport/verify.py), four bits are fitted to what its matrices are multiplied with
-(calibrated.py), and its largest values say what float16 graphs must calculate in float32 (fp16_range.py).
+(weights/gptq.py), and its largest values say what float16 graphs must calculate in float32 (fp16_range.py).
 """
 
 from __future__ import annotations
@@ -101,19 +101,9 @@ class EagerModel:
             found.append({name: value.numpy() for name, value in zip(names, values, strict=True)})
         return found
 
-    def logits(
-        self,
-        ids: np.ndarray,
-        feature_rows: np.ndarray,
-        positions: np.ndarray,
-        features: np.ndarray,
-        last: int,
-    ) -> np.ndarray:
-        """ids, feature_rows int32 [S] without dropped placeholders, positions int32 [A, S], features as above.
-
-        Returns the logits of the ``last`` positions, float32 [last, V].
-        """
-        return self._decode(Asked(ids, feature_rows, positions, features), last, head=True).numpy()
+    def logits(self, asked: Asked, last: int) -> np.ndarray:
+        """The logits of the ``last`` positions, float32 [last, V]; the last layer runs at those alone."""
+        return self._decode(asked, last, head=True).numpy()
 
     def decode(self, asked: Asked) -> None:
         """Run every layer at every position, for those who look on."""

@@ -121,7 +121,7 @@ def verify(
     """
     try:
         from .exporters.checkpoint import Checkpoint
-        from .exporters.run_model import EagerModel, joined
+        from .exporters.run_model import Asked, EagerModel, joined
     except ImportError as err:
         raise BackendError(
             f"{err.name} is not installed; verify needs: pip install 'ppexport[export]'"
@@ -154,7 +154,8 @@ def verify(
     whole = np.concatenate([prompt.ids, ran.said[:-1]])
     positions = np.concatenate([prompt.positions, np.broadcast_to(after, (model.axes, len(after)))], axis=1)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1, np.int32)])
-    expected = reference.logits(whole, rows, np.ascontiguousarray(positions), left, len(ran.said))
+    asked = Asked(whole, rows, np.ascontiguousarray(positions), left)
+    expected = reference.logits(asked, len(ran.said))
     return _report(bundle, ran, features, expected)
 
 

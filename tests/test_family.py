@@ -19,7 +19,7 @@ from ppexport.build_bundle import build
 from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.decoders import DECODERS
 from ppexport.exporters.random_checkpoint import random_config, write_random
-from ppexport.exporters.run_model import EagerModel, Look
+from ppexport.exporters.run_model import Asked, EagerModel, Look
 from ppexport.models.errors import CheckpointError
 from ppexport.models.families import FAMILIES
 from ppexport.models.family import Family
@@ -84,7 +84,7 @@ def test_the_graph_is_the_model(pipe: ppexport.Pipeline, checkpoint: Path, scree
     whole = np.concatenate([prompt.ids, tokens[:-1]]).astype(np.int32)
     rows = np.concatenate([prompt.feature_rows, np.full(len(after), -1)]).astype(np.int32)
     positions = np.concatenate([prompt.positions, np.stack([after, after])], axis=1).astype(np.int32)
-    expected = reference.logits(whole, rows, positions, features, len(tokens))
+    expected = reference.logits(Asked(whole, rows, positions, features), len(tokens))
     assert expected.argmax(1).tolist() == tokens
     assert relative_error(logits, expected) < 1e-4
 

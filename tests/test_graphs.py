@@ -25,7 +25,7 @@ from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.fp16_range import ALWAYS
 from ppexport.exporters.lowering.dialects import DIALECTS, OPENVINO, lower
 from ppexport.exporters.lowering.onnx_writer import Ops
-from ppexport.exporters.lowering.passes import one_reshape
+from ppexport.exporters.lowering.passes import in_float32, one_reshape
 from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
 from ppexport.exporters.weights.attach import attach, cast_after_load
 from ppexport.models.precision import Wanted, resolve
@@ -128,6 +128,32 @@ def test_a_tower_of_a_trace_in_16_bits_is_the_one_in_float32(family: str, tmp_pa
     assert structure(wide) == structure(*graphs.vision_graphs(config, [DIALECTS["ort"]]))
     assert structure(narrow) == structure(*graphs.vision_graphs(config, [OPENVINO], "bf16", kinds))
     assert not {value.dtype for node in wide.graph for value in node.outputs} & {ir.DataType.BFLOAT16}
+
+
+def test_what_a_trace_in_16_bits_cannot_give() -> None:
+    """A constant that was rounded; and casts go, of graph outputs and of what casts gave, too."""
+    x = ir.val("x", ir.DataType.FLOAT, ["B", 4])
+    op = Ops()
+    narrow = op("Cast", x, to=ir.DataType.BFLOAT16)
+    y = op("Cast", op("Add", narrow, narrow), to=ir.DataType.FLOAT)
+    for value, dtype in ((narrow, ir.DataType.BFLOAT16), (y, ir.DataType.FLOAT)):
+        value.type = ir.TensorType(dtype)
+    y.producer().inputs[0].type = ir.TensorType(ir.DataType.BFLOAT16)
+    y.name = "y"
+    model = model_of(op, [x], [y])
+    in_float32(model)
+    assert types(model) == {"Add": 1}
+    assert [(value.name, value.dtype) for value in model.graph.outputs] == [("y", ir.DataType.FLOAT)]
+    op = Ops()
+    half = op("Constant", value=ir.tensor(np.float16(0.1)))
+    half.type = ir.TensorType(ir.DataType.FLOAT16)
+    with pytest.raises(ValueError, match=r"found a constant in 16 bits .*, expected float32"):
+        in_float32(model_of(op, [], [half]))
+
+
+def test_dialects_that_begin_in_different_ways(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match=r"found ort, plain, expected dialects that cast the image first"):
+        graphs.vision_graphs(checkpoint.config, [DIALECTS["ort"], DIALECTS["plain"]])
 
 
 def structure(model: ir.Model) -> list[Any]:

@@ -26,7 +26,7 @@ from ppexport.exporters.checkpoint import Checkpoint
 from ppexport.exporters.lowering import ops
 from ppexport.exporters.lowering.dialects import DIALECTS
 from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
-from ppexport.exporters.run_model import EagerModel
+from ppexport.exporters.run_model import Asked, EagerModel
 from ppexport.exporters.weights.attach import attach
 from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.backends.ort import OrtBinding
@@ -153,8 +153,28 @@ def test_every_dialect_is_the_model(
     places = np.broadcast_to(np.arange(count, dtype=np.int32), (3, count))
     eager = EagerModel(opened, opened.family.preprocessing, "reference")
     none = np.zeros((1, 1, opened.config.text.width), np.float32)
-    expected = eager.logits(ids, np.full(count, -1, np.int32), np.ascontiguousarray(places), none, count)
+    prompt = Asked(ids, np.full(count, -1, np.int32), np.ascontiguousarray(places), none)
+    expected = eager.logits(prompt, count)
     assert relative_error(decoder(ids, parts), expected) < 1e-5
+
+
+@pytest.mark.parametrize("last", ["linear_attention", "full_attention"])
+def test_few_logits_of_a_prompt(tmp_path: Path, last: str) -> None:
+    """The last layer, of either kind, goes on at the wanted positions alone."""
+    config = random_config("qwen3_5", "tiny")
+    text = config["text_config"]
+    text["layer_types"] = ["full_attention", *["linear_attention"] * (text["num_hidden_layers"] - 2), last]
+    write_random(config, tmp_path)
+    write_text_files(tmp_path, "qwen3_5")
+    opened = Checkpoint.open(tmp_path)
+    eager = EagerModel(opened, opened.family.preprocessing, "reference")
+    prompt = Asked(
+        np.arange(70, dtype=np.int32),
+        np.full(70, -1, np.int32),
+        np.tile(np.arange(70, dtype=np.int32), (3, 1)),
+        np.zeros((1, 1, opened.config.text.width), np.float32),
+    )
+    assert relative_error(eager.logits(prompt, 2), eager.logits(prompt, 70)[-2:]) < 1e-5
 
 
 def asked(pipe: ppexport.Pipeline, question: str, *images: Any) -> tuple[str, ppexport.Stats]:

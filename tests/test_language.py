@@ -124,7 +124,7 @@ def test_prefill_in_two_parts_equals_one(decoders: dict[str, Decoder], name: str
 
 
 def test_the_last_layer_goes_on_where_logits_are_wanted() -> None:
-    """But for its keys and values; those who look on (calibration, ranges of float16) are shown every position."""
+    """Behind its attention; those who look on (calibration, ranges of float16) are shown every position."""
     checkpoint = Checkpoint.open(GOLDEN / "e2e" / "model")
     seen: dict[str, int] = {}
 
@@ -138,7 +138,7 @@ def test_the_last_layer_goes_on_where_logits_are_wanted() -> None:
         np.tile(np.arange(6, dtype=np.int32), (3, 1)),
         np.zeros((4, 1, 128), np.float32),
     )
-    eager.logits(asked.ids, asked.feature_rows, asked.positions, asked.features, 2)
+    eager.logits(asked, 2)
     few = {weight for weight, count in seen.items() if count == 2}
     assert few == {f"layers.{LAYERS - 1}.{part}.weight" for part in ("o", "gate", "up", "down")}
     eager.decode(asked)

@@ -40,11 +40,11 @@ class Block(nn.Module):
     def finish(self, x: Tensor, mixed: Tensor, wanted: Tensor | None) -> Tensor:
         """Add what the mixer made of x [B, S, D], then what the MLP makes of that.
 
-        ``mixed`` [B, S, heads * Dh] is still to be multiplied by ``o``. With ``wanted`` int32 [B, P], rows of B * S,
-        only those positions go on, as [B, P, D].
+        ``mixed`` [B, S, inner width of ``o``] is still to be multiplied by ``o``. With ``wanted`` int32 [B, P], rows of
+        B * S, only those positions go on, as [B, P, D].
         """
-        x, mixed = rows_of(x, wanted), rows_of(mixed, wanted)
-        mixed = ops.watch("attention", self.o(mixed))
+        x = rows_of(x, wanted)
+        mixed = ops.watch("attention", self.o(rows_of(mixed, wanted)))
         x = ops.watch("residual", x + mixed.to(x.dtype))
         h = self.norm2(x).to(self.dtype)
         if self.float32_mlp:
@@ -161,7 +161,10 @@ class Decoder(nn.Module):
         logits_at: Tensor,
         states: Sequence[Tensor],
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """What the head is given, x [B, P, D], and the updated states; arguments as of ``forward``."""
+        """What ``logits`` is given, x [B, P, D], and the updated states; arguments as of ``forward``.
+
+        A decoder of another architecture has its own of this, rather than its own ``forward``.
+        """
         x = self.embed(input_ids, features, feature_rows)
         return self.attend(x, features, feature_rows, position_ids, start, logits_at, states)
 
@@ -184,8 +187,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers: x [B, S, D], the others as of ``forward`` -> x [B, P, D] and the updated states.
 
-        Every position of the last layer is needed as a key and a value only, so its other products are made of the
-        wanted positions alone.
+        Nothing reads the last layer at other positions but its own attention, so what follows that (the product
+        with ``o``, the MLP) is made of the wanted positions alone.
         """
         B, S, _ = x.shape
         image_gate = (feature_rows >= 0).unsqueeze(2).to(self.residual)

@@ -1,4 +1,6 @@
-"""How the nodes of ``ops.py`` are written in ONNX: one table of translations per dialect (vendor.py, standard.py).
+"""How the nodes of ``ops.py`` are written in ONNX: one table of translations per dialect.
+
+The translations are in ort_operators.py, onnx_operators.py and delta_rule.py.
 
 ``ort``       ONNX Runtime on a CPU: GroupQueryAttention and MultiHeadAttention, caches updated in place; in float32.
 ``cuda``      The same for ONNX Runtime's CUDA provider, in 16 bits; decode is made of what a CUDA graph can hold.
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from . import standard, vendor
+from . import onnx_operators, ort_operators
 from .delta_rule import causal_convolution, delta_rule
 from .onnx_writer import Ops
 from .ops import DOMAIN
@@ -73,19 +75,19 @@ def lower(model: ir.Model, dialect: Dialect) -> None:
 
 
 ORT = {
-    "Attention": vendor.attention,
-    "CachedAttention": vendor.cached_attention,
-    "Rotary": vendor.rotary,
-    "RMSNorm": vendor.rms_norm,
-    "Gelu": standard.gelu,
-    "QuickGelu": vendor.quick_gelu,
-    "CausalConvolution": vendor.causal_convolution,
-    "DeltaRule": vendor.delta_rule,
+    "Attention": ort_operators.attention,
+    "CachedAttention": ort_operators.cached_attention,
+    "Rotary": ort_operators.rotary,
+    "RMSNorm": ort_operators.rms_norm,
+    "Gelu": onnx_operators.gelu,
+    "QuickGelu": ort_operators.quick_gelu,
+    "CausalConvolution": ort_operators.causal_convolution,
+    "DeltaRule": ort_operators.delta_rule,
 }
 COMMON = {  # of the dialects for engines
-    "Rotary": standard.rotary,
-    "Gelu": standard.gelu,
-    "QuickGelu": standard.quick_gelu,
+    "Rotary": onnx_operators.rotary,
+    "Gelu": onnx_operators.gelu,
+    "QuickGelu": onnx_operators.quick_gelu,
     "CausalConvolution": causal_convolution,
     "DeltaRule": delta_rule,
 }
@@ -103,8 +105,8 @@ DIALECTS = {
         cast_first=True,  # Max, Min and Shape of bytes are for CPUs only
         table={
             **ORT,
-            "CachedAttention": vendor.cached_attention_of_entries,
-            "RMSNorm": vendor.rms_norm_in_one,
+            "CachedAttention": ort_operators.cached_attention_with_entries,
+            "RMSNorm": ort_operators.fused_rms_norm,
         },
         passes=(one_reshape, entries_input),
     ),
@@ -114,9 +116,9 @@ DIALECTS = {
         cast_first=True,
         table={
             **COMMON,
-            "Attention": standard.attention,
-            "CachedAttention": standard.scatter_cached_attention,
-            "RMSNorm": standard.rms_norm,
+            "Attention": onnx_operators.attention,
+            "CachedAttention": onnx_operators.scatter_cached_attention,
+            "RMSNorm": onnx_operators.rms_norm,
         },
         passes=(entries_input,),
     ),
@@ -126,9 +128,9 @@ DIALECTS = {
         cast_first=True,
         table={
             **COMMON,
-            "Attention": standard.plain_attention,
-            "CachedAttention": standard.concat_cached_attention,
-            "RMSNorm": standard.plain_rms_norm,
+            "Attention": onnx_operators.plain_attention,
+            "CachedAttention": onnx_operators.concat_cached_attention,
+            "RMSNorm": onnx_operators.plain_rms_norm,
         },
         passes=(float_cumsum, shapes_after_cast, cache_rows),
     ),
@@ -139,9 +141,9 @@ OPENVINO = Dialect(
     cast_first=False,
     table={
         **COMMON,
-        "Attention": standard.plain_attention,
-        "Rotary": standard.openvino_rotary,
-        "RMSNorm": standard.plain_rms_norm,
+        "Attention": onnx_operators.plain_attention,
+        "Rotary": onnx_operators.openvino_rotary,
+        "RMSNorm": onnx_operators.plain_rms_norm,
     },
     passes=(float_outputs,),
 )

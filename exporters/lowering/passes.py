@@ -27,26 +27,30 @@ def float_cumsum(model: ir.Model) -> None:
 
 
 def in_float32(model: ir.Model) -> None:
-    """What a tower traced in 16 bits is in float32: the same graph with other types, and without casts between them."""
-    wide = ir.DataType.FLOAT
+    """A tower traced in 16 bits -> in float32: the same graph with other types, and without casts between them.
+
+    Raises ValueError for a constant in 16 bits: it was rounded, and would not be what it is in a trace in float32.
+    """
+    float32 = ir.DataType.FLOAT
     graph = model.graph
     nodes = list(graph)
-    for value in [
-        *graph.inputs,
-        *graph.initializers.values(),
-        *(out for node in nodes for out in node.outputs),
-    ]:
+    outputs = [value for node in nodes for value in node.outputs]
+    for value in [*graph.inputs, *graph.initializers.values(), *outputs]:
         if value.dtype in NARROW:
-            value.type = ir.TensorType(wide)  # a new one: copies of the graph share it
+            value.type = ir.TensorType(float32)  # a new one: copies of the graph share it
     for node in nodes:
-        if node.op_type == "Constant" and (tensor := node.attributes.get("value")) is not None:
-            assert tensor.value.dtype not in NARROW, f"{node.name}: a constant that was rounded to 16 bits"
+        tensor = node.attributes.get("value") if node.op_type == "Constant" else None
+        if tensor is not None and tensor.as_tensor().dtype in NARROW:
+            raise ValueError(
+                f"found a constant in 16 bits ({node.outputs[0].name}), expected float32: have the tower cast its "
+                "product, not the constant"
+            )
         if node.op_type != "Cast":
             continue
         if node.attributes["to"].as_int() in NARROW:
-            node.attributes["to"] = ir.AttrInt64("to", wide)
+            node.attributes["to"] = ir.AttrInt64("to", float32)
         source = node.inputs[0]
-        if source is not None and source.dtype == node.attributes["to"].as_int() == wide:
+        if source is not None and source.dtype == node.attributes["to"].as_int() == float32:
             node.op_type = "Identity"
             node.attributes.clear()
     IdentityEliminationPass()(model)

@@ -50,9 +50,9 @@ def _thrifty() -> Iterator[None]:
     """Inside, every weight is an allocation of its own, so that it goes back to the system when it is freed.
 
     ONNX Runtime transposes and repacks weights while it loads a graph; the C library of Linux would keep what that
-    frees, a third of an int4 model. Others have no such switch. Afterwards large activations go back, too: among
-    smaller ones they would leave holes that the next, larger image does not fit into (a tower on OpenVINO had 1.6 GB
-    after images of 13 sizes, and has 1.2; no run takes longer). ONNX Runtime keeps its own for the next run.
+    frees, a third of an int4 model. Others have no such switch. Afterwards large activations go back, too, and with
+    them large blocks of everything else in the process: among smaller ones they would leave holes that the next,
+    larger image does not fit into (bench/lengths.py). ONNX Runtime keeps its own for the next run.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt, trim = (getattr(libc, name, None) for name in ("mallopt", "malloc_trim"))

@@ -1,4 +1,7 @@
-"""ONNX's own operators, for the dialects ``standard``, ``plain`` and ``openvino``."""
+"""Operations of ops.py in operators of ONNX: for dialects without one of their own.
+
+Shapes of inputs and outputs are those that ops.py gives.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ FAR = 1 << 30  # an entry behind every token's own
 
 
 def gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """Gelu-20."""
+    """By Gelu, of opset 20."""
     return [op("Gelu", node.inputs[0], approximate=attribute(node, "approximate"))]
 
 
 def attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """Attention-24."""
+    """Attention over all keys, or those that a mask names, by Attention of opset 24."""
     q, k, v = (swap_heads(op, x) for x in node.inputs[:3])
     masks = [op("Unsqueeze", mask, op.ints([1, 2])) for mask in node.inputs[3:]]  # [B, 1, 1, S]
     return [swap_heads(op, op("Attention", q, k, v, *masks, scale=attribute(node, "scale")))]
 
 
 def quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """x * sigmoid(1.702 x)."""
+    """GELU as CLIP has it, x * sigmoid(1.702 x)."""
     x = node.inputs[0]
     return [op("Mul", x, op("Sigmoid", op("Mul", x, op.like(1.702, x))))]
 
@@ -69,7 +72,7 @@ def _grouped_attention(op: Ops, node: ir.Node, keys: Any, values: Any, place: An
 
 
 def rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """Halves of heads turned against each other."""
+    """The first half of each head is turned with the second."""
     x, cos, sin = node.inputs
     first, second = op.multi("Split", 2, x, axis=-1, num_outputs=2)
     cos, sin = (op("Unsqueeze", t, op.ints([2])) for t in (cos, sin))
@@ -79,7 +82,7 @@ def rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """RMSNormalization-23."""
+    """By RMSNormalization, of opset 23."""
     x, weight = node.inputs
     return [op("RMSNormalization", x, weight, axis=-1, epsilon=attribute(node, "epsilon"))]
 
@@ -91,7 +94,7 @@ def _scaled(op: Ops, node: ir.Node) -> ir.Value:
 
 
 def plain_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """MatMul, Softmax and MatMul."""
+    """Attention over all keys, or those that a mask names, from MatMul, Softmax and MatMul."""
     q, k, v, *masks = node.inputs
     scores = op("MatMul", swap_heads(op, _scaled(op, node)), op("Transpose", k, perm=[0, 2, 3, 1]))
     for mask in masks:

@@ -1,4 +1,7 @@
-"""ONNX Runtime's own operators (com.microsoft), for the dialects ``ort`` and ``cuda``."""
+"""Operations of ops.py in operators of ONNX Runtime, most of the domain com.microsoft: for ``ort`` and ``cuda``.
+
+Shapes of inputs and outputs are those that ops.py gives.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from .passes import ENTRIES, skip_norm
 
 
 def attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """MultiHeadAttention."""
+    """Attention over all keys, or those that a mask names, by MultiHeadAttention."""
     heads, width = sizes(node)
     inputs: list[Any] = [join_heads(op, x, heads, width) for x in node.inputs[:3]]
     if len(node.inputs) > 3:  # no bias; which keys are real
@@ -25,12 +28,12 @@ def attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def quick_gelu(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """x * sigmoid(1.702 x)."""
+    """GELU as CLIP has it, x * sigmoid(1.702 x), by QuickGelu."""
     return [op("QuickGelu", node.inputs[0], domain="com.microsoft", alpha=1.702)]
 
 
 def cached_attention(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """GroupQueryAttention over as many entries as the longest row has."""
+    """By GroupQueryAttention, over as many entries as the longest sequence has."""
     last = _last_entry(op, node)
     total = op("Add", op("ReduceMax", last, keepdims=0), op("Cast", op.const(1), to=ir.DataType.INT32))
     return _group_query_attention(op, node, last, total)
@@ -64,7 +67,7 @@ def _group_query_attention(op: Ops, node: ir.Node, last: Any, total: Any) -> Seq
 
 
 def rotary(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """RotaryEmbedding; the tables of positions are made in the graph."""
+    """By RotaryEmbedding, which reads the tables of cosines and sines row by row."""
     x, cos, sin = node.inputs
     heads, width = sizes(node)
     rows = op("Shape", cos, start=0, end=2)
@@ -90,7 +93,7 @@ def rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
 
 
 def causal_convolution(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
-    """CausalConvWithState."""
+    """By CausalConvWithState, SiLU included."""
     x, weight, state = node.inputs
     return op.multi(
         "CausalConvWithState",
@@ -128,7 +131,7 @@ def delta_rule(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     return [split_heads(op, out, heads, width), new]
 
 
-def cached_attention_of_entries(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+def cached_attention_with_entries(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     """How many entries to look at is the size of an input, which is known without waiting for the GPU."""
     entries = node.inputs[6]
     assert entries is not None
@@ -137,7 +140,7 @@ def cached_attention_of_entries(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     return _group_query_attention(op, node, _last_entry(op, node), total)
 
 
-def rms_norm_in_one(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
+def fused_rms_norm(op: Ops, node: ir.Node) -> Sequence[ir.Value]:
     """In one kernel, with the sum before it where there is one; squares are summed up in float32."""
     x, weight = node.inputs
     assert x is not None and weight is not None  # noqa: PT018
