@@ -72,6 +72,7 @@ bench: $(VENV)/tests
 	$(BIN)/python bench/clip_blocks.py -o build/bench/clip_blocks.json
 	$(BIN)/python bench/tiles.py -o build/bench/tiles.json
 	$(BIN)/python bench/noise.py -o build/bench/noise.json
+	$(BIN)/python bench/lengths.py -o build/bench/lengths_300m.json
 	$(BIN)/python bench/help.py -o build/bench/help.json
 	$(BIN)/python bench/build.py -o build/bench/build.json
 	$(BIN)/python bench/build.py --precision int4 --runs 1 -o build/bench/build_int4.json
