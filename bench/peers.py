@@ -57,7 +57,12 @@ def export(python: str, checkpoint: Path, output: Path, weights: str) -> None:
 @click.option("--precision", default="w8a8", show_default=True, help="Of the decoder.")
 @click.option("--vision", default="w8a8", show_default=True, help="Of the tower; int8 on CPUs without VNNI.")
 @click.option("--devices", default="cpu;vision=openvino", show_default=True, help="Ours, with ; between.")
-@click.option("--peers-python", "python", help="An interpreter with optimum-intel and llama-cpp-python.")
+@click.option(
+    "--peers-python",
+    "python",
+    type=click.Path(exists=True, dir_okay=False),
+    help="An interpreter with optimum-intel and llama-cpp-python.",
+)
 @click.option("--openvino-weights", default="int8", show_default=True)
 @click.option("--llama-source", type=click.Path(exists=True, path_type=Path), help="llama.cpp's own folder.")
 @click.option("--images", default=",".join(SCREENS), show_default=True)
@@ -96,6 +101,8 @@ def main(
     """Measure and write a JSON file."""
     if llama_source is not None and python is None:
         raise click.UsageError("found --llama-source alone, expected --peers-python, which runs it")
+    if not output.parent.is_dir():
+        raise click.UsageError(f"-o {output}: found no folder {output.parent}, expected one that is there")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         checkpoint = random_checkpoint(shape, work)

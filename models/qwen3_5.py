@@ -86,7 +86,7 @@ def _delta(r: Reader, layers: int) -> DeltaNet:
     every = r.get("full_attention_interval", int, 4)
     usual = [KINDS[(i + 1) % every == 0] for i in range(layers)]
     kinds = r.get("layer_types", list, usual)
-    if len(kinds) != layers or not set(kinds) <= set(KINDS) or KINDS[1] not in kinds:
+    if len(kinds) != layers or any(kind not in KINDS for kind in kinds) or KINDS[1] not in kinds:
         r.fail(
             f"layer_types is {kinds!r:.120}, expected {' or '.join(KINDS)} for each of the {layers} layers, and one "
             f"{KINDS[1]} at least"

@@ -216,7 +216,9 @@ def build(
     show_default=True,
     help="Per graph; 0: one per core.",
 )
-@click.option("--verify", is_flag=True, help="Check the hashes of the large files too.")
+@click.option(
+    "--verify", is_flag=True, help="Check the hashes of the large files too, and compile for OpenVINO anew."
+)
 @click.option("--overlay", type=click.Path(), help="Write a picture of what was pruned of the first image.")
 @click.option("--trace", type=click.Path(), help="Write the stages as a Chrome trace, for ui.perfetto.dev.")
 @click.option("--no-reuse", is_flag=True, help="Compute further questions from the beginning, too.")

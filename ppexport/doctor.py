@@ -240,6 +240,4 @@ def _bundle(bundle: str) -> Iterator[Finding]:
     yield Finding("  auto", found)
     measured = vision_place.known(manifest) if manifest.model.sees else None
     if measured is not None:
-        named = {"cpu": "ONNX Runtime", "openvino": "OpenVINO"}
-        took = ", ".join(f"{named[place]} {ms:.0f} ms" for place, ms in measured.milliseconds.items())
-        yield Finding("  vision tower", f"one small image on {measured.cpu}: {took}")
+        yield Finding("  vision tower", f"one small image on {measured.cpu}: {measured.figures}")

@@ -35,6 +35,8 @@ def open_bundle(path: str | Path, verify: bool = False) -> tuple[Path, Manifest]
 
 
 def _check(file: Path, record: manifest.FileRecord, verify: bool) -> None:
+    if file.is_file() and not os.access(file, os.R_OK):
+        raise BundleError(f"{file}: cannot be read; expected files that this user may read")
     if not file.is_file():
         raise BundleError(f"{file}: is missing from the bundle; copy the whole directory or build it again")
     size = file.stat().st_size

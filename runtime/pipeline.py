@@ -481,10 +481,10 @@ def load(
 
     ``min_pixels`` and ``max_pixels`` of resized images: None takes the bundle's own, or what its engines were compiled
     for. ``threads`` per graph on the CPU, 0 for one per core. ``verify`` checks the hashes of the large files and of
-    the engines too. ``reuse``: bytes for what past requests computed, 0 for none: a question about the same images, or
-    the next turn of a conversation, then runs only what is new (runtime/reuse.py). ``together``: requests that run at
-    once; more wait for their turn. ``context``: tokens of prompt and answer together, None for as many as the model and
-    its engines take. Raises BundleError, BackendError.
+    the engines too, and compiles for OpenVINO anew. ``reuse``: bytes for what past requests computed, 0 for none: a
+    question about the same images, or the next turn of a conversation, then runs only what is new (runtime/reuse.py).
+    ``together``: requests that run at once; more wait for their turn. ``context``: tokens of prompt and answer
+    together, None for as many as the model and its engines take. Raises BundleError, BackendError.
     """
     integer("reuse", reuse)
     integer("together", together, 1)

@@ -36,6 +36,7 @@ SIDE = 384  # pixels of the image that is looked at, where a family does not res
 RUNS = 3  # at most, after one that is not counted
 ENOUGH = 1500  # milliseconds, after which no other run begins
 GAIN = 0.95  # share of the first one's time that another has to stay under to be taken
+NAMES = {"cpu": "ONNX Runtime", "openvino": "OpenVINO"}
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 
 
@@ -53,6 +54,11 @@ class Measured:
         """The place to take: OpenVINO has to gain 5 %."""
         took = self.milliseconds
         return "openvino" if not self.refused and took["openvino"] < GAIN * took["cpu"] else "cpu"
+
+    @property
+    def figures(self) -> str:
+        """In words; of a tower that OpenVINO refused, of the one place."""
+        return ", ".join(f"{NAMES[place]} {took:.3g} ms" for place, took in self.milliseconds.items())
 
 
 def measured(

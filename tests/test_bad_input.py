@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +326,15 @@ def test_missing_and_short_files(bundle: Path) -> None:
         ppexport.load(bundle)
     (bundle / "vision.onnx.data").unlink()
     with pytest.raises(ppexport.BundleError, match="vision.onnx.data: is missing from the bundle"):
+        ppexport.load(bundle)
+
+
+def test_a_file_of_somebody_else(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "vision.onnx" and allowed(path, mode))
+    with pytest.raises(
+        ppexport.BundleError, match=r"vision.onnx: cannot be read; expected files that this user"
+    ):
         ppexport.load(bundle)
 
 

@@ -28,6 +28,7 @@ from ppexport.exporters.lowering.dialects import DIALECTS
 from ppexport.exporters.random_checkpoint import random_config, write_random, write_text_files
 from ppexport.exporters.run_model import Asked, EagerModel
 from ppexport.exporters.weights.attach import attach
+from ppexport.models.families import family_of
 from ppexport.models.precision import Wanted, resolve
 from ppexport.runtime.backends.ort import OrtBinding
 from ppexport.runtime.slots import MOST_KEPT
@@ -156,6 +157,18 @@ def test_every_dialect_is_the_model(
     prompt = Asked(ids, np.full(count, -1, np.int32), np.ascontiguousarray(places), none)
     expected = eager.logits(prompt, count)
     assert relative_error(decoder(ids, parts), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kinds", [["full_attention"], ["linear_attention"] * 4, [["full_attention"]] * 4, [None] * 4]
+)
+def test_kinds_of_layers_that_cannot_be(kinds: list[Any]) -> None:
+    config = random_config("qwen3_5", "tiny")
+    config["text_config"]["layer_types"] = kinds
+    with pytest.raises(
+        ppexport.CheckpointError, match=r"layer_types is \[.*, expected linear_attention or full_atten"
+    ):
+        family_of(config).parse(config)
 
 
 @pytest.mark.parametrize("last", ["linear_attention", "full_attention"])

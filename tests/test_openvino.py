@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -159,7 +160,8 @@ def test_what_is_measured_decides_and_is_kept(
         file.write_text(json.dumps(found))
         shutil.rmtree(own_bundle / CACHE, ignore_errors=True)
         pipe = ppexport.load(own_bundle)
-        expected = f"; vision on {on}, which was measured to be faster" if on else ""
+        expected = f"; vision on {on}, which was measured to be faster" if on else "; vision there, too"
+        expected += f": OpenVINO {mine:.3g} ms, ONNX Runtime {theirs:.3g} ms"
         assert pipe.chosen == f"onnxruntime-cpu: the bundle has no engines{expected}"
         assert pipe.stages.vision is not None
         assert (type(pipe.stages.vision.backend) is OpenVino) == bool(on) == (own_bundle / CACHE).exists()
@@ -202,18 +204,36 @@ def test_nothing_can_be_kept(own_bundle: Path, installed: Path, monkeypatch: pyt
 def test_compiled_graphs_are_kept_in_the_bundle(own_bundle: Path) -> None:
     """And made again where they are damaged."""
     first = ppexport.load(own_bundle, TOWER).encode(SCREEN).embeds
-    kept = [path for path in (own_bundle / CACHE).iterdir() if path.is_file()]
+    (folder,) = (own_bundle / CACHE).iterdir()
+    kept = [path for path in folder.iterdir() if path.is_file()]
     assert kept
-    backend = OpenVino(cache=own_bundle / CACHE)
+    backend = OpenVino(cache=folder)
     session = backend.session(own_bundle / "vision.openvino.onnx")
     assert session.model.get_property("LOADED_FROM_CACHE")
     assert np.array_equal(ppexport.load(own_bundle, TOWER).encode(SCREEN).embeds, first)
     for path in kept:
         whole = path.read_bytes()
         path.chmod(0o600)
-        for damaged in (whole[:100], whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)):
-            path.write_bytes(damaged)
-            assert np.array_equal(ppexport.load(own_bundle, TOWER).encode(SCREEN).embeds, first)
+        path.write_bytes(whole[:100])
+        assert np.array_equal(ppexport.load(own_bundle, TOWER).encode(SCREEN).embeds, first)
+        path.write_bytes(bytes(len(whole)))
+        assert np.array_equal(ppexport.load(own_bundle, TOWER, verify=True).encode(SCREEN).embeds, first)
+        assert path.read_bytes() == bytes(len(whole))  # neither read nor written
+
+
+def test_other_weights_of_the_same_age_are_compiled_anew(tmp_path: Path) -> None:
+    """OpenVINO knows a graph by its path, size and time."""
+    bundle = tmp_path / "bundle"
+    for seed in (1, 2):
+        checkpoint = tmp_path / str(seed)
+        write_random(random_config("qwen3_vl", "tiny"), checkpoint, seed=seed)
+        write_text_files(checkpoint)
+        built = build(checkpoint, tmp_path / f"built{seed}")
+        shutil.copytree(built, bundle, dirs_exist_ok=True)
+        for path in bundle.iterdir():
+            os.utime(path, (0, 0))
+        there = ppexport.load(bundle, TOWER).encode(SCREEN).embeds
+    assert np.array_equal(there, ppexport.load(built, TOWER).encode(SCREEN).embeds)
 
 
 @pytest.fixture

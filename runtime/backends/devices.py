@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .stages import Stage, Stages
 def open_stages(
     device: str, directory: Path, manifest: Manifest, threads: int, verify: bool = False
 ) -> Stages:
-    """What runs the stages of a bundle on a device. ``verify``: check hashes of engines.
+    """What runs the stages of a bundle on a device. ``verify``: check hashes of engines, and compile for OpenVINO anew.
 
     "auto" takes TensorRT-RTX or TensorRT where the bundle has engines that run here, CUDA for graphs that are made for
     it, else the CPU; there the tower runs on OpenVINO where that is installed and was measured to be faster.
@@ -33,7 +34,7 @@ def open_stages(
             f"device is {device!r}, expected none for the vision stage: a {manifest.family} model takes text only"
         )
     if all(ON_HOST.fullmatch(place) for place in places.values()):
-        return _on_host(directory, manifest, threads, places)
+        return _on_host(directory, manifest, threads, places, verify)
     if device != "auto":
         backend = _on_gpu(device, directory, manifest, verify)
         return _all_on(backend, directory, manifest, f"{backend.name}, as asked for")
@@ -51,7 +52,7 @@ def open_stages(
             problems.append(str(err))
     why = "; ".join(problems) or "the bundle has no engines"
     try:
-        return _on_cpu(directory, manifest, threads, why)
+        return _on_cpu(directory, manifest, threads, why, verify)
     except PpexportError as err:
         if not problems:
             raise
@@ -83,10 +84,13 @@ def _on_gpu(device: str, directory: Path, manifest: Manifest, verify: bool) -> B
     return OrtCuda()
 
 
-def _on_host(directory: Path, manifest: Manifest, threads: int, places: Mapping[str, str]) -> Stages:
+def _on_host(
+    directory: Path, manifest: Manifest, threads: int, places: Mapping[str, str], verify: bool
+) -> Stages:
     """Each stage where it was asked for."""
     stages = {
-        name: _stage(name, places[name], directory, manifest, threads) for name in manifest.model.with_weights
+        name: _stage(name, places[name], directory, manifest, threads, not verify)
+        for name in manifest.model.with_weights
     }
     names = {name: stage.backend.name for name, stage in stages.items()}
     chosen = names["language"]
@@ -95,22 +99,22 @@ def _on_host(directory: Path, manifest: Manifest, threads: int, places: Mapping[
     return Stages(OrtCpu(threads), stages.get("vision"), stages["language"], f"{chosen}, as asked for")
 
 
-def _on_cpu(directory: Path, manifest: Manifest, threads: int, why: str) -> Stages:
+def _on_cpu(directory: Path, manifest: Manifest, threads: int, why: str, verify: bool) -> Stages:
     """The decoder on ONNX Runtime, the tower there or on OpenVINO."""
-    language = _stage("language", "cpu", directory, manifest, threads)
+    language = _stage("language", "cpu", directory, manifest, threads, not verify)
     chosen = f"{language.backend.name}: {why}"
     vision = None
     if manifest.model.sees:
-        vision, of_vision = _tower(directory, manifest, threads)
+        vision, of_vision = _tower(directory, manifest, threads, not verify)
         chosen += of_vision
     return Stages(OrtCpu(threads), vision, language, chosen)
 
 
-def _tower(directory: Path, manifest: Manifest, threads: int) -> tuple[Stage, str]:
-    """Where the tower runs sooner, and the words for ``chosen`` where that is not ONNX Runtime by right."""
+def _tower(directory: Path, manifest: Manifest, threads: int, caches: bool) -> tuple[Stage, str]:
+    """Where the tower runs sooner, and the words for ``chosen`` where OpenVINO could."""
 
-    def on(place: str, caches: bool = True) -> Stage:
-        return _stage("vision", place, directory, manifest, threads, caches)
+    def on(place: str, keeps: bool = caches) -> Stage:
+        return _stage("vision", place, directory, manifest, threads, keeps)
 
     if not has_openvino():
         return on("cpu"), ""
@@ -129,29 +133,38 @@ def _tower(directory: Path, manifest: Manifest, threads: int) -> tuple[Stage, st
     except BundleError:  # a bundle for other devices
         return on("cpu"), ""
     try:
-        found = measured(manifest, lambda: on("cpu"), lambda: on("openvino", caches=False), threads)
+        found = measured(manifest, lambda: on("cpu"), lambda: on("openvino", False), threads)
         if found.faster == "openvino":
             tower = on("openvino")
-            return tower, f"; vision on {tower.backend.name}, which was measured to be faster"
+            return (
+                tower,
+                f"; vision on {tower.backend.name}, which was measured to be faster: {found.figures}",
+            )
+        if not found.refused:
+            return on("cpu"), f"; vision there, too: {found.figures}"
         problem = found.refused
     except BackendError as err:
         problem = str(err)
     return on("cpu"), f"; vision not on OpenVINO: {problem}" if problem else ""
 
 
-def _stage(
-    name: str, place: str, directory: Path, manifest: Manifest, threads: int, caches: bool = True
-) -> Stage:
+def _stage(name: str, place: str, directory: Path, manifest: Manifest, threads: int, caches: bool) -> Stage:
     """A graph on a CPU ("cpu") or a device of OpenVINO. Raises BackendError, BundleError for one that cannot run.
 
-    ``caches``: may OpenVINO keep what it compiles in the bundle?
+    ``caches``: may OpenVINO keep what it compiles in the bundle, and take what it kept?
     """
     if place == "cpu":
         _check_cpu(name, directory, manifest)
         return Stage(OrtCpu(threads), directory / manifest.graphs[name].file)
     file = _openvino_graph(name, directory, manifest)
-    cache = directory / CACHE if caches else None
+    cache = directory / CACHE / _digest(manifest, name, file) if caches else None
     return Stage(OpenVino(place.partition(":")[2] or "CPU", threads, cache), directory / file)
+
+
+def _digest(manifest: Manifest, name: str, file: str) -> str:
+    """Of a graph and its weights: OpenVINO itself knows a graph by its path, size and time."""
+    hashes = [manifest.files[part].sha256 for part in (file, f"{manifest.graphs[name].file}.data")]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
 def _openvino_graph(name: str, directory: Path, manifest: Manifest) -> str:
@@ -163,7 +176,10 @@ def _openvino_graph(name: str, directory: Path, manifest: Manifest) -> str:
         return graph.also["openvino"]
     found = f"{directory}: has its {name} graph in {manifest.compute} and dialect {graph.dialect}"
     if name == "vision":
-        raise BundleError(f"{found}, expected dialect 'ort' for OpenVINO; build it with --dialect ort")
+        raise BundleError(
+            f"{found}, expected dialect 'ort' for a tower on OpenVINO, or 'plain' in fp32 or fp16 for all of it; build "
+            "it with --dialect ort, or with --dialect plain --precision fp16"
+        )
     tower = manifest.model.sees and "openvino" in manifest.graphs["vision"].also
     other = "run the tower alone there with --device vision=openvino, or " if tower else ""
     raise BundleError(

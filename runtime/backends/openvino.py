@@ -26,7 +26,7 @@ from .processor import adds_up_bytes, multiplies_bfloat16
 from .session import Buffer
 
 LOG = logging.getLogger(__name__)
-CACHE = "openvino-cache"  # folder of a bundle
+CACHE = "openvino-cache"  # folder of a bundle, with one for each graph and its weights
 TELEMETRY = "openvino_telemetry"
 IMPORTS = threading.Lock()
 INSTALL = "pip install 'ppexport[openvino]'"
@@ -195,7 +195,7 @@ def _reason(err: RuntimeError) -> str:
 def _can_be_made(folder: Path) -> bool:
     """Is there a folder of that name, or can one be made, that files can be put into?"""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         LOG.info("%s: compiled graphs cannot be kept: %s", folder, err)
         return False
