@@ -29,6 +29,8 @@ def places_of(device: str) -> dict[str, str]:
     for part in device.split(","):
         stage, _, place = part.strip().partition("=")
         if stage not in STAGES or stage in found or not ON_HOST.fullmatch(place):
-            raise BackendError(f"device is {device!r}, expected {EXPECTED}")
+            raise BackendError(
+                f"device is {device!r}, expected {EXPECTED}, each stage once; found {part.strip()!r}"
+            )
         found[stage] = place
     return {**dict.fromkeys(STAGES, "cpu"), **found}

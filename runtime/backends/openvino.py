@@ -110,9 +110,12 @@ class OpenVino(HostMemory):
             source = utf8(path) if self._bfloat16 else self._without_bfloat16(path)
             model = self._core.compile_model(source, self._place, self._properties)
         except RuntimeError as err:
+            there = self._core.available_devices
+            lacks = not any(name.split(".")[0] == self._place.split(".")[0] for name in there)
+            todo = f"; install the driver of Intel's {self._place}, or name another device" if lacks else ""
             raise BackendError(
                 f"OpenVINO {self._openvino.__version__} cannot load {path.name} on {self._place}: {_reason(err)}; "
-                f"devices here: {', '.join(self._core.available_devices) or 'none'}"
+                f"devices here: {', '.join(there) or 'none'}{todo}"
             ) from err
         return OpenVinoSession(self._openvino, model)
 
