@@ -141,7 +141,7 @@ class Reader:
         """A list of integers that are not negative."""
         values = self.get(key, list, default)
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in values):
-            self.fail(f"'{key}' is {values!r}, expected a list of integers")
+            self.fail(f"'{key}' is {values!r:.120}, expected a list of whole numbers from 0")
         return tuple(values)
 
     def triple(self, key: str) -> tuple[float, float, float]:
@@ -233,4 +233,5 @@ class Reader:
         """Raise CheckpointError unless the value of a key that nobody read is as good as absent."""
         every_layer_sees_all = isinstance(value, list) and all(kind == "full_attention" for kind in value)
         if value is not None and value != default and not (key == "layer_types" and every_layer_sees_all):
-            self.fail(f"'{key}' is {value!r:.80}, expected {default!r:.80}: other values are not supported")
+            expected = "'full_attention' for every layer" if key == "layer_types" else f"{default!r:.80}"
+            self.fail(f"'{key}' is {value!r:.80}, expected {expected}: other values are not supported")

@@ -35,10 +35,10 @@ def open_bundle(path: str | Path, verify: bool = False) -> tuple[Path, Manifest]
 
 
 def _check(file: Path, record: manifest.FileRecord, verify: bool) -> None:
-    if file.is_file() and not os.access(file, os.R_OK):
-        raise BundleError(f"{file}: cannot be read; expected files that this user may read")
     if not file.is_file():
         raise BundleError(f"{file}: is missing from the bundle; copy the whole directory or build it again")
+    if not os.access(file, os.R_OK):
+        raise BundleError(f"{file}: cannot be read; expected files that this user may read")
     size = file.stat().st_size
     if size != record.bytes:
         raise BundleError(

@@ -106,7 +106,18 @@ def test_unknown_family(checkpoint: Path) -> None:
             lambda c: c["text_config"].update(num_attention_heads=0),
             "'num_attention_heads' is 0, expected at least 1",
         ),
-        (lambda c: c["vision_config"].update(deepstack_visual_indexes=["a"]), "expected a list of integers"),
+        (
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=["a"]),
+            "expected a list of whole numbers",
+        ),
+        (
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=[-1]),
+            "expected a list of whole numbers from 0",
+        ),
+        (
+            lambda c: c["text_config"].update(layer_types=["sliding_attention"]),
+            "'full_attention' for every layer",
+        ),
         (
             lambda c: c.update(image_token_id=264),
             "image_token_id is 264, expected under the vocabulary's 264",
