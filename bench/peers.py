@@ -45,6 +45,11 @@ def prompt(checkpoint: Path, image: Path) -> list[int]:
     return [1, 2, 3, start, *[token] * total, end, *QUESTION]
 
 
+def request(checkpoint: Path, image: Path) -> dict[str, Any]:
+    """A question about an image, answered in 17 tokens, for a worker that is told whether to prune."""
+    return {"image": str(image), "ids": prompt(checkpoint, image), "asked": len(QUESTION), "tokens": 17}
+
+
 def export(python: str, checkpoint: Path, output: Path, weights: str) -> None:
     """As optimum-intel's users do it."""
     command = [str(Path(python).parent / "optimum-cli"), "export", "openvino", "--model", str(checkpoint)]
@@ -107,25 +112,24 @@ def main(
         work = Path(name)
         checkpoint = random_checkpoint(shape, work)
         bundle = ppexport.build(checkpoint, work / precision, Wanted(precision, vision=vision))
-        pruned: dict[str, Answers] = {file: {} for file in images.split(",")}
+        files = images.split(",")
+        asked = {file: request(checkpoint, IMAGES / file) for file in files}
+        pruned: dict[str, Answers] = {file: {} for file in files}
         ready: Answers = {}
         for start in range(starts):
             order = devices.split(";")[:: -1 if start % 2 else 1]
             workers = [ours(bundle, threads, device) for device in order]
             for file, answers in pruned.items():
-                ids = prompt(checkpoint, IMAGES / file)
-                given = {"image": str(IMAGES / file), "prune": True, "ids": ids, "tokens": 17}
-                turns(answers, workers, runs, start, **given)
+                turns(answers, workers, runs, start, prune=True, **asked[file])
             close(workers, ready)
         workers = [ours(bundle, threads, device) for device in devices.split(";")]
         if python is not None:
             workers += peers(python, checkpoint, openvino_weights, llama_source, threads, work)
-        first = IMAGES / images.split(",")[0]
-        whole: Answers = {}
-        given = {"image": str(first), "prune": False, "ids": prompt(checkpoint, first), "tokens": 17}
-        turns(whole, workers, whole_runs, 0, **given)
+        answers_whole: Answers = {}
+        turns(answers_whole, workers, whole_runs, 0, prune=False, **asked[files[0]])
         close(workers, ready)
     rows = {file: medians(answers) for file, answers in pruned.items()}
+    whole = medians(answers_whole)
     result = {
         "what": "image to first token and decode on the CPU, milliseconds",
         "shape": shape,
@@ -135,10 +139,10 @@ def main(
         "machine": describe(),
         "ready": ready,
         "pruned": rows,
-        "whole": {first.name: medians(whole)},
+        "whole": {files[0]: whole},
     }
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for file, of_workers in [*rows.items(), (f"{first.name}, whole", medians(whole))]:
+    for file, of_workers in [*rows.items(), (f"{files[0]}, whole", whole)]:
         for worker_name, row in of_workers.items():
             kept = f"{row['kept']} of {row['total']}" if "kept" in row else ""
             click.echo(
@@ -163,7 +167,7 @@ def turns(answers: Answers, workers: list[Worker], runs: int, start: int, **requ
     """Add answers to one request to those that are there, after one of each worker that is not counted."""
     for i in range(runs + 1):
         for worker in workers:
-            answer = worker.ask(asked=len(QUESTION), **request)
+            answer = worker.ask(**request)
             if i > 0:
                 answers.setdefault(worker.name, []).append({**answer, "start": start})
 

@@ -21,9 +21,8 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
-        self.ready = (
-            self._answer()
-        )  # of ours, how long loading took and its memory; of others, their packages
+        # of ours, how long loading took and its memory; of others, their packages
+        self.ready = self._answer()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request."""

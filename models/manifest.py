@@ -71,6 +71,11 @@ class Manifest:
     versions: dict[str, str]  # of the tools that made the bundle
     files: dict[str, FileRecord]  # every other file of the bundle
 
+    def hashes(self, name: str) -> list[str]:
+        """Of a graph that has weights: its own, that of the weights, and those of the graph in other dialects."""
+        graph = self.graphs[name]
+        return [self.files[file].sha256 for file in (graph.file, f"{graph.file}.data", *graph.also.values())]
+
 
 def sha256(path: Path) -> str:
     """Hash of a file, read in blocks."""

@@ -109,11 +109,9 @@ def _file(manifest: Manifest, threads: int) -> Path | None:
     directory = cache_directory()
     if directory is None:
         return None
-    graph = manifest.graphs["vision"]
-    files = [graph.file, f"{graph.file}.data", *graph.also.values()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     of = [
-        [manifest.files[name].sha256 for name in files],
+        manifest.hashes("vision"),
         [processor.name(), processor.features(), cores, threads, repr(manifest.preprocessing)],
         [__version__, *(installed(package) for package in PACKAGES)],
     ]

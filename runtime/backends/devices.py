@@ -101,7 +101,7 @@ def _on_host(
 
 def _on_cpu(directory: Path, manifest: Manifest, threads: int, why: str, verify: bool) -> Stages:
     """The decoder on ONNX Runtime, the tower there or on OpenVINO."""
-    language = _stage("language", "cpu", directory, manifest, threads, not verify)
+    language = _stage("language", "cpu", directory, manifest, threads)
     chosen = f"{language.backend.name}: {why}"
     vision = None
     if manifest.model.sees:
@@ -113,7 +113,7 @@ def _on_cpu(directory: Path, manifest: Manifest, threads: int, why: str, verify:
 def _tower(directory: Path, manifest: Manifest, threads: int, caches: bool) -> tuple[Stage, str]:
     """Where the tower runs sooner, and the words for ``chosen`` where OpenVINO could."""
 
-    def on(place: str, keeps: bool = caches) -> Stage:
+    def on(place: str, keeps: bool = False) -> Stage:
         return _stage("vision", place, directory, manifest, threads, keeps)
 
     if not has_openvino():
@@ -122,7 +122,7 @@ def _tower(directory: Path, manifest: Manifest, threads: int, caches: bool) -> t
         _check_cpu("vision", directory, manifest)
     except BackendError as refused:  # w8a8 without VNNI
         try:
-            tower = on("openvino")
+            tower = on("openvino", caches)
         except PpexportError as err:
             raise BackendError(
                 f"{refused}; and OpenVINO does not run its vision tower either: {err}"
@@ -133,9 +133,9 @@ def _tower(directory: Path, manifest: Manifest, threads: int, caches: bool) -> t
     except BundleError:  # a bundle for other devices
         return on("cpu"), ""
     try:
-        found = measured(manifest, lambda: on("cpu"), lambda: on("openvino", False), threads)
+        found = measured(manifest, lambda: on("cpu"), lambda: on("openvino"), threads)
         if found.faster == "openvino":
-            tower = on("openvino")
+            tower = on("openvino", caches)
             return (
                 tower,
                 f"; vision on {tower.backend.name}, which was measured to be faster: {found.figures}",
@@ -148,7 +148,9 @@ def _tower(directory: Path, manifest: Manifest, threads: int, caches: bool) -> t
     return on("cpu"), f"; vision not on OpenVINO: {problem}" if problem else ""
 
 
-def _stage(name: str, place: str, directory: Path, manifest: Manifest, threads: int, caches: bool) -> Stage:
+def _stage(
+    name: str, place: str, directory: Path, manifest: Manifest, threads: int, caches: bool = False
+) -> Stage:
     """A graph on a CPU ("cpu") or a device of OpenVINO. Raises BackendError, BundleError for one that cannot run.
 
     ``caches``: may OpenVINO keep what it compiles in the bundle, and take what it kept?
@@ -157,14 +159,13 @@ def _stage(name: str, place: str, directory: Path, manifest: Manifest, threads: 
         _check_cpu(name, directory, manifest)
         return Stage(OrtCpu(threads), directory / manifest.graphs[name].file)
     file = _openvino_graph(name, directory, manifest)
-    cache = directory / CACHE / _digest(manifest, name, file) if caches else None
+    cache = directory / CACHE / _digest(manifest, name) if caches else None
     return Stage(OpenVino(place.partition(":")[2] or "CPU", threads, cache), directory / file)
 
 
-def _digest(manifest: Manifest, name: str, file: str) -> str:
+def _digest(manifest: Manifest, name: str) -> str:
     """Of a graph and its weights: OpenVINO itself knows a graph by its path, size and time."""
-    hashes = [manifest.files[part].sha256 for part in (file, f"{manifest.graphs[name].file}.data")]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
+    return hashlib.sha256(" ".join(manifest.hashes(name)).encode()).hexdigest()[:16]
 
 
 def _openvino_graph(name: str, directory: Path, manifest: Manifest) -> str:
