@@ -22,6 +22,7 @@ from .models.pruners import Pruner, changed, listed, with_budget
 from .models.pruners.pixelprune import PixelPrune
 from .models.pruners.prunesid import PruneSID
 from .options import as_asked
+from .runtime.bundle import check_takes_images
 from .runtime.pipeline import Pipeline, load
 from .runtime.sequence import PruneLike
 from .workloads.own import read_tasks
@@ -176,6 +177,7 @@ def main(
     own = [] if workload == SCREENS else questions_of(workload, skills, count)
     found = []
     pipe = load(bundle, device)
+    check_takes_images(bundle, pipe.manifest, "every question is about one")
     if not as_json:
         click.echo(
             f"{'skill':<12}{'pruning':<32}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}"

@@ -13,16 +13,15 @@ import numpy as np
 
 from .models import profiles, prune_place
 from .models.checks import integer
-from .models.errors import BundleError, RequestError
+from .models.errors import RequestError
 from .models.families import FAMILIES
 from .models.family import View, Views
-from .models.manifest import Manifest
 from .models.profiles import Profile, Profiles
 from .models.prune_place import Measured
 from .models.pruners import Pruner, listed, pruners_of
 from .models.pruners.pixelprune import PixelPrune
 from .models.resize import smart_resize
-from .runtime.bundle import open_bundle
+from .runtime.bundle import check_takes_images, open_bundle
 from .runtime.image import frames_of
 from .runtime.pipeline import load
 from .runtime.selector import HostSelector, Selector, packaged_selector
@@ -131,7 +130,7 @@ def as_bundle(
     Raises BundleError.
     """
     _, manifest = open_bundle(bundle)
-    _check_sees(manifest)
+    check_takes_images(bundle, manifest, "engines are planned for them")
     vision = manifest.model.vision
     family = FAMILIES[manifest.family]
     dialect = manifest.graphs["language"].dialect
@@ -153,14 +152,6 @@ def as_bundle(
         own["views_of"] = partial(family.views, manifest.model, manifest.preprocessing)
     found = pruners_of(manifest.prune) if prune == "default" else listed(prune)
     return [pruner for pruner in found if pruner.after == "image"], {**own, **sizes}
-
-
-def _check_sees(manifest: Manifest) -> None:
-    """Raise BundleError for a model that takes no image."""
-    if not manifest.model.sees:
-        raise BundleError(
-            f"found a {manifest.family} model, expected one that takes images: there is nothing to plan"
-        )
 
 
 def bucket_edges(kept: Sequence[int], largest: int) -> list[int]:
@@ -233,7 +224,7 @@ def measure(
     from then on. Raises BackendError, BundleError, ImageError, RequestError, SpaceError.
     """
     with load(bundle, device, reuse=0) as pipe:
-        _check_sees(pipe.manifest)
+        check_takes_images(bundle, pipe.manifest, "they are pruned in turns")
         backend = pipe.backend
         if not backend.gpu:
             raise RequestError(

@@ -34,6 +34,15 @@ def open_bundle(path: str | Path, verify: bool = False) -> tuple[Path, Manifest]
     return directory, contents
 
 
+def check_takes_images(bundle: str | Path, contents: Manifest, purpose: str) -> None:
+    """Raise BundleError for the bundle of a model that takes text only; ``purpose``: what images are wanted for."""
+    if not contents.model.sees:
+        raise BundleError(
+            f"{bundle}: found a {contents.family} model, which takes text only, expected one that takes images: "
+            f"{purpose}"
+        )
+
+
 def _check(file: Path, record: manifest.FileRecord, verify: bool) -> None:
     if not file.is_file():
         raise BundleError(f"{file}: is missing from the bundle; copy the whole directory or build it again")

@@ -28,7 +28,7 @@ from ..models.progress import Progress, silent
 from ..models.pruners import Pruner, changed
 from ..models.version import __version__
 from ..overlay import overlay
-from ..runtime.bundle import open_bundle
+from ..runtime.bundle import check_takes_images, open_bundle
 from ..runtime.pipeline import Pipeline, load
 from ..runtime.sequence import Sequence
 from ..runtime.stats import Stats
@@ -92,7 +92,8 @@ def measure(
 
     After KeyboardInterrupt the rounds that were finished are the result, if there are any.
     """
-    open_bundle(bundle)  # before processes are started
+    _, manifest = open_bundle(bundle)  # before processes are started
+    check_takes_images(bundle, manifest, "every question is about one")
     cold = _cold(bundle, questions[0], plan, progress)
     together = max(plan.concurrency)
     with load(
