@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import E2E_PIXELS, GOLDEN, WITHOUT_VNNI, usual_and_slow
+from conftest import E2E_PIXELS, GOLDEN, WITHOUT_VNNI, cosines, usual_and_slow
 from PIL import Image
 from terminal import runner
 
@@ -424,8 +424,3 @@ def test_doctor_tells(own_bundle: Path, installed: Path) -> None:
     assert lines["auto"].startswith("onnxruntime-cpu: the bundle has no engines")
     assert "ONNX Runtime " in lines["vision tower"]
     assert "OpenVINO " in lines["vision tower"]
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of rows."""
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
