@@ -1,6 +1,8 @@
 /* AMX instructions on a CPU without them (but with AVX512-BF16), for emulated_amx.py: preloaded, it does in a signal
    handler what they would do, and answers the questions by which a program looks for them. Some thousand times slower.
 
+   What a CPU would refuse (tiles that do not fit together, a product without a configuration) ends the program.
+
    Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (state), volume 2
    (instructions, CPUID leaves 7, 0DH, 1DH and 1EH); Linux, Documentation/arch/x86/xstate.rst (permission). */
 
@@ -18,11 +20,12 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+enum { NEVER = 0x06 }; /* PUSH ES, which 64 bits do not have: emulated_amx.py puts it in the place of a first byte */
 enum { TILES = 8, ROWS = 16, ROW = 64 };                      /* bytes of a row */
 enum { NONE = 0, P66 = 1, PF3 = 2, PF2 = 3 };                 /* prefixes, as VEX has them */
 enum { CONFIGURE = 0x49, MOVE = 0x4b, BFLOATS = 0x5c, BYTES = 0x5e }; /* opcodes of map 0F38 */
 
-/* what LDTILECFG loads; then what is in the tiles */
+/* what LDTILECFG loads, of which a CPU takes one palette and the first TILES; then what is in the tiles */
 typedef struct {
   struct {
     uint8_t palette, start_row, reserved[14];
@@ -33,7 +36,7 @@ typedef struct {
 } State;
 
 static __thread State state __attribute__((tls_model("initial-exec")));
-static long loads, stores, bfloat_products, byte_products; /* not locked: a few may be missed */
+static _Atomic long loads, stores, bfloat_products, byte_products;
 
 static const int REGISTERS[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                                   REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
@@ -52,7 +55,8 @@ static void answer_cpuid(greg_t *registers) {
   unsigned leaf = registers[REG_RAX], sub = registers[REG_RCX], a, b, c, d;
   __cpuid_count(leaf, sub, a, b, c, d);
   if (leaf == 0 && a < 0x1e) a = 0x1e;
-  if (leaf == 7 && sub == 0) d |= 1u << 22 | 1u << 23 | 1u << 24 | 1u << 25; /* BF16, FP16 of AVX512, TILE, INT8 */
+  /* AMX's BF16, TILE and INT8; AVX512-FP16, without which OpenVINO looks for no AMX, and which `stop` would tell of */
+  if (leaf == 7 && sub == 0) d |= 1u << 22 | 1u << 24 | 1u << 25 | 1u << 23;
   if (leaf == 0xd && sub == 0) a |= 3u << 17;
   if (leaf == 0x1d) {
     a = sub == 0 ? 1 : sub == 1 ? 1024u << 16 | 8192 : 0; /* bytes of a tile, of all */
@@ -88,28 +92,38 @@ long syscall(long number, ...) {
 
 /* --------------------------------------------------------------------------------------- instructions */
 
+static int fit(int to, int left, int right) {
+  const uint16_t *row_bytes = state.config.row_bytes;
+  const uint8_t *rows = state.config.rows;
+  return state.config.palette == 1 && right < TILES && to != left && to != right && left != right && rows[to] && rows[left] &&
+         rows[right] && rows[to] == rows[left] && row_bytes[to] == row_bytes[right] && row_bytes[left] == 4 * rows[right] &&
+         row_bytes[to] % 4 == 0;
+}
+
+/* A CPU may add up in another order, so the last bit of a sum may differ. */
 static void multiply_bfloats(int to, int left, int right) {
   __mmask16 columns = (__mmask16)((1u << state.config.row_bytes[to] / 4) - 1);
   for (int row = 0; row < state.config.rows[to]; row++) {
-    __m512 sum = _mm512_loadu_ps(state.tile[to][row]);
+    __m512 sum = _mm512_setzero_ps();
     for (int k = 0; k < state.config.row_bytes[left] / 4; k++) {
       int32_t pair;
       memcpy(&pair, &state.tile[left][row][4 * k], 4);
       sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(state.tile[right][k]));
     }
+    sum = _mm512_add_ps(sum, _mm512_loadu_ps(state.tile[to][row]));
     _mm512_storeu_ps(state.tile[to][row], _mm512_maskz_mov_ps(columns, sum));
   }
 }
 
 static void multiply_bytes(int to, int left, int right, int left_signed, int right_signed) {
   for (int row = 0; row < state.config.rows[to]; row++) {
-    int32_t sum[ROW / 4];
+    uint32_t sum[ROW / 4]; /* which wraps around */
     memcpy(sum, state.tile[to][row], ROW);
     for (int k = 0; k < state.config.row_bytes[left] / 4; k++) {
       const uint8_t *a = &state.tile[left][row][4 * k], *b = state.tile[right][k];
       for (int column = 0; column < state.config.row_bytes[to] / 4; column++, b += 4)
         for (int i = 0; i < 4; i++)
-          sum[column] += (left_signed ? (int8_t)a[i] : a[i]) * (right_signed ? (int8_t)b[i] : b[i]);
+          sum[column] += (uint32_t)((left_signed ? (int8_t)a[i] : a[i]) * (right_signed ? (int8_t)b[i] : b[i]));
     }
     memcpy(state.tile[to][row], sum, state.config.row_bytes[to]);
   }
@@ -117,9 +131,15 @@ static void multiply_bytes(int to, int left, int right, int left_signed, int rig
 
 static void configure(const uint8_t *from) {
   memset(&state, 0, sizeof state);
-  if (from && from[0]) memcpy(&state.config, from, sizeof state.config);
-  for (int i = 0; i < TILES; i++)
-    if (state.config.row_bytes[i] > ROW || state.config.rows[i] > ROWS) stop(from, "a tile is too large");
+  if (!from || !from[0]) return;
+  memcpy(&state.config, from, sizeof state.config);
+  int reserved = state.config.palette > 1 || state.config.start_row;
+  for (int i = 0; i < 14; i++) reserved |= state.config.reserved[i];
+  if (reserved) stop(from, "a configuration with a palette, first row or reserved byte that is not known");
+  for (int i = 0; i < 16; i++) {
+    int row_bytes = state.config.row_bytes[i], rows = state.config.rows[i];
+    if (row_bytes > ROW || rows > ROWS || !row_bytes != !rows || (i >= TILES && rows)) stop(from, "a tile of that size");
+  }
 }
 
 /* An instruction of three bytes VEX, opcode and operands; returns where the next one begins. */
@@ -145,6 +165,9 @@ static const uint8_t *execute(const uint8_t *at, greg_t *registers) {
     if (mod == 2) memcpy(&offset, next, 4);
     address += offset, next += mod == 1 ? 1 : mod == 2 ? 4 : 0;
   }
+  if (opcode != CONFIGURE || prefix == PF2)
+    if (!state.config.rows[reg]) stop(at, "a tile that is not configured");
+  if ((opcode == BFLOATS || opcode == BYTES) && !fit(reg, low, right)) stop(at, "tiles that do not fit together");
   if (opcode == CONFIGURE && prefix == NONE) { /* LDTILECFG, TILERELEASE */
     configure(address);
   } else if (opcode == CONFIGURE && prefix == P66 && memory) { /* STTILECFG */
@@ -176,10 +199,10 @@ static void handle(int signal, siginfo_t *info, void *context) {
   (void)signal, (void)info;
   greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
   const uint8_t *at = (const uint8_t *)registers[REG_RIP];
-  if (at[0] == 0x0f && at[1] == 0x0b) { /* UD2, in place of CPUID */
+  if (at[0] == NEVER && at[1] == 0xa2) { /* CPUID */
     answer_cpuid(registers);
     at += 2;
-  } else if (at[0] == 0x0f && at[1] == 0xb9 && at[2] == 0xc0) { /* UD1, in place of XGETBV */
+  } else if (at[0] == NEVER && at[1] == 0x01 && at[2] == 0xd0) { /* XGETBV */
     answer_xgetbv(registers);
     at += 3;
   } else {

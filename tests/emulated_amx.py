@@ -5,8 +5,8 @@
 
 It says nothing of times: an instruction takes some microseconds. OpenVINO finds out what a CPU can do by two
 instructions, CPUID and XGETBV. In a copy of its libraries these are no instructions any more, and the library that
-emulated_amx.c makes answers in their place, as it does what those of AMX would do. At the end the command is told how
-many there were: one is 16 cycles of a real CPU (Intel's optimization manual, "Intel AMX").
+emulated_amx.c makes answers in their place, as it does what those of AMX would do. At the end it is printed how many
+there were: a product takes 16 cycles of a real CPU (Intel's optimization manual, "Intel AMX"). Wants gcc and objdump.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ppexport.runtime.backends import processor
 
 SOURCE = Path(__file__).with_suffix(".c")
 COMPILER = "gcc"
-NO_INSTRUCTION = {"cpuid": (b"\x0f\xa2", b"\x0f\x0b"), "xgetbv": (b"\x0f\x01\xd0", b"\x0f\xb9\xc0")}
+QUESTIONS = {"cpuid": b"\x0f\xa2", "xgetbv": b"\x0f\x01\xd0"}
+NEVER = b"\x06"  # begins no instruction
 ASK = ("libopenvino.so*", "libopenvino_intel_cpu_plugin.so")
 
 
@@ -43,7 +44,10 @@ def lacks() -> str | None:
 
 
 def emulated(folder: Path) -> dict[str, str]:
-    """The environment in which a process finds AMX; what that needs is put into ``folder`` (200 MB)."""
+    """The environment in which a process finds AMX; what that needs is put into ``folder`` (200 MB).
+
+    What ``--device auto`` measures there is not kept.
+    """
     library = folder / "emulated_amx.so"
     command = [COMPILER, "-O3", "-march=native", "-Wall", "-Werror", "-fPIC", "-shared"]
     subprocess.run([*command, "-o", str(library), str(SOURCE), "-ldl"], check=True)
@@ -54,7 +58,14 @@ def emulated(folder: Path) -> dict[str, str]:
     for pattern in ASK:
         for each in copy.glob(f"libs/{pattern}"):
             withhold(each)
-    return {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(copy.parent), "AMX_COUNT": "1"}
+    first = {"LD_PRELOAD": str(library), "PYTHONPATH": str(copy.parent)}
+    old = {name: os.environ[name] for name in first if os.environ.get(name)}
+    environment = {
+        **os.environ,
+        **{name: f"{value}:{old.get(name, '')}".rstrip(":") for name, value in first.items()},
+    }
+    environment.pop("PYTHONFAULTHANDLER", None)  # would take what is no instruction for an error
+    return {**environment, "XDG_CACHE_HOME": str(folder / "cache"), "AMX_COUNT": "1"}
 
 
 def withhold(library: Path) -> None:
@@ -74,11 +85,10 @@ def withhold(library: Path) -> None:
                 found.append((int(match[1], 16) + shift, match[2]))
     with library.open("r+b") as file:
         for place, name in found:
-            old, new = NO_INSTRUCTION[name]
             file.seek(place)
-            assert file.read(len(old)) == old, f"{library}: no {name} at {place}"
+            assert file.read(len(QUESTIONS[name])) == QUESTIONS[name], f"{library}: no {name} at {place}"
             file.seek(place)
-            file.write(new)
+            file.write(NEVER)
 
 
 def main() -> int:
@@ -86,6 +96,9 @@ def main() -> int:
     missing = lacks()
     if missing or len(sys.argv) < 2:
         print(f"AMX cannot be emulated: {missing}" if missing else __doc__, file=sys.stderr)
+        return 2
+    if shutil.which(sys.argv[1]) is None:
+        print(f"{sys.argv[1]}: found no such command", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         return subprocess.run(sys.argv[1:], env=emulated(Path(folder)), check=False).returncode
