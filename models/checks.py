@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,12 @@ def number(
     return found
 
 
-def writable(path: str | Path) -> Path:
-    """The path if a file can be made there, told before minutes of work; raises SpaceError."""
+def writable(path: str | Path, reads: Iterable[str | Path] = ()) -> Path:
+    """The path if a file can be made there, told before minutes of work; raises SpaceError.
+
+    ``reads``: files and folders that are read, which nothing replaces: raises RequestError for one of them, or what is
+    in one of them.
+    """
     target = Path(path)
     try:
         if not str(path) or target.is_dir() or not target.absolute().parent.is_dir():
@@ -51,8 +56,17 @@ def writable(path: str | Path) -> Path:
             with tempfile.TemporaryFile(dir=target.absolute().parent):
                 pass
     except (OSError, ValueError) as err:
-        raise SpaceError(f"{path}: cannot be written: {err}") from err
+        raise SpaceError(f"{path}: cannot be written: {getattr(err, 'strerror', None) or err}") from err
+    for each in reads:
+        if target.exists() and os.path.exists(each) and _holds(Path(each), target):
+            found = "lies in a folder" if os.path.isdir(each) else "is a file"
+            raise RequestError(f"{path}: {found} that is read, expected another name")
     return target
+
+
+def _holds(source: Path, target: Path) -> bool:
+    """Is a file that exists this one, or does it lie in this folder?"""
+    return source.resolve() in target.resolve().parents if source.is_dir() else target.samefile(source)
 
 
 def utf8(path: str | Path) -> str:

@@ -67,18 +67,22 @@ def answer_file(
     answer: Callable[[Iterator[Numbered]], Iterator[Written]],
     progress: Callable[[int, int], None] = lambda done, failed: None,
 ) -> tuple[int, int]:
-    """Answer the lines of ``source`` that ``output`` and its errors do not hold yet: how many were, and failed.
+    """Answer the lines of ``source`` that ``output`` and its errors do not hold yet.
+
+    Returns how many were answered, and how many the errors hold, those of earlier runs included.
 
     ``answer`` makes of each line what is written of it, in their order. Raises RequestError for files that cannot be
     read or do not belong together, SpaceError for what cannot be written.
     """
     errors = errors_of(output)
-    held = {number for path in (output, errors) for number in _held(path)}
+    failed_before = set(_held(errors))
+    held = failed_before | set(_held(output))
     try:
         lines = source.open("rb")
     except OSError as err:
         raise RequestError(f"{source}: cannot be read: {err}") from err
-    done = failed = 0
+    done = 0
+    failed = len(failed_before)
     with lines:
         numbered = _numbered(lines)
         while held:
@@ -131,6 +135,8 @@ def _held(path: Path) -> Iterator[int]:
     """Numbers of the lines that a file of answers holds. Raises RequestError for another file."""
     if not path.exists():
         return
+    if not path.is_file():
+        raise RequestError(f"{path}: is no regular file, expected the name of a file")
     try:
         with path.open("rb") as file:
             for line in file:

@@ -46,6 +46,7 @@ class Chat:
     messages: list[dict[str, Any]] = field(default_factory=list)
     waiting: list[Any] = field(default_factory=list)  # images for the next question
     stats: Stats | None = None
+    saved: set[Path] = field(default_factory=set)  # files that this conversation was written to
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer to a question, piece by piece. What was said of it stays in the conversation, however it ends."""
@@ -92,6 +93,13 @@ class Chat:
     def _image(self, path: str) -> str:
         if not path:
             raise RequestError("/image needs the name of a file")
+        quoted = (
+            len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+        )  # as terminals write a file dropped on them
+        return self.show(path[1:-1] if quoted else path)
+
+    def show(self, path: str) -> str:
+        """Show an image with the next question: what is kept of it. Raises ImageError."""
         pages = expanded(path)
         views = [self.pipe.select(page, self.prune) for page in pages]  # raises now for what cannot be shown
         self.waiting += pages
@@ -109,11 +117,15 @@ class Chat:
     def _save(self, path: str) -> str:
         if not path:
             raise RequestError("/save needs the name of a file")
+        target = Path(path)
+        if target.exists() and target not in self.saved:
+            raise RequestError(f"{path}: exists, expected the name of a new file")
         plain = json.dumps(self.messages, ensure_ascii=False, indent=1, default=str)
         try:
-            write_whole(Path(path), lambda partial: partial.write_text(plain + "\n", encoding="utf-8"))
+            write_whole(target, lambda partial: partial.write_text(plain + "\n", encoding="utf-8"))
         except OSError as err:
             raise RequestError(f"{path}: cannot be written: {err}") from err
+        self.saved.add(target)
         return f"saved {shown(path)}"
 
     def _reset(self, _: str) -> str:
@@ -156,16 +168,18 @@ def talk(
     read: Callable[[], str],
     echo: Callable[[str], None],
     stopped: Callable[[], None] = lambda: None,
-) -> None:
+) -> bool:
     """Read lines and answer them until /quit or the end of the input; errors are told, and the conversation goes on.
 
-    ``stopped`` is called after Ctrl-C has stopped an answer, and may raise to end the conversation.
+    ``stopped`` is called after Ctrl-C has stopped an answer, and may raise to end the conversation. Returns whether
+    there were no errors.
     """
+    well = True
     while True:
         try:
             line = read().strip()
         except EOFError:
-            return
+            return well
         except KeyboardInterrupt:
             stopped()
             echo("\n")
@@ -176,12 +190,13 @@ def talk(
             if line.startswith("/"):
                 said = chat.command(line)
                 if said is None:
-                    return
+                    return well
                 echo(said + "\n")
             else:
                 _answer(chat, line, echo, stopped)
         except PpexportError as err:
             echo(f"Error: {err}\n")
+            well = False
 
 
 def _answer(chat: Chat, question: str, echo: Callable[[str], None], stopped: Callable[[], None]) -> None:
@@ -198,8 +213,11 @@ def _answer(chat: Chat, question: str, echo: Callable[[str], None], stopped: Cal
         echo(f"\n(stopped after {time.perf_counter() - begin:.1f} s)\n")
 
 
-def main(chat: Chat, interrupts: Interrupts) -> None:
-    """A conversation on the terminal, or with what is piped in; SIGINT stops an answer, other signals end all."""
+def main(chat: Chat, interrupts: Interrupts) -> bool:
+    """A conversation on the terminal, or with what is piped in; SIGINT stops an answer, other signals end all.
+
+    Returns False where something that was piped in could not be done.
+    """
     inside = sys.stdin.isatty()
     if inside:
         with contextlib.suppress(ImportError):  # line editing; not on Windows
@@ -219,4 +237,4 @@ def main(chat: Chat, interrupts: Interrupts) -> None:
 
     if inside:
         echo(f"{chat.pipe.chosen}; /help lists commands\n")
-    talk(chat, read, echo, stopped)
+    return talk(chat, read, echo, stopped) or inside

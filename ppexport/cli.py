@@ -263,7 +263,11 @@ def chat(ctx: click.Context, bundle: str, images: tuple[str, ...], **options: An
     prune = prune_for(bundle, settings, no_prune, budget_of(options))
     sizes = {name: options.pop(name) for name in ("min_pixels", "max_pixels")}
     with load(bundle, options.pop("device"), **sizes) as pipe:
-        talk(Chat(pipe, prune=prune, waiting=list(images), **options), ctx.obj)
+        conversation = Chat(pipe, prune=prune, **options)
+        for image in images:
+            conversation.show(image)
+        if not talk(conversation, ctx.obj):
+            ctx.exit(1)
 
 
 @main.command()
@@ -321,7 +325,7 @@ def evaluate(bundle: str, workload: str, skills: str | None, **options: Any) -> 
     from .eval import main as run_eval
 
     budget = budget_of(options)
-    run_eval(bundle, workload, skills.split(",") if skills else None, budget=budget, **options)
+    run_eval(bundle, workload, skills.split(",") if skills is not None else None, budget=budget, **options)
 
 
 @main.command()

@@ -22,7 +22,7 @@ from .models.pruners import Pruner, changed, listed, with_budget
 from .models.pruners.pixelprune import PixelPrune
 from .models.pruners.prunesid import PruneSID
 from .options import as_asked
-from .runtime.bundle import check_takes_images
+from .runtime.bundle import check_takes_images, open_bundle
 from .runtime.pipeline import Pipeline, load
 from .runtime.sequence import PruneLike
 from .workloads.own import read_tasks
@@ -116,7 +116,12 @@ def _wilson(p: float, n: int) -> tuple[float, float]:
 
 
 def _bootstrap(scores: Sequence[float], weights: Sequence[int]) -> tuple[float, float]:
-    """95 % interval of a weighted mean over samples, from 1000 resamples with a fixed seed."""
+    """95 % interval of a weighted mean over samples, from 1000 resamples with a fixed seed.
+
+    Scores that are all equal have no spread to draw from: theirs is Wilson's.
+    """
+    if len(set(scores)) == 1:
+        return _wilson(scores[0], len(scores))
     rng = Random(0)
     pairs = list(zip(scores, weights, strict=True))
     means = []
@@ -142,7 +147,7 @@ def settings(
     own = with_budget(pipe.prune, **budget) if budget else pipe.prune
     if not taus and not no_prune:
         chosen.append(changed(own, given) if given else own)
-    return chosen + [changed(own, {**given, "tau": tau}) for tau in taus]
+    return chosen + [changed(own, {**given, "tau": tau}) for tau in dict.fromkeys(taus)]
 
 
 def questions_of(
@@ -175,16 +180,15 @@ def main(
     if unknown:
         raise RequestError(f"skill is {unknown[0]!r}, expected one of: {', '.join(SKILLS)}")
     own = [] if workload == SCREENS else questions_of(workload, skills, count)
+    check_takes_images(bundle, open_bundle(bundle)[1], "every question is about an image")
     found = []
     pipe = load(bundle, device)
-    check_takes_images(bundle, pipe.manifest, "every question is about one")
+    chosen = settings(pipe, taus, no_prune, method, budget)
     if not as_json:
         click.echo(
             f"{'skill':<12}{'pruning':<32}{'accuracy':>9}{'95 % interval':>18}{'kept':>8}{'n':>6}{'ms each':>9}"
         )
-    for r in _results(
-        pipe, own, skills or SKILLS, settings(pipe, taus, no_prune, method, budget), count or COUNT
-    ):
+    for r in _results(pipe, own, skills or SKILLS, chosen, count or COUNT):
         found.append(asdict(r))
         if not as_json:
             click.echo(line(r))

@@ -20,7 +20,7 @@ from .models.files import write_whole
 from .models.pruners.pixelprune import PREDICTORS, PixelPrune
 from .overlay import overlay as drawn
 from .runtime.image import MAX_PIXELS, MIN_PIXELS, ImageLike, prepare
-from .runtime.pdf import expanded, page_name
+from .runtime.pdf import expanded, file_of
 from .runtime.prune import Selection
 from .runtime.selector import packaged_selector, select, select_frames
 
@@ -262,17 +262,9 @@ def check_picture(
     if target.is_dir() or not target.parent.is_dir():
         raise ImageError(f"{path}: the picture cannot be written, expected a file in an existing directory")
     try:
-        writable(target)
-    except SpaceError as err:
-        raise ImageError(f"{path}: the picture cannot be written: {err}") from err
-    for image in images:
-        if not isinstance(image, (str, os.PathLike)):
-            continue
-        name = page_name(image)
-        source = Path(name.document if name else image)
-        if target.exists() and source.exists() and target.samefile(source):
-            raise ImageError(f"{path}: is one of the images, expected another name for the picture")
-    return target
+        return writable(target, [file_of(image) for image in images if isinstance(image, (str, os.PathLike))])
+    except (RequestError, SpaceError) as err:
+        raise ImageError(str(err)) from err
 
 
 def _savable() -> set[str]:

@@ -130,7 +130,7 @@ def as_bundle(
     Raises BundleError.
     """
     _, manifest = open_bundle(bundle)
-    check_takes_images(bundle, manifest, "engines are planned for them")
+    check_takes_images(bundle, manifest, "sizes of engines follow from images")
     vision = manifest.model.vision
     family = FAMILIES[manifest.family]
     dialect = manifest.graphs["language"].dialect
@@ -224,7 +224,7 @@ def measure(
     from then on. Raises BackendError, BundleError, ImageError, RequestError, SpaceError.
     """
     with load(bundle, device, reuse=0) as pipe:
-        check_takes_images(bundle, pipe.manifest, "they are pruned in turns")
+        check_takes_images(bundle, pipe.manifest, "pruning is what is measured")
         backend = pipe.backend
         if not backend.gpu:
             raise RequestError(

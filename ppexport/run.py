@@ -16,7 +16,7 @@ from .models.checks import writable
 from .models.errors import RequestError
 from .models.manifest import FILE
 from .runtime.grammar import read_schema
-from .runtime.pdf import expanded
+from .runtime.pdf import expanded, file_of
 from .runtime.pipeline import REUSE, load
 from .runtime.prune import Selection
 from .runtime.sequence import PruneLike
@@ -49,7 +49,7 @@ def run(
     ``prune``: asked when everything else was checked. ``schema``: a file with the JSON schema of the answers.
     """
     images = [page for image in images for page in expanded(image)]
-    _check(bundle, prompts, images, overlay, trace)
+    _check(bundle, prompts, images, overlay, trace, schema)
     prompts = [_as_utf8(prompt) for prompt in prompts]
     if schema is not None:
         generation["schema"] = read_schema(schema)
@@ -82,13 +82,18 @@ def run(
 
 
 def _check(
-    bundle: str, prompts: Sequence[str], images: Sequence[str], overlay: str | None, trace: str | None
+    bundle: str,
+    prompts: Sequence[str],
+    images: Sequence[str],
+    overlay: str | None,
+    trace: str | None,
+    schema: str | None,
 ) -> None:
     """Before anything is loaded. Raises RequestError."""
     if overlay:
         check_picture(overlay, images)
     if trace is not None:
-        writable(trace)
+        writable(trace, [bundle, *map(file_of, images), *([schema] if schema else [])])
     swapped = [
         prompt for prompt in prompts if os.path.isfile(os.path.join(prompt, FILE))
     ]  # a long one is no name

@@ -38,8 +38,8 @@ def check_takes_images(bundle: str | Path, contents: Manifest, purpose: str) -> 
     """Raise BundleError for the bundle of a model that takes text only; ``purpose``: what images are wanted for."""
     if not contents.model.sees:
         raise BundleError(
-            f"{bundle}: found a {contents.family} model, which takes text only, expected one that takes images: "
-            f"{purpose}"
+            f"{bundle}: found a {contents.family} model, which takes text only, expected one that takes images, since "
+            f"{purpose}; name another bundle"
         )
 
 

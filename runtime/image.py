@@ -228,6 +228,10 @@ def _decode(data: bytes, name: str) -> Image.Image:
         with WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as err:
+        raise ImageError(
+            f"{name}: has more pixels than a file may, expected at most {MAX_SOURCE_PIXELS} pixels; scale it down first"
+        ) from err
     except UnidentifiedImageError as err:
         raise ImageError(
             f"{name}: is not an image that Pillow can read, expected PNG, JPEG, WebP, ..."

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -59,6 +60,12 @@ def page_name(image: object) -> PageName | None:
             f"{text[-60:]}: names the pages {first} to {last}, expected rising ones from 1 on, at most {MOST_PAGES}"
         )
     return PageName(found[1], first, last)
+
+
+def file_of(image: str | os.PathLike[str]) -> Path:
+    """The file that a name of an image stands for: of pages, their document."""
+    name = page_name(image)
+    return Path(name.document if name else image)
 
 
 def expanded(image: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_answers_are_in_order_and_bad_lines_apart(pocket_bundle: Path, tmp_path:
     assert [(each["line"], each["status"]) for each in errors] == [(3, 400), (5, 400), (6, 400)]
     assert "n is 3" in errors[1]["error"]["message"]
     again = runner().invoke(main, ["batch", str(pocket_bundle), str(source), "-o", str(output), "-q"])
-    assert (again.exit_code, again.stdout) == (0, f"0 answered in {output}\n")
+    assert (again.exit_code, again.stdout) == (1, f"0 answered in {output}\n")
     assert lines(output) == found
 
 
@@ -161,7 +162,7 @@ def test_blank_lines_and_a_lost_file_of_errors(pocket_bundle: Path, tmp_path: Pa
     assert [each["line"] for each in lines(output)] == [1, 4]
     before = output.read_text()
     done = runner().invoke(main, arguments)
-    assert (done.exit_code, done.stdout) == (0, f"0 answered in {output}\n")
+    assert (done.exit_code, done.stdout) == (1, f"0 answered in {output}\n")
     (tmp_path / "out.errors.jsonl").unlink()
     done = runner().invoke(main, arguments)
     assert done.exit_code == 1
@@ -178,3 +179,15 @@ def test_a_line_that_is_too_long(
     output = tmp_path / "out.jsonl"
     assert runner().invoke(main, ["batch", str(pocket_bundle), str(source), "-o", str(output)]).exit_code == 1
     assert [each["line"] for each in lines(output)] == [1, 3]
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/zero", "pipe"])
+def test_answers_go_to_a_file(pocket_bundle: Path, tmp_path: Path, place: str) -> None:
+    """Not to what has no end, and waits for nobody."""
+    source = written(tmp_path / "in.jsonl", [{"messages": asked("Hi"), "max_tokens": 2}])
+    if place == "pipe":
+        os.mkfifo(tmp_path / place)
+    target = tmp_path / place  # an absolute place stays what it is
+    done = runner().invoke(main, ["batch", str(pocket_bundle), str(source), "-o", str(target), "-q"])
+    assert done.exit_code == 1
+    assert f"{target}: is no regular file" in done.stderr

@@ -99,6 +99,16 @@ def test_saving_and_beginning_anew(pipe: ppexport.Pipeline, tmp_path: Path) -> N
     assert first["content"][0] == {"type": "image", "image": str(SCREEN)}
     assert second == {"role": "assistant", "content": "Porto"}
     assert chat.messages == []
+    assert "saved" in conversation(chat, f"/save {path}")
+    assert json.loads(path.read_text()) == []
+    assert "exists, expected the name of a new file" in conversation(Chat(pipe), f"/save {path}")
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_file_that_was_dropped_on_the_terminal(pipe: ppexport.Pipeline, quote: str) -> None:
+    chat = Chat(pipe)
+    assert conversation(chat, f"/image {quote}{SCREEN}{quote}").startswith("image   416 x 352")
+    assert chat.waiting == [str(SCREEN)]
 
 
 def test_a_stopped_answer_stays_as_far_as_it_came(pipe: ppexport.Pipeline) -> None:
@@ -126,6 +136,15 @@ def test_from_a_pipe(pocket_bundle: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("Porto\n")
     assert "kept 48 of 143 tokens" in done.stdout
+
+
+def test_what_cannot_be_done_from_a_pipe(pocket_bundle: Path) -> None:
+    """An image of the command line is looked at before anything is asked; the exit code tells of what went wrong."""
+    done = runner().invoke(main, ["chat", str(pocket_bundle), "-i", "missing.png"], input="")
+    assert (done.exit_code, done.stderr) == (1, "Error: missing.png: no such file\n")
+    done = runner().invoke(main, ["chat", str(pocket_bundle)], input="/image missing.png\nHi\n")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("Error: missing.png: no such file\n")
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_overlay_never_harms_a_file(tiny_bundle: Path, tmp_path: Path) -> None:
         (notes, "expected a name that ends in .png"),
         (tmp_path, "expected a name that ends in"),
         (tmp_path / "no" / "o.png", "expected a file in an existing directory"),
-        (picture, "is one of the images"),
+        (picture, "is a file that is read"),
     ):
         for command in (["inspect", picture], ["run", tiny_bundle, "hi", "-i", picture]):
             code, out, err = invoke(*command, "--overlay", target)
@@ -94,6 +94,34 @@ def test_overlay_never_harms_a_file(tiny_bundle: Path, tmp_path: Path) -> None:
     assert notes.read_text() == "precious"
     assert picture.read_bytes() == SCREEN.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.png", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run {bundle} hi -i {picture} --trace {picture}",
+        "run {bundle} hi --schema {schema} --trace {schema}",
+        "run {bundle} hi --trace {bundle}/bundle.json",
+        "bench {bundle} -i {picture} --runs 1 --cold 0 -q -o {picture}",
+        "bench {bundle} -i {folder} --runs 1 --cold 0 -q -o {picture}",
+        "bench {bundle} --runs 1 --cold 0 -q -o {bundle}/vision.onnx",
+        "bench report {schema} -o {schema}",
+        "bench compare {schema} {picture} --markdown {schema}",
+        "bench serve http://127.0.0.1:1 -i {picture} -o {picture}",
+    ],
+)
+def test_no_output_replaces_what_is_read(tiny_bundle: Path, tmp_path: Path, command: str) -> None:
+    picture, schema = tmp_path / "pictures" / "in.png", tmp_path / "schema.json"
+    picture.parent.mkdir()
+    picture.write_bytes(SCREEN.read_bytes())
+    schema.write_text("{}")
+    read = [picture, schema, tiny_bundle / "bundle.json", tiny_bundle / "vision.onnx"]
+    before = [file.read_bytes() for file in read]
+    names = {"bundle": tiny_bundle, "picture": picture, "folder": picture.parent, "schema": schema}
+    code, _, err = invoke(*command.format(**names).split())
+    assert code == (2 if "compare" in command else 1)
+    assert "that is read, expected another name" in err
+    assert [file.read_bytes() for file in read] == before
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,10 @@ def test_arrays_and_pil_images_and_bytes_give_the_same() -> None:
             saved(Image.new("RGB", (4000, 10))),
             r"4000 x 10 pixels, an aspect ratio of 400, expected at most 200",
         ),
-        (saved(Image.new("1", (20000, 20000))), r"(20000 x 20000 pixels, expected at most|cannot be opened)"),
+        (
+            saved(Image.new("1", (20000, 20000))),
+            r"has more pixels than a file may, expected at most 100000000",
+        ),
         (saved(Image.new("1", (11000, 11000))), r"11000 x 11000 pixels, expected at most 100000000"),
     ],
     ids=["missing", "empty", "pdf", "truncated", "header", "1x1", "aspect", "bomb", "large"],

@@ -214,7 +214,7 @@ def test_inputs_are_never_replaced(tmp_path: Path) -> None:
     for options in ([first, second, "--overlay", tmp_path / "out"], [first, "--sweep", first]):
         code, out, err = invoke("inspect", *options)
         assert (code, out) == (1, "")
-        assert "is one of the images" in err
+        assert "is a file that is read" in err
     assert first.read_bytes() == second.read_bytes() == SCREEN.read_bytes()
 
 

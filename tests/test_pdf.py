@@ -181,7 +181,7 @@ def test_a_picture_never_replaces_the_document(report: Path) -> None:
     before = report.read_bytes()
     done = runner().invoke(main, ["inspect", f"{report}#2", "--overlay", str(report)])
     assert done.exit_code == 1
-    assert "is one of the images" in done.stderr
+    assert "is a file that is read" in done.stderr
     assert report.read_bytes() == before
 
 

@@ -86,8 +86,14 @@ def test_images_are_refused(bundle: Path) -> None:
     [
         ("plan {image} --bundle {bundle} -o {new}", "expected one that takes images"),
         ("inspect {image} --bundle {bundle}", "takes text only"),
-        ("eval {bundle} -n 1 --skills read", "expected one that takes images: every question is about one"),
-        ("bench {bundle} --runs 2 -q", "expected one that takes images: every question is about one"),
+        (
+            "eval {bundle} -n 1 --skills read",
+            "expected one that takes images, since every question is about an image",
+        ),
+        (
+            "bench {bundle} --runs 2 -q",
+            "expected one that takes images, since every question is about an image",
+        ),
         ("build {checkpoint} -o {new} --prunesid 12", "found a pruner for a qwen3_5_text model"),
         ("build {checkpoint} -o {new} --precision int4 --calibrate {image}", "found images to calibrate"),
     ],

@@ -153,6 +153,7 @@ def run(
 ) -> None:
     """Measure BUNDLE: times of every stage and token, with and without pruning, settings taking turns."""
     from ..progress import Bar
+    from ..runtime.pdf import file_of
     from . import schema
     from .measure import Plan, measure
     from .workload import open_workload
@@ -163,7 +164,7 @@ def run(
     if images and source is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--workload is for measuring without -i")
     if output is not None:
-        writable(output)
+        writable(output, [bundle, *map(file_of, images)])
     name, questions = open_workload(workload, images, prompt)
     plan = Plan(rounds=rounds or Plan.rounds, duration=duration, pictures=not no_pictures, **options)
     context = click.get_current_context()
@@ -250,7 +251,7 @@ def compare(
     """
     try:
         if markdown:  # empty where $GITHUB_STEP_SUMMARY is: not on GitHub
-            writable(markdown)
+            writable(markdown, [base, new])
         from . import compare as judge
 
         found, title, about = compared(base, new, tolerance, metrics or None, accuracy, any_machine)
@@ -313,10 +314,10 @@ def report(results: Sequence[str], output: str) -> None:
     from . import report as page
     from . import schema
 
-    target = writable(output)
+    target = writable(output, results)
     text = page.render([schema.read(path) for path in results], [Path(path).stem for path in results])
     try:
-        target.write_text(text, encoding="utf-8")
+        write_whole(target, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as err:
         raise SpaceError(f"{output}: cannot be written: {err}") from err
     click.echo(f"wrote {output}")
@@ -370,13 +371,14 @@ def serve(
     import json
     import sys
 
+    from ..runtime.pdf import file_of
     from ..server.serve import read_key
     from .load import Load, as_json, lines, measure, summary
 
     prune = "off" if no_prune else "default"
     load = Load(url, images, prompt, requests, concurrency, rate, max_tokens, prune, read_key(api_key))
     if output is not None:
-        writable(output)
+        writable(output, map(file_of, images))
     bar_shown = io.StringIO() if quiet else sys.stderr
     with click.progressbar(length=requests, label="requests", file=bar_shown) as bar:
         found, seconds = measure(load, lambda done: bar.update(1))

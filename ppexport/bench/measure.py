@@ -93,7 +93,7 @@ def measure(
     After KeyboardInterrupt the rounds that were finished are the result, if there are any.
     """
     _, manifest = open_bundle(bundle)  # before processes are started
-    check_takes_images(bundle, manifest, "every question is about one")
+    check_takes_images(bundle, manifest, "every question is about an image")
     cold = _cold(bundle, questions[0], plan, progress)
     together = max(plan.concurrency)
     with load(

@@ -56,6 +56,9 @@ def _task(line: str, where: str, folder: Path) -> Task:
         raise RequestError(
             f"{where}: found {line.strip()!r:.80}, expected an object with texts: {', '.join(KEYS)}"
         )
+    for key in ("question", "answer"):
+        if not value[key].strip():
+            raise RequestError(f"{where}: the {key} is empty, expected a text")
     image = folder / value["image"]
     page = page_name(image)
     if not (Path(page.document) if page else image).is_file():
