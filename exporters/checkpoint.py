@@ -136,6 +136,11 @@ def _configuration(path: Path) -> tuple[dict[str, Any], Family, ModelConfig, lis
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise CheckpointError(f"{path}: {ADAPTER}")
+        if (path / "bundle.json").is_file():
+            raise CheckpointError(
+                f"{path}: is a bundle, expected a checkpoint; engines for a bundle are compiled in place: with "
+                "--target, without -o"
+            )
         raise CheckpointError(f"{path}: found no config.json; expected a Hugging Face checkpoint directory")
     raw = read_json(path / "config.json")
     family = family_of(raw)

@@ -161,9 +161,10 @@ def _check_model(model: ModelConfig) -> None:
         ("patch", model.vision.patch),
         ("merge", model.vision.merge),
         ("vocab", model.text.vocab),
+        ("width", model.text.width),
     ):
-        if size < 1:
-            raise StrictError(f"model: {name} is {size}, expected at least 1")
+        if not 1 <= size < 1 << 31:
+            raise StrictError(f"model: {name} is {size}, expected at least 1 and less than 2 ** 31")
     if model.vision.side % model.vision.patch:
         raise StrictError(f"model: side is {model.vision.side}, expected a multiple of patch")
     if 2 * sum(model.text.rope.sections) != model.text.rope.width:

@@ -17,6 +17,7 @@ from .models.precision import BITS, BYTES, Wanted
 from .models.pruners.pixelprune import MOST_SEED, PRUNE_METHODS
 from .models.version import __version__
 from .options import (
+    FiniteRange,
     as_asked,
     budget_of,
     calibration_of,
@@ -503,13 +504,21 @@ def _check_inspect(options: dict[str, Any], budget: dict[str, Any]) -> None:
 )
 @revision_option
 @click.option(
-    "--cosine", type=float, default=0.99, show_default=True, help="Least, of the features of any token."
+    "--cosine",
+    type=FiniteRange(-1, 1),
+    default=0.99,
+    show_default=True,
+    help="Least, of the features of any token.",
 )
 @click.option(
-    "--kl", type=float, default=0.05, show_default=True, help="Most, mean over the tokens, in nats."
+    "--kl", type=FiniteRange(0), default=0.05, show_default=True, help="Most, mean over the tokens, in nats."
 )
 @click.option(
-    "--agreement", type=float, default=0.9, show_default=True, help="Least share of equal greedy tokens."
+    "--agreement",
+    type=FiniteRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Least share of equal greedy tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 def verify(

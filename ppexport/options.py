@@ -182,7 +182,7 @@ max_tokens_option = click.option(
 )
 
 
-class Seconds(click.FloatRange):
+class FiniteRange(click.FloatRange):
     """A number in a range that is one, and finite."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:

@@ -370,6 +370,13 @@ def test_a_file_of_somebody_else(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
             "qwen3_5, qwen3_5_text",
         ),
         (lambda m: m["model"]["vision"].update(merge=0), "merge is 0, expected at least 1"),
+        (lambda m: m["model"]["text"].update(width=-1), "width is -1, expected at least 1"),
+        (lambda m: m["model"]["text"].update(vocab=10**12), "expected at least 1 and less than 2 [*][*] 31"),
+        (lambda m: m["model"]["text"].update(vocab=10**30), "vocab: found 10+, expected a finite number"),
+        (
+            lambda m: m["model"]["vision"].update(norm_eps=float("nan")),
+            "norm_eps: found nan, expected a finite",
+        ),
         (lambda m: m["model"]["text"]["rope"].update(sections=[3]), "expected a sum of width / 2"),
         (lambda m: m["prune"].append(m["prune"][0]), "prune: prune names the pruners pixelprune, pixelprune"),
         (lambda m: m.pop("precision"), "precision: is missing"),

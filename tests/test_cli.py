@@ -138,6 +138,30 @@ def test_usage_errors_exit_with_2(tiny_bundle: Path, arguments: list[str]) -> No
     assert invoke("run", tiny_bundle, "hi", *arguments)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("verify {bundle} {bundle} --cosine nan", "nan is no finite number"),
+        ("verify {bundle} {bundle} --agreement 2", "2.0 is not in the range 0<=x<=1"),
+        ("serve {bundle} --allow-remote http://x/", "'http://x/' is no name of a host"),
+        ("eval {bundle} --skills=", "skill is '', expected one of"),
+        ("eval {bundle} --workload {questions}", "questions.jsonl:2: the question is empty, expected a text"),
+        ("build {bundle} -o {new}", "is a bundle, expected a checkpoint"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(
+    tiny_bundle: Path, tmp_path: Path, command: str, message: str
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"image": str(SCREEN), "question": question, "answer": "Porto"} for question in ("Where?", " ")]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    filled = command.format(bundle=tiny_bundle, questions=questions, new=tmp_path / "new")
+    code, out, err = invoke(*filled.split())
+    assert code in (1, 2)
+    assert out == ""
+    assert message in err
+
+
 HEAVY = (
     "numpy",
     "PIL",

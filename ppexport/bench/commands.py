@@ -11,7 +11,7 @@ import click
 from ..models.checks import writable
 from ..models.errors import PpexportError, RequestError, SpaceError
 from ..models.files import write_whole
-from ..options import Seconds, device_option
+from ..options import FiniteRange, device_option
 from ..table import aligned
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def report(results: Sequence[str], output: str) -> None:
 )
 @click.option(
     "--rate",
-    type=Seconds(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Requests per second, arriving at random, in place of --concurrency.",
 )
 @click.option(

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
 
 from ..models.errors import BackendError
-from ..options import Seconds, cluster_of, cluster_options, device_option, max_tokens_option, slots_option
+from ..options import FiniteRange, cluster_of, cluster_options, device_option, max_tokens_option, slots_option
+
+
+class Host(click.ParamType):
+    """The name of a machine, as it stands in URLs."""
+
+    name = "host"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As it is."""
+        if not re.fullmatch(r"[\w.-]+", value):
+            self.fail(
+                f"{value!r:.80} is no name of a host, expected one such as images.example.org", param, ctx
+            )
+        return value
 
 
 @click.command()
@@ -38,14 +53,14 @@ from ..options import Seconds, cluster_of, cluster_options, device_option, max_t
 @max_tokens_option
 @click.option(
     "--timeout",
-    type=Seconds(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds for one request, waiting included.",
 )
 @click.option(
     "--drain",
-    type=Seconds(0),
+    type=FiniteRange(0),
     default=30.0,
     show_default=True,
     help="Seconds that requests have to end after SIGTERM.",
@@ -55,6 +70,7 @@ from ..options import Seconds, cluster_of, cluster_options, device_option, max_t
     "--allow-remote",
     "hosts",
     multiple=True,
+    type=Host(),
     metavar="HOST",
     help="Fetch images from this host, too; may be given several times. Default: data: URLs only.",
 )
