@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-LARGEST = 1 << 63  # no number is, nor infinite
+LARGEST = 1 << 63  # numbers are smaller, and finite
 
 
 class StrictError(ValueError):

@@ -46,7 +46,7 @@ class Chat:
     messages: list[dict[str, Any]] = field(default_factory=list)
     waiting: list[Any] = field(default_factory=list)  # images for the next question
     stats: Stats | None = None
-    saved: set[Path] = field(default_factory=set)  # files that this conversation was written to
+    saved: set[Path] = field(default_factory=set)  # files that conversations were written to
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer to a question, piece by piece. What was said of it stays in the conversation, however it ends."""
@@ -93,10 +93,10 @@ class Chat:
     def _image(self, path: str) -> str:
         if not path:
             raise RequestError("/image needs the name of a file")
-        quoted = (
-            len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
-        )  # as terminals write a file dropped on them
-        return self.show(path[1:-1] if quoted else path)
+        quoted = len(path) > 1 and path[0] == path[-1]
+        if quoted and path[0] in "'\"":  # a file that was dropped on the terminal
+            path = path[1:-1]
+        return self.show(path)
 
     def show(self, path: str) -> str:
         """Show an image with the next question: what is kept of it. Raises ImageError."""
