@@ -14,7 +14,7 @@ from pathlib import Path
 from .checks import integer
 from .config import ModelConfig, VisionConfig
 from .errors import RequestError
-from .files import write_whole
+from .files import write_text
 from .pruners.prunesid import MOST_DIRECTIONS, MOST_TOKENS
 from .strict import StrictError, from_json, to_json
 
@@ -242,9 +242,8 @@ def writable(path: str | Path) -> Path:
 
 
 def write(profiles: Profiles, path: Path) -> None:
-    """Write a profile file; an existing one is replaced whole or not at all."""
-    text = json.dumps(to_json(profiles), indent=1) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """Write a profile file. Raises SpaceError."""
+    write_text(path, json.dumps(to_json(profiles), indent=1) + "\n")
 
 
 def read(path: str | Path) -> Profiles:

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BundleError, SpaceError
-from .files import write_whole
+from .errors import BundleError
+from .files import write_text
 from .strict import StrictError, from_json, to_json
 
 FILE = "prune.json"
@@ -79,9 +79,4 @@ def keep(bundle: Path, measured: Measured) -> None:
 
 
 def _write(bundle: Path, measured: tuple[Measured, ...]) -> None:
-    text = json.dumps(to_json(Places(SCHEMA, measured)), indent=1) + "\n"
-    path = bundle / FILE
-    try:
-        write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    except OSError as err:
-        raise SpaceError(f"{path}: cannot be written: {err}") from err
+    write_text(bundle / FILE, json.dumps(to_json(Places(SCHEMA, measured)), indent=1) + "\n")

@@ -56,10 +56,10 @@ def _value(kind: Any, item: Any, path: str) -> Any:
         if len(kinds) != len(item):
             raise StrictError(f"{path}: found {len(item)} entries, expected {len(kinds)}")
         return tuple(_value(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, item, strict=True)))
-    if kind is float and isinstance(item, int) and not isinstance(item, bool) and abs(item) < LARGEST:
+    if isinstance(item, (int, float)) and not abs(item) < LARGEST:
+        raise StrictError(f"{path}: found {item}, expected a finite number below 2 ** 63")
+    if kind is float and isinstance(item, int) and not isinstance(item, bool):
         return float(item)
     if not isinstance(item, kind) or (isinstance(item, bool) and kind is not bool):
         raise StrictError(f"{path}: found {item!r}, expected {kind.__name__}")
-    if kind in (int, float) and not abs(item) < LARGEST:
-        raise StrictError(f"{path}: found {item}, expected a finite number below 2 ** 63")
     return item

@@ -17,7 +17,7 @@ import click
 from .interrupts import Interrupts
 from .models.checks import shown
 from .models.errors import PpexportError, RequestError
-from .models.files import write_whole
+from .models.files import write_text
 from .models.pruners import changed, with_budget
 from .run import kept_line, summary
 from .runtime.pdf import expanded
@@ -121,10 +121,7 @@ class Chat:
         if target.exists() and target not in self.saved:
             raise RequestError(f"{path}: exists, expected the name of a new file")
         plain = json.dumps(self.messages, ensure_ascii=False, indent=1, default=str)
-        try:
-            write_whole(target, lambda partial: partial.write_text(plain + "\n", encoding="utf-8"))
-        except OSError as err:
-            raise RequestError(f"{path}: cannot be written: {err}") from err
+        write_text(target, plain + "\n")
         self.saved.add(target)
         return f"saved {shown(path)}"
 

@@ -12,7 +12,6 @@ import click
 from . import plan as planner
 from .device_memory import told
 from .models import profiles
-from .models.errors import SpaceError
 from .models.profiles import Profiles
 from .models.pruners.pixelprune import PixelPrune
 from .runtime.pdf import expanded
@@ -40,10 +39,7 @@ def write_profiles(
         with click.progressbar(length=len(pages), label="vision", file=sys.stderr) as bar:
             found = planner.information(bundle, pages, prune, lambda done, total: bar.update(1))
         written = replace(written, information=round(found, 6))
-    try:
-        profiles.write(written, target)
-    except OSError as err:
-        raise SpaceError(f"{output}: cannot be written: {err}") from err
+    profiles.write(written, target)
     for line in planner.report(made):
         click.echo(line)
     if written.information is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .models.errors import SpaceError
+from .models.files import write_text
 from .runtime.stats import Stats
 
 
@@ -56,7 +56,4 @@ def events(requests: Sequence[tuple[str, Stats]]) -> list[dict[str, Any]]:
 def write(requests: Sequence[tuple[str, Stats]], path: str | Path) -> None:
     """Write a trace file. Raises SpaceError."""
     text = json.dumps({"traceEvents": events(requests), "displayTimeUnit": "ms"}, ensure_ascii=False)
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as err:
-        raise SpaceError(f"{path}: cannot be written: {err}") from err
+    write_text(path, text + "\n")

@@ -28,7 +28,7 @@ from ..models.errors import ImageError, RequestError
 from ..models.family import Frame, View, Views
 from ..models.resize import MAX_PIXELS as MAX_SOURCE_PIXELS
 from ..models.resize import MIN_SIDE, smart_resize
-from .pdf import Page, expanded, is_pdf, page_name
+from .pdf import Page, expanded, file_of, is_pdf, page_name
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -47,7 +47,6 @@ def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
     found = []
     for path in [Path(page) for given in paths for page in expanded(given)]:
         try:
-            name = page_name(path)
             if path.is_dir():
                 files = sorted(
                     file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()
@@ -55,7 +54,7 @@ def images_in(paths: Sequence[str | os.PathLike]) -> list[Path]:
                 if not files:
                     raise ImageError(f"{path}: holds no images, expected files such as {', '.join(SUFFIXES)}")
                 found += files
-            elif not (path.exists() or (name and Path(name.document).exists())):
+            elif not file_of(path).exists():
                 raise ImageError(f"{path}: no such file")
             else:
                 found.append(path)

@@ -330,6 +330,17 @@ def test_a_report_stands_alone(result_file: Path, tmp_path: Path) -> None:
     assert "NaN" not in text
 
 
+@pytest.mark.parametrize("place", [os.devnull, "link.html"])
+def test_a_report_goes_where_it_is_sent(result_file: Path, tmp_path: Path, place: str) -> None:
+    """A device is written to, and a link stays one."""
+    (tmp_path / "link.html").symlink_to("real.html")
+    done = runner().invoke(main, ["bench", "report", str(result_file), "-o", str(tmp_path / place)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "real.html").exists() == (place == "link.html")
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_report_needs_a_place(result_file: Path) -> None:
     done = runner().invoke(main, ["bench", "report", str(result_file), "-o", "missing/report.html"])
     assert done.exit_code == 1

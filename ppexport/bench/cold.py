@@ -28,5 +28,10 @@ def main(given: dict) -> float:  # type: ignore[type-arg]
 
 
 def run() -> None:
-    """The argument is ``given`` in JSON."""
-    print(main(json.loads(sys.argv[1])))
+    """The argument is ``given`` in JSON. An error that the user can cause is a line on stderr."""
+    from ..models.errors import PpexportError
+
+    try:
+        print(main(json.loads(sys.argv[1])))
+    except PpexportError as err:
+        sys.exit(str(err))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..models.checks import writable
-from ..models.errors import PpexportError, RequestError, SpaceError
-from ..models.files import write_whole
+from ..models.errors import PpexportError, RequestError
+from ..models.files import write_text
 from ..options import FiniteRange, device_option
 from ..table import aligned
 
@@ -316,10 +316,7 @@ def report(results: Sequence[str], output: str) -> None:
 
     target = writable(output, results)
     text = page.render([schema.read(path) for path in results], [Path(path).stem for path in results])
-    try:
-        write_whole(target, lambda partial: partial.write_text(text, encoding="utf-8"))
-    except OSError as err:
-        raise SpaceError(f"{output}: cannot be written: {err}") from err
+    write_text(target, text)
     click.echo(f"wrote {output}")
 
 
@@ -388,10 +385,6 @@ def serve(
     for error in sorted({timed.error for timed in found if timed.error})[:5]:
         click.echo(f"error: {error:.200}", err=True)
     if output is not None:
-        text = json.dumps(as_json(load, found, metrics)) + "\n"
-        try:
-            write_whole(Path(output), lambda partial: partial.write_text(text, encoding="utf-8"))
-        except OSError as err:
-            raise SpaceError(f"{output}: cannot be written: {err}") from err
+        write_text(output, json.dumps(as_json(load, found, metrics)) + "\n")
     if metrics["error_request_count"]["avg"]:
         sys.exit(1)

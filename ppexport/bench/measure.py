@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -406,9 +405,7 @@ def _cold(bundle: str, question: Question, plan: Plan, progress: Progress) -> li
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise BackendError(
-                    f"a new process could not answer: {re.sub(r'^ppexport[.a-zA-Z]*: ', '', last)}"
-                )
+                raise BackendError(f"a new process could not answer: {last}")
             found.append(float(done.stdout.splitlines()[-1]))
     progress("cold start", 1, 1)
     return found

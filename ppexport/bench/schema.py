@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..models.errors import BackendError, RequestError
-from ..models.files import write_whole
+from ..models.files import write_text
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -261,10 +261,5 @@ def parsed(data: Any, path: str | Path) -> Result:
 
 
 def write(result: Result, path: str | Path) -> None:
-    """Write a result file; it is complete or not there. A link stays one; a device or pipe is written to."""
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        target.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        return
-    text = result.model_dump_json(indent=1) + "\n"
-    write_whole(target, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """Write a result file. Raises SpaceError."""
+    write_text(path, result.model_dump_json(indent=1) + "\n")

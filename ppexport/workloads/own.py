@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.errors import RequestError
-from ..runtime.pdf import page_name
+from ..runtime.pdf import file_of
 
 KEYS = ("image", "question", "answer")
 
@@ -60,8 +60,7 @@ def _task(line: str, where: str, folder: Path) -> Task:
         if not value[key].strip():
             raise RequestError(f"{where}: the {key} is empty, expected a text")
     image = folder / value["image"]
-    page = page_name(image)
-    if not (Path(page.document) if page else image).is_file():
+    if not file_of(image).is_file():
         raise RequestError(
             f"{where}: the image {value['image']!r:.80} is missing, expected it beside the file"
         )
